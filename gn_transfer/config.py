@@ -1,0 +1,74 @@
+"""What every layer of the package shares: the norm switch, the user's errors, the built-in configs. No torch here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, get_args
+
+Norm = Literal["bn", "bn_frozen", "bn_sync", "gn", "gn_ws", "bn_ws", "ln", "in", "none"]
+"""The switch: which normalization stands in the net, and whether its convolutions are weight-standardized."""
+
+NORMS: tuple[Norm, ...] = get_args(Norm)
+
+
+class ConfigError(ValueError):
+    """The user's mistake or a missing input: the message says what is wrong, the value got and what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+def did_you_mean(value: str, allowed: Iterable[str]) -> str:
+    """Name the allowed values, the likeliest first.
+
+    Args:
+        value: What the user wrote.
+        allowed: What could have been written.
+
+    Returns:
+        ``"did you mean 'gn_ws'? Allowed: bn, gn, gn_ws"`` or, where nothing is near, only the list.
+
+    Example:
+        >>> did_you_mean("gnws", ["bn", "gn_ws"])
+        "did you mean 'gn_ws'? Allowed: bn, gn_ws"
+    """
+    names = list(allowed)
+    near = difflib.get_close_matches(value, names, n=1)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"Allowed: {', '.join(names)}"
+
+
+def builtin_configs() -> dict[str, Path]:
+    """Find the recipes that ship with the package.
+
+    Returns:
+        File name (``pets_gnws.yaml``) to path; from the wheel, or from ``configs/`` of a source checkout.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            return {path.name: path for path in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def find_config(name: str) -> Path:
+    """Resolve ``--config``: a path, or the bare name of a built-in config with or without ``.yaml``.
+
+    Args:
+        name: What stood behind ``--config``.
+
+    Returns:
+        Path of an existing file; a path wins over a built-in name.
+
+    Raises:
+        ConfigError: Neither a file nor a built-in config.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    configs = builtin_configs()
+    for candidate in (name, f"{name}.yaml"):
+        if candidate in configs:
+            return configs[candidate]
+    raise ConfigError(f"--config {name}: no such file and no built-in config; {did_you_mean(name, configs)}.")
