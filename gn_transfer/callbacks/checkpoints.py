@@ -1,0 +1,178 @@
+"""Checkpoints: written atomically, loaded without running code, describing the boundary between two windows."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+
+from gn_transfer.config import ConfigError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write beside the target and rename, so that a kill leaves the old or the new checkpoint, never half of one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Save a checkpoint.
+
+        Args:
+            checkpoint: Plain values and tensors.
+            path: Local file to write.
+            storage_options: Not used; the signature is Lightning's.
+        """
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a local checkpoint; see :func:`read_checkpoint`."""
+        return read_checkpoint(path)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of ours from a local file, without running any code in it.
+
+    Args:
+        path: Local path.
+
+    Returns:
+        The checkpoint; its tensors on the CPU.
+
+    Raises:
+        ConfigError: No such file, unreadable, or not a checkpoint of gn_transfer.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"--ckpt_path {path}: no such file; give a checkpoint, such as checkpoints/pets_gnws/RUN/best.ckpt, or "
+            "`last` for the newest run of this config."
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever a damaged file leads it to
+        raise ConfigError(
+            f"--ckpt_path {path} cannot be read ({type(error).__name__}); it is damaged or holds more than plain "
+            "values and tensors. Use another checkpoint of the run, such as best.ckpt."
+        ) from error
+    if not isinstance(content, dict) or "gn_transfer" not in content:
+        raise ConfigError(
+            f"--ckpt_path {path} is not a checkpoint of gn-transfer; to start from other weights set model.pretrained."
+        )
+    checkpoint: dict[str, Any] = content
+    return checkpoint
+
+
+def best_checkpoint(directory: Path, monitor: str, mode: str) -> ModelCheckpoint:
+    """Keep ``best.ckpt``, the earliest of the epochs with the best monitored value."""
+    return ModelCheckpoint(
+        dirpath=directory,
+        filename="best",
+        monitor=monitor,
+        mode=mode,
+        save_top_k=1,
+        auto_insert_metric_name=False,
+        enable_version_counter=False,
+        save_on_train_epoch_end=False,
+    )
+
+
+class LastCheckpoint(Checkpoint):
+    """Keep ``last.ckpt``: at every epoch's end, every few minutes inside an epoch, and at an interruption.
+
+    A checkpoint stands between two windows of accumulated gradients, and holds how many micro-batches of the epoch
+    are behind it, so that a resumed run sees the pictures that it would have seen.
+
+    Args:
+        directory: Where ``last.ckpt`` goes.
+        every_minutes: Time between two checkpoints inside an epoch; 0 saves after every window.
+    """
+
+    def __init__(self, directory: Path | None = None, every_minutes: float = 5.0) -> None:
+        self.directory = directory
+        self.every_minutes = every_minutes
+        self.stop_requested = False
+        self._saved_at = time.monotonic()
+        self._previous_handler: Any = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take Ctrl-C: the first finishes the window, saves and stops; the second stops at once."""
+        self._saved_at = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Install the handler after Lightning has installed its own."""
+
+        def request_stop(number: int, frame: FrameType | None) -> None:
+            if self.stop_requested or not trainer.training:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+
+        try:
+            self._previous_handler = signal.signal(signal.SIGINT, request_stop)
+        except ValueError:  # not the main thread: whoever runs us there handles signals
+            self._previous_handler = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save where a window ends, when it is time or a stop was asked for."""
+        window_ended = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        epoch_ended = batch_idx + 1 >= trainer.num_training_batches
+        due = self.stop_requested or time.monotonic() - self._saved_at >= 60.0 * self.every_minutes
+        if window_ended and not epoch_ended and due:
+            self._save(trainer)
+            if self.stop_requested:
+                raise KeyboardInterrupt
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save at the end of every epoch, after its validation."""
+        self._save(trainer)
+        if self.stop_requested:
+            raise KeyboardInterrupt
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give Ctrl-C back."""
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGINT, self._previous_handler)
+            self._previous_handler = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the position in the epoch and the state of torch's generator."""
+        loop = trainer.fit_loop
+        done = loop.epoch_loop.batch_progress.current.processed
+        epoch = loop.epoch_progress.current.processed
+        if done >= trainer.num_training_batches:
+            epoch, done = epoch + (loop.epoch_progress.current.processed < loop.epoch_progress.current.started), 0
+        ours = checkpoint.setdefault("gn_transfer", {})
+        ours["position"] = {"epoch": epoch, "batch": done}
+        ours["torch_rng_state"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Set the sampler to the stored position."""
+        stored = checkpoint["gn_transfer"]
+        if trainer.training or trainer.state.fn == "fit":
+            trainer.datamodule.train_sampler.resume_at(**stored["position"])  # type: ignore[attr-defined]
+            torch.set_rng_state(stored["torch_rng_state"])
+
+    def _save(self, trainer: Trainer) -> None:
+        if self.directory is not None:
+            trainer.save_checkpoint(self.directory / "last.ckpt")
+        self._saved_at = time.monotonic()
+

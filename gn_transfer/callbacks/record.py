@@ -1,0 +1,91 @@
+"""metrics.json: what a run reached, flat and with stable keys, up to date after every validation."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from gn_transfer.callbacks.progress import Throughput, peak_memory_mib
+from gn_transfer.loggers import write_json
+
+Status = Literal["running", "finished", "interrupted", "failed"]
+
+
+class RunRecord(Callback):
+    """Write ``metrics.json``.
+
+    ``val/*`` are the last epoch's, those of ``last.ckpt``; ``best/*`` those of ``best.ckpt``.
+
+    Args:
+        path: The file.
+        facts: What is known before the first step: norm, backbone, batch sizes, seed, versions, device, ...
+        best: The callback that keeps the best checkpoint.
+    """
+
+    def __init__(self, path: Path, facts: dict[str, Any], best: ModelCheckpoint) -> None:
+        self.path = path
+        self.facts = facts
+        self.best = best
+        self.metrics: dict[str, float] = {}
+        self.best_metrics: dict[str, float] = {}
+        self.wall_time_s = 0.0
+        self._started = time.monotonic()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over the figures of a validation."""
+        if trainer.sanity_checking:
+            return
+        self.metrics = {
+            name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")
+        }
+        if not self.best_metrics or self.metrics["val/acc1"] > self.best_metrics["best/val/acc1"]:
+            self.best_metrics = {f"best/{name}": value for name, value in self.metrics.items()}
+            self.best_metrics["best/epoch"] = trainer.current_epoch + 1
+        self._write(trainer, pl_module, "running")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mark the run as finished."""
+        self._write(trainer, pl_module, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Mark the run as interrupted or failed."""
+        self._write(trainer, pl_module, "interrupted" if isinstance(exception, KeyboardInterrupt) else "failed")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep the time spent and the best figures for a resumed run."""
+        spent = self.wall_time_s + time.monotonic() - self._started
+        return {"wall_time_s": spent, "metrics": dict(self.metrics), "best_metrics": dict(self.best_metrics)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.wall_time_s = state_dict["wall_time_s"]
+        self.metrics, self.best_metrics = state_dict["metrics"], state_dict["best_metrics"]
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, status: Status) -> None:
+        if not trainer.is_global_zero:
+            return
+        throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
+        write_json(
+            self.path,
+            {
+                "status": status,
+                **self.facts,
+                "epochs": trainer.current_epoch + (status == "running"),
+                "optimizer_steps": trainer.global_step,
+                "samples_seen": throughput.samples_seen,
+                "train/loss": throughput.recent_loss,
+                **self.metrics,
+                **self.best_metrics,
+                "images_per_sec": round(throughput.images_per_sec, 2),
+                "peak_memory_mib": round(peak_memory_mib(pl_module.device), 1),
+                "wall_time_s": round(self.wall_time_s + time.monotonic() - self._started, 2),
+            },
+        )

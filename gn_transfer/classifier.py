@@ -1,0 +1,395 @@
+"""The model: pixels in, logits out, one step shared by training, validation and test."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from gn_transfer.backbones import (
+    BN_FAMILY,
+    Backbone,
+    Conversion,
+    TransferReport,
+    check_input,
+    create_backbone,
+    parameter_depths,
+    rebuild,
+)
+from gn_transfer.config import ConfigError, Norm
+from gn_transfer.layers import OncePerWindow, preferred_memory_format
+from gn_transfer.optim import SCHEDULES, OptimizerName, ScheduleName, create_optimizer, parameter_groups
+
+CHECKPOINT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Where a forward pass stands in its window of accumulated gradients.
+
+    Attributes:
+        first: It opens the window.
+        last: The optimizer steps after it.
+        loss_scale: Factor on its mean loss that makes every picture of the window weigh alike.
+    """
+
+    first: bool = True
+    last: bool = True
+    loss_scale: float = 1.0
+
+
+class TransferClassifier(LightningModule):
+    """Fine-tune a timm net under the normalization of the switch.
+
+    The net is built when the data knows its classes. Pixels come as uint8 and are normalized here, with the statistics
+    of the pretrained weights, so that a comparison of norms cannot be spoilt by wrong ones.
+
+    Args:
+        backbone: timm's name of the net, without a weights tag: resnet18, resnetv2_50, ...
+        norm: The switch: bn, bn_frozen, bn_sync, gn, gn_ws (GroupNorm + Weight Standardization), bn_ws, ln, in, none.
+        num_groups: Groups of GroupNorm.
+        group_size: Channels per group, instead of num_groups.
+        pretrained: null from scratch, auto for the weights that fit backbone and norm, a timm tag, or a file.
+        conversion: What to do with weights trained under BN when the net has none: refuse, or copy the affine part.
+        once_per_window: Standardize and cast weights once per accumulation window instead of once per micro-batch.
+        channels_last: Memory layout of the pictures; auto takes what measured faster for the norm and device.
+        compile: Compile the net with torch.compile.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        optimizer: sgd with momentum, adamw or adam.
+        lr: Learning rate per optimizer step, of the backbone.
+        head_lr: Learning rate of the new head; null takes lr.
+        momentum: Momentum of sgd; first beta of adam.
+        weight_decay: Decay of weights, not of norms and biases.
+        layer_decay: Factor on the learning rate per layer towards the stem, in (0, 1]; 1 disables it.
+        schedule: cosine to zero or constant, after the warm-up.
+        warmup_fraction: Part of all optimizer steps in which the learning rate rises, in [0, 1).
+        label_smoothing: Weight of the uniform distribution in the training target, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnetv2_18",
+        norm: Norm = "gn_ws",
+        num_groups: int = 32,
+        group_size: int | None = None,
+        pretrained: str | None = None,
+        conversion: Conversion = "refuse",
+        once_per_window: bool = True,
+        channels_last: bool | Literal["auto"] = "auto",
+        compile: bool = False,
+        gradient_checkpointing: bool = False,
+        optimizer: OptimizerName = "sgd",
+        lr: float = 0.01,
+        head_lr: float | None = None,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        layer_decay: float = 1.0,
+        schedule: ScheduleName = "cosine",
+        warmup_fraction: float = 0.1,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check_range("model.lr", lr, low=0.0, open_low=True)
+        if head_lr is not None:
+            _check_range("model.head_lr", head_lr, low=0.0)
+        _check_range("model.momentum", momentum, low=0.0, high=1.0)
+        _check_range("model.weight_decay", weight_decay, low=0.0)
+        _check_range("model.layer_decay", layer_decay, low=0.0, high=1.0, open_low=True, open_high=False)
+        _check_range("model.warmup_fraction", warmup_fraction, low=0.0, high=1.0)
+        _check_range("model.label_smoothing", label_smoothing, low=0.0, high=1.0)
+        self.backbone = backbone
+        self.norm: Norm = norm
+        self.num_groups = num_groups
+        self.group_size = group_size
+        self.pretrained = pretrained
+        self.conversion: Conversion = conversion
+        self.once_per_window = once_per_window
+        self.channels_last = channels_last
+        self.compile_net = compile
+        self.gradient_checkpointing = gradient_checkpointing
+        self.optimizer_name: OptimizerName = optimizer
+        self.lr = lr
+        self.head_lr = head_lr
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.layer_decay = layer_decay
+        self.schedule: ScheduleName = schedule
+        self.warmup_fraction = warmup_fraction
+        self.label_smoothing = label_smoothing
+
+        self.micro_batch = MicroBatch()
+        self.evaluation_precision: torch.dtype | None = None
+        self.classes: list[str] = []
+        self.head = ""
+        self.report: TransferReport | None = None
+        self.net: nn.Module | None = None
+        self._engine: OncePerWindow | None = None
+        self._memory_format = torch.contiguous_format
+        self._restored: dict[str, Any] | None = None
+        self.run_config: dict[str, Any] = {}
+        self.class_weight: Tensor | None
+
+    # -- building -----------------------------------------------------------------------------------------------
+
+    def build(self, classes: list[str], *, class_weight: Tensor | None = None) -> None:
+        """Build the net for these classes; does nothing when it stands already.
+
+        Args:
+            classes: Names of the classes, in the order of the targets.
+            class_weight: Weight of each class in the training loss, shape ``(num_classes,)``, float32.
+
+        Raises:
+            ConfigError: See :func:`gn_transfer.backbones.create_backbone`.
+        """
+        if self.net is not None:
+            return
+        if self._restored is not None:
+            stored = self._restored
+            architecture = stored["architecture"]
+            self.net = rebuild(
+                architecture["architecture"],
+                norm=self.norm,
+                num_classes=len(stored["classes"]),
+                head=architecture["head"],
+                num_groups=self.num_groups,
+                group_size=self.group_size,
+            )
+            self.head = architecture["head"]
+            self.report = TransferReport(**{k: _frozen(v) for k, v in stored["transfer_report"].items()})
+            mean, std = architecture["mean"], architecture["std"]
+        else:
+            built: Backbone = create_backbone(
+                self.backbone,
+                norm=self.norm,
+                num_classes=len(classes),
+                pretrained=self.pretrained,
+                num_groups=self.num_groups,
+                group_size=self.group_size,
+                conversion=self.conversion,
+            )
+            self.net, self.head, self.report = built.net, built.head, built.report
+            mean, std = list(built.mean), list(built.std)
+        self.classes = list(classes)
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1) * 255.0, persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1) * 255.0, persistent=False)
+        self.register_buffer("class_weight", class_weight, persistent=False)
+        if self.gradient_checkpointing:
+            if not hasattr(self.net, "set_grad_checkpointing"):
+                raise ConfigError(f"model.gradient_checkpointing: {self.backbone} does not offer it; set it to false.")
+            self.net.set_grad_checkpointing(True)  # type: ignore[operator]
+        self._metrics(len(classes))
+
+    def _metrics(self, num_classes: int) -> None:
+        def accuracies(prefix: str) -> MetricCollection:
+            return MetricCollection(
+                {
+                    "acc1": MulticlassAccuracy(num_classes, average="micro"),
+                    "acc_per_class": MulticlassAccuracy(num_classes, average="macro"),
+                },
+                prefix=f"{prefix}/",
+            )
+
+        self.val_metrics, self.test_metrics = accuracies("val"), accuracies("test")
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+
+    def configure_model(self) -> None:
+        """Build the net if the command line has not done so; called by Lightning once the data is set up."""
+        data = self._data()
+        self.build(data.classes, class_weight=data.class_weight_tensor)
+
+    def check_batch(self, *, batch_size: int, img_size: int) -> None:
+        """Refuse a batch that the net cannot train on; see :func:`gn_transfer.backbones.check_input`."""
+        assert self.net is not None
+        check_input(self.net, self.norm, batch_size=batch_size, img_size=img_size)
+
+    @property
+    def normalizes_over_batch(self) -> bool:
+        """Whether training statistics are those of the micro-batch, so that accumulation does not help them."""
+        return self.norm in BN_FAMILY - {"bn_frozen"}
+
+    # -- the step -----------------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute logits.
+
+        Args:
+            images: Pixels, uint8, shape ``(B, 3, H, W)``.
+
+        Returns:
+            Logits, shape ``(B, num_classes)``, float32 unless autocast says otherwise.
+        """
+        assert self.net is not None
+        pixels = (images.float() - self.mean) / self.std
+        logits: Tensor = self.net(pixels.contiguous(memory_format=self._memory_format))
+        return logits
+
+    def shared_step(self, batch: tuple[Tensor, Tensor], *, training: bool) -> tuple[Tensor, Tensor]:
+        """Compute loss and logits of a batch, for every stage.
+
+        Args:
+            batch: Pixels uint8 ``(B, 3, H, W)`` and targets int64 ``(B,)``.
+            training: Apply label smoothing and class weights.
+
+        Returns:
+            Mean loss (scalar, float32) and detached logits ``(B, num_classes)``, float32.
+        """
+        images, targets = batch
+        logits = self(images).float()
+        loss = F.cross_entropy(
+            logits,
+            targets,
+            weight=self.class_weight if training else None,
+            label_smoothing=self.label_smoothing if training else 0.0,
+            reduction="none",
+        ).mean()
+        return loss, logits.detach()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Train on a micro-batch; the accumulation callback has set :attr:`micro_batch`."""
+        if self._engine is not None:
+            self._engine.micro_batch(first=self.micro_batch.first, last=self.micro_batch.last)
+        loss, logits = self.shared_step(batch, training=True)
+        return {"loss": loss * self.micro_batch.loss_scale, "mean_loss": loss.detach(), "logits": logits}
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Evaluate a batch of validation pictures."""
+        return self._evaluate(batch, self.val_metrics, self.val_loss)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Evaluate a batch of test pictures."""
+        return self._evaluate(batch, self.test_metrics, self.test_loss)
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], accuracies: MetricCollection, mean_loss: MeanMetric) -> Tensor:
+        device, dtype = self.device.type, self.evaluation_precision
+        with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+            loss, logits = self.shared_step(batch, training=False)
+        accuracies.update(logits, batch[1])
+        mean_loss.update(loss, len(logits))
+        return logits
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/acc1``, ``val/acc_per_class`` and ``val/loss``."""
+        self._log_epoch(self.val_metrics, self.val_loss, "val/loss")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/acc1``, ``test/acc_per_class`` and ``test/loss``."""
+        self._log_epoch(self.test_metrics, self.test_loss, "test/loss")
+
+    def _log_epoch(self, accuracies: MetricCollection, mean_loss: MeanMetric, loss_name: str) -> None:
+        self.log_dict({**accuracies.compute(), loss_name: mean_loss.compute()}, prog_bar=False)
+        accuracies.reset()
+        mean_loss.reset()
+
+    # -- optimization -------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Build the fused optimizer and the schedule over optimizer steps."""
+        assert self.net is not None
+        groups = parameter_groups(
+            self.net.named_parameters(),
+            lr=self.lr,
+            head=self.head,
+            head_lr=self.head_lr,
+            weight_decay=self.weight_decay,
+            layer_decay=self.layer_decay,
+            depths=parameter_depths(self.net) if self.layer_decay < 1 else None,
+        )
+        optimizer = create_optimizer(self.optimizer_name, groups, momentum=self.momentum)
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup, scale = math.ceil(self.warmup_fraction * total), SCHEDULES[self.schedule]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: scale(step, total, warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Choose the memory layout, attach the once-per-window engine and compile, on the device of the training."""
+        assert self.net is not None
+        channels_last = self.channels_last
+        if channels_last == "auto":
+            data = self._data()
+            self._memory_format = preferred_memory_format(self.norm, self.device.type, batch_size=data.batch_size)
+        else:
+            self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.net.to(memory_format=self._memory_format)  # type: ignore[call-overload]
+        if self.once_per_window:
+            self._engine = OncePerWindow(self.net)
+        if self.compile_net:
+            self.net.compile()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Drop an unfinished window."""
+        if self._engine is not None:
+            self._engine.reset()
+
+    def on_fit_end(self) -> None:
+        """Detach the once-per-window engine."""
+        if self._engine is not None:
+            self._engine.remove()
+            self._engine = None
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def architecture(self) -> dict[str, Any]:
+        """Describe the net with plain values, enough to build it again without timm's weights."""
+        assert self.report is not None
+        return {
+            "backbone": self.backbone,
+            "architecture": self.report.architecture,
+            "norm": self.norm,
+            "num_groups": self.num_groups,
+            "group_size": self.group_size,
+            "head": self.head,
+            "mean": (self.mean.flatten() / 255.0).tolist(),
+            "std": (self.std.flatten() / 255.0).tolist(),
+        }
+
+    def restore(self, stored: dict[str, Any]) -> None:
+        """Build the net from a checkpoint's description instead of fetching pretrained weights again.
+
+        Args:
+            stored: What :meth:`on_save_checkpoint` wrote under ``gn_transfer``.
+        """
+        self._restored = stored
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what is needed to rebuild the net: plain values only, so that it loads with ``weights_only=True``."""
+        assert self.report is not None
+        checkpoint.setdefault("gn_transfer", {}).update(
+            version=CHECKPOINT_VERSION,
+            classes=list(self.classes),
+            architecture=self.architecture(),
+            transfer_report=self.report.as_dict(),
+            **self.run_config,
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other classes."""
+        stored = checkpoint["gn_transfer"]["classes"]
+        if self.classes and stored != self.classes:
+            raise ConfigError(
+                f"the checkpoint knows the classes {', '.join(stored[:5])} ({len(stored)}), the data has "
+                f"{', '.join(self.classes[:5])} ({len(self.classes)}); point data.root at the data it was trained on."
+            )
+
+    def _data(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check_range(
+    key: str, value: float, *, low: float, high: float = math.inf, open_low: bool = False, open_high: bool = True
+) -> None:
+    below = value <= low if open_low else value < low
+    above = value >= high if open_high else value > high
+    if below or above or math.isnan(value):
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ConfigError(f"{key}={value} is out of range; use a number in {interval}.")

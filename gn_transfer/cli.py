@@ -1,0 +1,539 @@
+"""The verbs that train and evaluate: Lightning's command line, with runs, checkpoints and messages of our own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+
+from gn_transfer.callbacks import (
+    AtomicCheckpointIO,
+    EpochLines,
+    GradientAccumulation,
+    LastCheckpoint,
+    MixedPrecision,
+    OptionalEarlyStopping,
+    ProgressBar,
+    RunRecord,
+    Throughput,
+    ValidationFigures,
+    best_checkpoint,
+    device_type,
+    read_checkpoint,
+    resolve_precision,
+)
+from gn_transfer.classifier import CHECKPOINT_VERSION, TransferClassifier
+from gn_transfer.config import NORMS, ConfigError, did_you_mean, find_config
+from gn_transfer.data import Folder, Pets, PictureData, Sample
+from gn_transfer.data.base import core_count
+from gn_transfer.loggers import (
+    RunFolder,
+    RunLog,
+    RunLogger,
+    claim_run,
+    environment,
+    find_last,
+    flat_hparams,
+    run_of_checkpoint,
+    write_json,
+)
+from gn_transfer.plan import duration, make_plan
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": 10,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,  # the plan has checked shapes and files already
+    "enable_model_summary": False,  # the plan says it in a line
+    "use_distributed_sampler": False,  # the data's own sampler knows ranks and resumes inside an epoch
+}
+
+DATA = (Sample, Pets, Folder)
+"""What ``--data NAME`` offers; jsonargparse finds subclasses of PictureData that are imported."""
+
+# What decides the course of a training: a resumed run must not change it. The number of epochs may grow.
+_FIXED_ON_RESUME = ("seed_everything", "data", "model", "accumulation", "mixed_precision")
+_FREE_ON_RESUME = {
+    "data.init_args.root",
+    "data.init_args.num_workers",
+    "data.init_args.download",
+    "model.compile",
+    "model.channels_last",
+    "model.pretrained",
+    "mixed_precision.evaluation",
+}
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Run ``fit``, ``validate`` or ``test``.
+
+    Args:
+        verb: The verb.
+        arguments: What stands behind it.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        ConfigError: The user's mistake.
+        KeyboardInterrupt: Interrupted, after the checkpoint was saved.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    prepared = _Arguments(verb, arguments)
+    with prepared.files() as argv, _quiet_warnings(), _own_argv(argv):
+        try:
+            command = Command(prepared)
+        except ArgumentError as error:
+            raise ConfigError(_explain(str(error), verb)) from error
+        except SystemExit as error:
+            # Lightning turns Ctrl-C into exit code 1; jsonargparse leaves with 0 after printing help.
+            if error.code in (0, None):
+                return 0
+            raise KeyboardInterrupt from error
+        except OSError as error:
+            if error.errno is not None and error.errno == 28:  # no space left on device
+                raise ConfigError(f"the disk is full: {error}; free some room and continue with --ckpt_path last.") from error
+            raise
+    return command.exit_code
+
+
+class _Arguments:
+    """The arguments as Lightning's command line will read them, with what had to be found out before.
+
+    Attributes:
+        verb: The verb.
+        config_name: Name of the last config, without suffix; the name of a folder of runs.
+        checkpoint: Path behind ``--ckpt_path``, resolved.
+        stored: Content of that checkpoint under ``gn_transfer``.
+    """
+
+    def __init__(self, verb: str, arguments: Sequence[str]) -> None:
+        self.verb = verb
+        self.argv = list(arguments)
+        configs = [self._replace(index, find_config) for index in self._values_of("--config", "-c")]
+        self.config_name = Path(configs[-1]).stem if configs else "default"
+        self.checkpoint: Path | None = None
+        self.stored: dict[str, Any] | None = None
+        root = next((self._get(index) for index in self._values_of("--trainer.default_root_dir")), ".")
+        for index in self._values_of("--ckpt_path"):
+            self.checkpoint = Path(self._replace(index, lambda value: self._checkpoint(value, Path(root), bool(configs))))
+            self.stored = read_checkpoint(self.checkpoint)["gn_transfer"]
+            if self.stored["version"] > CHECKPOINT_VERSION:
+                raise ConfigError(
+                    f"--ckpt_path {self.checkpoint} was written by a newer gn-transfer (format "
+                    f"{self.stored['version']}, this one reads up to {CHECKPOINT_VERSION}); update gn-transfer."
+                )
+        self.has_config = bool(configs)
+        if self.stored is not None and not configs:
+            self.config_name = str(self.stored["config_name"])
+        if verb != "fit" and self.stored is None and not any(a in ("-h", "--help") for a in self.argv):
+            raise ConfigError(
+                f"{verb} needs a checkpoint: give --ckpt_path checkpoints/CONFIG/RUN/best.ckpt, or --config NAME with "
+                "--ckpt_path last."
+            )
+
+    @contextmanager
+    def files(self) -> Iterator[list[str]]:
+        """Give the arguments; without a config, the checkpoint's own configuration stands in front of them."""
+        if self.stored is None or self.has_config:
+            yield [self.verb, *self.argv]
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "config.yaml"
+            path.write_text(yaml.safe_dump(self.stored["config"], sort_keys=False), encoding="utf-8")
+            yield [self.verb, "--config", str(path), *self.argv]
+
+    def _checkpoint(self, value: str, root: Path, has_config: bool) -> Path:
+        if value != "last":
+            return Path(value)
+        name = self.config_name if has_config else "*"
+        found = find_last(root, name)
+        if found is None:
+            raise ConfigError(
+                f"--ckpt_path last: no run under {root / 'checkpoints' / name} has a last.ckpt; start one with "
+                "gn-transfer fit, or give the path of a checkpoint."
+            )
+        return found
+
+    def _values_of(self, *names: str) -> list[int]:
+        """Positions whose argument is, or contains after ``=``, the value of an option."""
+        found = []
+        for index, argument in enumerate(self.argv):
+            if argument in names and index + 1 < len(self.argv):
+                found.append(index + 1)
+            elif argument.startswith(tuple(f"{name}=" for name in names if name.startswith("--"))):
+                found.append(index)
+        return found
+
+    def _get(self, index: int) -> str:
+        argument = self.argv[index]
+        return argument.split("=", 1)[1] if argument.startswith("--") else argument
+
+    def _replace(self, index: int, resolve: Any) -> str:
+        value = str(resolve(self._get(index)))
+        option, equals, _ = self.argv[index].partition("=")
+        self.argv[index] = f"{option}={value}" if option.startswith("--") and equals else value
+        return value
+
+
+class Command(LightningCLI):
+    """LightningCLI with our keys, in the order in which data flows.
+
+    Args:
+        arguments: The prepared arguments.
+    """
+
+    def __init__(self, arguments: _Arguments) -> None:
+        self.arguments = arguments
+        self.log = RunLog()
+        self.exit_code = 0
+        self.run_folder: RunFolder | None = None
+        self.best = best_checkpoint(Path("checkpoints"), "val/acc1", "max")
+        strict = {"exit_on_error": False}
+        super().__init__(
+            TransferClassifier,
+            PictureData,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_kwargs={**strict, **{verb: dict(strict) for verb in self.subcommands()}},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    # -- parsing ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The verbs of Lightning that we serve, with the arguments that are ours to fill."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
+            "test": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
+        }
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the seed."""
+        parser.add_argument(
+            "--seed_everything", type=int, default=0, help="One seed for weights, split, order and augmentation."
+        )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add our keys in the order of the data's path."""
+        parser.add_lightning_class_args(PictureData, "data", subclass_mode=True)
+        parser.set_defaults({"data": {"class_path": "Sample"}})
+        parser.add_lightning_class_args(TransferClassifier, "model")
+        parser.add_lightning_class_args(GradientAccumulation, "accumulation")
+        parser.add_lightning_class_args(MixedPrecision, "mixed_precision")
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(OptionalEarlyStopping, "early_stopping")
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.add_argument("--dry_run", action="store_true", help="Print the plan and stop.")
+
+    def _parse_ckpt_path(self) -> None:
+        """Do not let a checkpoint overrule the command line in silence, as Lightning would; see :meth:`_settle`."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what cannot be, before anything is built."""
+        config = self._section()
+        if config.trainer.precision is not None:
+            raise ConfigError(
+                f"trainer.precision={config.trainer.precision}: set mixed_precision.mode (auto, bf16, fp16, fp32) instead."
+            )
+        if config.trainer.accumulate_grad_batches != 1:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}: set "
+                "accumulation.effective_batch_size (pictures per optimizer step) instead."
+            )
+        if self.arguments.stored is not None:
+            self._settle(self.arguments.stored)
+        workers = config.data.init_args.get("num_workers")
+        if device_type(str(config.trainer.accelerator)) == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            # Compute threads and data workers share the cores: a busy neighbour slows each step several times.
+            torch.set_num_threads(max(1, core_count() - (workers or 0)))
+
+    def _settle(self, stored: dict[str, Any]) -> None:
+        """Compare the configuration in force with the checkpoint's."""
+        theirs, ours = _flatten(stored["config"]), _flatten(self.plain_config())
+        keys = _FIXED_ON_RESUME if self.subcommand == "fit" else ("model.backbone", "model.norm", "model.num_groups")
+        different = [
+            key
+            for key in ours
+            if key.startswith(keys) and key not in _FREE_ON_RESUME and key in theirs and theirs[key] != ours[key]
+        ]
+        if different:
+            said = "; ".join(f"{key} is {theirs[key]} in the checkpoint and {ours[key]} here" for key in different)
+            raise ConfigError(
+                f"--ckpt_path {self.arguments.checkpoint} belongs to another run: {said}. To continue that run leave "
+                "these options out; to start a new run from its weights set model.pretrained to the checkpoint instead."
+            )
+
+    def plain_config(self) -> dict[str, Any]:
+        """Give the resolved configuration as plain values, with the seed and without what only this call needs."""
+        dumped = yaml.safe_load(self._parser(self.subcommand).dump(self._section(), skip_none=False, format="yaml"))
+        for key in ("ckpt_path", "dry_run", "config"):
+            dumped.pop(key, None)
+        plain: dict[str, Any] = dumped
+        return plain
+
+    def _section(self) -> Namespace:
+        section: Namespace = self.config[str(self.subcommand)]
+        return section
+
+    # -- building -----------------------------------------------------------------------------------------------
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer with resolved precision and our callbacks; its logger comes when the run has a folder."""
+        config = self._section()
+        accelerator = str(config.trainer.accelerator)
+        self.precision = resolve_precision(config.mixed_precision.mode, device_type(accelerator))
+        callbacks = [Throughput(), ValidationFigures(), EpochLines(self.log.print)]
+        interactive = sys.stderr.isatty() and config.trainer.enable_progress_bar is not False
+        if interactive and self.subcommand == "fit":
+            callbacks.append(ProgressBar(leave=False))
+        if self.subcommand == "fit":
+            callbacks.append(self.best)
+        self.extra_loggers = self._loggers()
+        trainer_config = {
+            **self._get(self.config_init, "trainer", default={}),
+            "precision": self.precision,
+            "logger": False,
+            "enable_progress_bar": interactive,
+            "plugins": [*_as_list(self._get(self.config_init, "trainer").plugins), AtomicCheckpointIO()],
+            **kwargs,
+        }
+        groups = ["accumulation", "mixed_precision", "checkpoint", "early_stopping"]
+        ours = [self._get(self.config_init, group) for group in groups]
+        return self._instantiate_trainer(trainer_config, [*ours, *callbacks])
+
+    def _loggers(self) -> list[Logger]:
+        logger = self._get(self.config_init, "trainer").logger
+        return [] if logger in (None, True, False) else _as_list(logger)
+
+    # -- fit ----------------------------------------------------------------------------------------------------
+
+    def fit(self, **kwargs: Any) -> None:
+        """Prepare everything that can fail, print the plan, claim the run's folder, train, say what comes next."""
+        config, model, data, trainer = self._section(), self.model, self.datamodule, self.trainer
+        resumed = self.arguments.stored
+        data.prepare_data()
+        data.setup("fit")
+        if resumed is not None:
+            model.restore(resumed)
+            _check_classes(resumed["classes"], data.classes)
+        model.build(data.classes, class_weight=data.class_weight_tensor)
+        model.check_batch(batch_size=data.batch_size, img_size=data.img_size)
+        plan = make_plan(
+            model,
+            data,
+            effective_batch_size=config.accumulation.effective_batch_size,
+            precision=self.precision,
+            device=trainer.strategy.root_device,
+            num_devices=trainer.world_size,
+            max_epochs=-1 if trainer.max_epochs is None else trainer.max_epochs,
+            max_steps=trainer.max_steps,
+            limit_batches=trainer.limit_train_batches,
+        )
+        if trainer.is_global_zero:
+            self.log.print(plan.table())
+            for warning in plan.warnings:
+                self.log.print(f"warning: {warning}")
+        if config.dry_run:
+            return
+        run_folder = self._claim(resumed)
+        self._equip(run_folder, trainer, model, data)
+        if trainer.is_global_zero:
+            verb = "continuing" if resumed is not None and self._continues(run_folder) else "run"
+            self.log.print(f"{verb:<9}  {run_folder.logs}")
+            self.log.attach(run_folder.logs / "run.log")
+        trainer.fit(model, datamodule=data, ckpt_path=kwargs.get("ckpt_path"))
+        if trainer.is_global_zero:
+            self._epilogue(run_folder)
+        self.log.close()
+
+    def _continues(self, run_folder: RunFolder) -> bool:
+        checkpoint = self.arguments.checkpoint
+        return checkpoint is not None and checkpoint.resolve().parent == run_folder.checkpoints.resolve()
+
+    def _claim(self, resumed: dict[str, Any] | None) -> RunFolder:
+        """Choose the run's folder: last.ckpt continues its own run, any other checkpoint opens a new one."""
+        checkpoint, config, data = self.arguments.checkpoint, self._section(), self.datamodule
+        if resumed is not None and checkpoint is not None and checkpoint.name == "last.ckpt":
+            own = run_of_checkpoint(checkpoint)
+            if own is not None:
+                return own
+        handed_down = os.environ.get("GN_TRANSFER_RUN")  # other processes of the same training
+        root = Path(config.trainer.default_root_dir or ".")
+        if handed_down:
+            return RunFolder(handed_down, root)
+        run_folder = claim_run(root, self.arguments.config_name, self.model.norm, data.batch_size, config.seed_everything)
+        if self.trainer.world_size > 1:
+            os.environ["GN_TRANSFER_RUN"] = run_folder.name
+        return run_folder
+
+    def _equip(
+        self, run_folder: RunFolder, trainer: Trainer, model: TransferClassifier, data: PictureData
+    ) -> None:
+        """Give Trainer, callbacks and model what depends on the run's folder."""
+        plain, config = self.plain_config(), self._section()
+        plain["data"]["init_args"]["seed"] = config.seed_everything
+        model.run_config = {"config": _without_links(plain), "config_name": self.arguments.config_name}
+        hparams = flat_hparams(plain)
+        self.best.dirpath = str(run_folder.checkpoints)
+        last = self._get(self.config_init, "checkpoint")
+        last.directory = run_folder.checkpoints
+        facts = {**hparams, **environment(), "config": self.arguments.config_name, "run": run_folder.name}
+        if trainer.is_global_zero:
+            (run_folder.logs / "config.yaml").write_text(
+                yaml.safe_dump(_without_links(plain), sort_keys=False), encoding="utf-8"
+            )
+            write_json(run_folder.logs / "split.json", data.split())
+            assert model.report is not None
+            write_json(run_folder.logs / "transfer_report.json", model.report.as_dict())
+        trainer.callbacks.append(RunRecord(run_folder.logs / "metrics.json", facts, self.best))  # type: ignore[attr-defined]
+        if config.trainer.logger is not False:
+            own = RunLogger(run_folder, hparams)
+            for logger in self.extra_loggers:
+                logger.log_hyperparams(hparams)
+            trainer.loggers = [own, *self.extra_loggers]
+            if trainer.is_global_zero:
+                own.announce()
+
+    def _epilogue(self, run_folder: RunFolder) -> None:
+        score, best = self.best.best_model_score, run_folder.checkpoints / "best.ckpt"
+        speed = next(c for c in self.trainer.callbacks if isinstance(c, Throughput)).images_per_sec  # type: ignore[attr-defined]
+        if score is not None:
+            self.log.print(f"reached    val/acc1 {float(score):.4f} at its best, {speed:.1f} images/s")
+        self.log.print(f"best       {best}\nmetrics    {run_folder.logs / 'metrics.json'}")
+        other = "bn" if self.model.norm == "gn_ws" else "gn_ws"
+        self.log.print(
+            "next       "
+            f"gn-transfer validate --ckpt_path {best}\n"
+            f"           tensorboard --logdir {run_folder.root / 'runs'}\n"
+            f"           gn-transfer fit {self._typed()} --model.norm {other}"
+        )
+
+    def _typed(self) -> str:
+        """Repeat what the user typed, less the norm and the checkpoint."""
+        words = iter(sys.argv[2:])
+        kept = []
+        for word in words:
+            if word in ("--model.norm", "--ckpt_path"):
+                next(words, None)
+            elif not word.startswith(("--model.norm=", "--ckpt_path=")):
+                kept.append(word)
+        return " ".join(kept)
+
+    # -- validate and test --------------------------------------------------------------------------------------
+
+    def validate(self, **kwargs: Any) -> None:
+        """Evaluate a checkpoint on the validation split."""
+        self._evaluate("validate")
+
+    def test(self, **kwargs: Any) -> None:
+        """Evaluate a checkpoint on the test split, and note the figure in the run's metrics.json."""
+        self._evaluate("test")
+
+    def _evaluate(self, stage: str) -> None:
+        stored, checkpoint = self.arguments.stored, self.arguments.checkpoint
+        assert stored is not None
+        assert checkpoint is not None
+        self.model.restore(stored)
+        self.datamodule.prepare_data()
+        self.datamodule.setup(stage)
+        _check_classes(stored["classes"], self.datamodule.classes)
+        for name, value in self.datamodule.describe()[:3]:
+            self.log.print(f"{name:<9}  {value}")
+        if self._section().dry_run:
+            return
+        verb = getattr(self.trainer, stage)
+        [metrics] = verb(self.model, datamodule=self.datamodule, ckpt_path=str(checkpoint), verbose=False)
+        for name, value in metrics.items():
+            self.log.print(f"{name:<20} {value:.4f}")
+        run_folder = run_of_checkpoint(checkpoint)
+        record = None if run_folder is None else run_folder.logs / "metrics.json"
+        if stage == "test" and record is not None and record.is_file():
+            known = yaml.safe_load(record.read_text(encoding="utf-8"))
+            write_json(record, {**known, **metrics, "test/checkpoint": checkpoint.name})
+            self.log.print(f"noted in {record}")
+
+
+def _check_classes(stored: Sequence[str], found: Sequence[str]) -> None:
+    if list(stored) != list(found):
+        raise ConfigError(
+            f"the checkpoint knows {len(stored)} classes ({', '.join(stored[:4])}, ...), the data has {len(found)} "
+            f"({', '.join(found[:4])}, ...); point data.root at the data it was trained on."
+        )
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _without_links(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the data's seed, which is linked to seed_everything and refused when it is given."""
+    data = dict(config["data"])
+    data["init_args"] = {key: value for key, value in data["init_args"].items() if key != "seed"}
+    return {**config, "data": data}
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _explain(message: str, verb: str) -> str:
+    """Turn jsonargparse's message into ours: one line, and what could have been meant."""
+    return message
+
+
+@contextmanager
+def _own_argv(argv: list[str]) -> Iterator[None]:
+    """Let Lightning read the prepared arguments from ``sys.argv``, and other processes of the training as well."""
+    before = sys.argv
+    sys.argv = [before[0] if before else "gn-transfer", *argv]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+@contextmanager
+def _quiet_warnings() -> Iterator[None]:
+    """Silence what users can do nothing about."""
+    with warnings.catch_warnings():
+        for message in (
+            ".*does not have many workers.*",  # the number of workers is chosen, and printed
+            ".*You're resuming from a checkpoint that ended before the epoch ended.*",  # our sampler resumes inside it
+            ".*number of training batches.*smaller than the logging interval.*",
+            ".*Checkpoint directory .* exists and is not empty.*",
+            ".*Experiment logs directory .* exists and is not empty.*",
+            ".*callbacks used to create the checkpoint need to be provided.*",  # evaluation needs none of them
+            ".*isinstance.treespec, LeafSpec.*",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        yield

@@ -1,0 +1,46 @@
+"""From a folder of pictures to batches. Read in the order: base, pets, folder, sample | decode, splits, transforms.
+
+Names are imported on first use: ``decode`` and ``preprocess`` serve ``predict``, which must not pay for lightning.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gn_transfer.data.base import PictureData
+    from gn_transfer.data.decode import BadImageError, decode_image
+    from gn_transfer.data.folder import Folder
+    from gn_transfer.data.pets import Pets
+    from gn_transfer.data.preprocess import preprocess_image
+    from gn_transfer.data.sample import Sample
+    from gn_transfer.data.sampler import EpochSampler
+
+__all__ = [
+    "BadImageError",
+    "EpochSampler",
+    "Folder",
+    "Pets",
+    "PictureData",
+    "Sample",
+    "decode_image",
+    "preprocess_image",
+]
+
+_HOMES = {
+    "BadImageError": "decode",
+    "EpochSampler": "sampler",
+    "Folder": "folder",
+    "Pets": "pets",
+    "PictureData": "base",
+    "Sample": "sample",
+    "decode_image": "decode",
+    "preprocess_image": "preprocess",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,225 @@
+"""From a file to RGB pixels. numpy, OpenCV and Pillow only: ``predict`` uses it without torch.
+
+What a file holds is read from its first bytes, never from its name: Pets has a GIF and PNGs named ``.jpg``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from gn_transfer.config import ConfigError
+
+MAX_PIXELS = 89_478_485
+"""Larger pictures are refused before they are decoded: Pillow's own bound, 256 MiB of RGB pixels."""
+
+_JPEG = b"\xff\xd8\xff"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_STANDALONE_MARKERS = {0x01, *range(0xD0, 0xD8)}  # TEM and RSTn carry no length
+_FRAME_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOFn; the three others are DHT, JPG and DAC
+
+
+class BadImageError(ConfigError):
+    """A picture that cannot be decoded.
+
+    A DataLoader worker's error reaches the main process as ``type(error)(text)``, where ``text`` quotes the worker's
+    whole traceback: a single argument is therefore accepted, and of a quoted traceback only the message is kept.
+
+    Args:
+        path: The file, or a whole message when ``reason`` is None.
+        reason: What is wrong with it.
+
+    Attributes:
+        path: The file; empty where only a message is known.
+        reason: What is wrong with it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reason: str | None = None) -> None:
+        self.path = "" if reason is None else os.fspath(path)
+        self.reason = os.fspath(path) if reason is None else reason
+        if reason is None and self.reason.startswith("Caught "):
+            self.reason = self.reason.rstrip().rpartition(f"{type(self).__name__}: ")[2]
+        super().__init__(f"{self.path}: {self.reason}" if self.path else self.reason)
+
+    def __reduce__(self) -> tuple[type[BadImageError], tuple[str, ...]]:
+        return type(self), (self.path, self.reason) if self.path else (self.reason,)
+
+
+class JpegHeader(NamedTuple):
+    """What the segments before a JPEG's pixel data say.
+
+    Attributes:
+        width: In pixels, before any EXIF rotation.
+        height: In pixels, before any EXIF rotation.
+        components: 1 grey, 3 colour, 4 CMYK.
+        precision: Bits per component.
+        scan_start: Byte offset of the first start-of-scan marker.
+    """
+
+    width: int
+    height: int
+    components: int
+    precision: int
+    scan_start: int
+
+
+def decode_image(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
+    """Decode any picture to upright 8-bit RGB.
+
+    Ordinary JPEGs go through OpenCV (fast, releases the GIL), everything else through Pillow: the first frame of a GIF,
+    alpha laid over white, grey, palette, CMYK, 16 bits per channel (its upper 8). EXIF rotation is applied.
+    A JPEG that lacks its end marker is refused: decoders fill what is missing with grey and only warn. Faulty
+    data *before* the end marker is tolerated as every reader of Pets does (beagle_116, chihuahua_121).
+
+    Args:
+        path: The file; its extension is not looked at.
+
+    Returns:
+        Pixels, shape ``(H, W, 3)``, RGB, contiguous.
+
+    Raises:
+        BadImageError: Missing, empty, truncated, of no known format, or larger than :data:`MAX_PIXELS`.
+    """
+    data = _read(path)
+    if data.startswith(_JPEG):
+        header = _whole_jpeg_header(data, path)
+        if header.components != 4 and header.precision == 8:
+            pixels_BGR = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)  # applies EXIF rotation
+            if pixels_BGR is not None:
+                return np.asarray(cv2.cvtColor(pixels_BGR, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+    return _decode_with_pillow(data, path)
+
+
+def check_image(path: str | os.PathLike[str]) -> None:
+    """Look at a file's two ends: finds what is missing, empty, truncated or no picture, in some 50 us.
+
+    Not a promise that it decodes; :func:`decode_image` is.
+
+    Args:
+        path: The file.
+
+    Raises:
+        BadImageError: As :func:`decode_image`, for faults that show without decoding.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(16)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 12))
+            tail = file.read()
+    except OSError as error:
+        raise BadImageError(path, _os_reason(error)) from error
+    if (head.startswith(_JPEG) and tail.endswith(b"\xff\xd9")) or (head.startswith(_PNG) and b"IEND" in tail):
+        return
+    data = _read(path)  # the rare rest pays for a closer look
+    if data.startswith(_JPEG):
+        _whole_jpeg_header(data, path)
+    elif data.startswith(_PNG) and b"IEND" not in data:
+        raise BadImageError(path, f"truncated PNG: {len(data):,} bytes without its end chunk")
+    else:
+        with _open_with_pillow(data, path):
+            pass
+
+
+def read_jpeg_header(data: bytes) -> JpegHeader | None:
+    """Walk the segments of a JPEG up to its pixel data.
+
+    Source: ITU-T T.81, annex B.
+
+    Args:
+        data: The whole file.
+
+    Returns:
+        The header, or None where the segments do not lead to a frame and a scan.
+    """
+    position = 2
+    frame: tuple[int, int, int, int] | None = None
+    while position + 4 <= len(data):
+        if data[position] != 0xFF:
+            return None
+        marker = data[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
+            continue
+        if marker in _STANDALONE_MARKERS:
+            position += 2
+            continue
+        length = int.from_bytes(data[position + 2 : position + 4], "big")
+        if marker in _FRAME_MARKERS and position + 10 <= len(data):
+            height = int.from_bytes(data[position + 5 : position + 7], "big")
+            width = int.from_bytes(data[position + 7 : position + 9], "big")
+            frame = (width, height, data[position + 9], data[position + 4])
+        if marker == 0xDA:
+            return JpegHeader(*frame, scan_start=position) if frame is not None else None
+        position += 2 + length
+    return None
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise BadImageError(path, _os_reason(error)) from error
+    if not data:
+        raise BadImageError(path, "empty file (0 bytes)")
+    return data
+
+
+def _os_reason(error: OSError) -> str:
+    return "no such file" if isinstance(error, FileNotFoundError) else error.strerror or type(error).__name__
+
+
+def _whole_jpeg_header(data: bytes, path: str | os.PathLike[str]) -> JpegHeader:
+    header = read_jpeg_header(data)
+    # Inside a scan every 0xFF byte is followed by 0x00 or a restart marker, so an end marker behind the scan's start is
+    # the real one; one before it belongs to the EXIF thumbnail.
+    if header is None or data.find(b"\xff\xd9", header.scan_start) < 0:
+        raise BadImageError(path, f"truncated JPEG: {len(data):,} bytes without an end marker")
+    _check_size(header.width, header.height, path)
+    return header
+
+
+def _check_size(width: int, height: int, path: str | os.PathLike[str]) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadImageError(
+            path, f"{width:,} x {height:,} = {width * height / 1e6:,.0f} megapixels; at most {MAX_PIXELS / 1e6:.0f}"
+        )
+
+
+def _open_with_pillow(data: bytes, path: str | os.PathLike[str]) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:
+        raise BadImageError(path, f"not a picture: starts with {data[:8]!r}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadImageError(path, f"more than {MAX_PIXELS / 1e6:.0f} megapixels: {error}") from error
+    except Exception as error:  # a damaged header surfaces as whatever its parser ran into
+        raise BadImageError(path, f"cannot be opened: {error}") from error
+    _check_size(*image.size, path)
+    return image
+
+
+def _decode_with_pillow(data: bytes, path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
+    with _open_with_pillow(data, path) as image:
+        if image.mode == "F":
+            raise BadImageError(path, "holds floating-point pixels, whose range is unknown; save it with 8 or 16 bits")
+        try:
+            return np.array(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
+        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+            raise BadImageError(path, f"cannot be decoded: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits: convert("RGB") would clip at 255 instead of scaling
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

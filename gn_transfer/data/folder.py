@@ -1,0 +1,160 @@
+"""The user's own pictures: a folder per class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from gn_transfer.config import ConfigError
+from gn_transfer.data.base import FitPictures, PictureData
+from gn_transfer.data.dataset import Picture
+from gn_transfer.data.splits import stratified_split
+from gn_transfer.data.transforms import Recipe
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"})
+"""Endings, in any case, of the files that count as pictures; others, and hidden ones, are left alone."""
+
+_VAL_NAMES = ("val", "valid", "validation")
+
+
+class Folder(PictureData):
+    """Pictures of your own, one folder per class.
+
+    Either ``root/train/<class>/*``, with ``root/val`` and ``root/test`` of the same classes where they exist, or
+    ``root/<class>/*``. A missing validation or test split is cut from the rest, stratified by class and seeded.
+
+    Args:
+        root: Folder of the class folders, or of train, val and test.
+        img_size: Side of the square that the net sees, in pixels.
+        batch_size: Pictures per forward and device; what BatchNorm sees.
+        num_workers: Data worker processes; None: as many as fit, so that compute threads and workers do not exceed the
+            cores (on a CPU that is usually 0).
+        val_fraction: Share of the training pictures that is held out for validation, stratified by class; not used
+            where there is a folder val, valid or validation.
+        recipe: Augmentation of the training pictures: none, light (squash, flip, cutout) or crop_flip (random
+            resized crop and flip).
+        on_bad_image: A picture that cannot be decoded: stop with its path, or decode all at the start and skip
+            those.
+        class_weights: Weights of the classes in the loss: none, or balanced (inverse frequency).
+        seed: Seed of the split, the order and the augmentation.
+        test_fraction: Share of the pictures that is held out for ``test`` before validation is; 0 disables. Not used
+            where there is a folder test.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        img_size: int = 224,
+        batch_size: int = 1,
+        num_workers: int | None = None,
+        val_fraction: float = 0.2,
+        recipe: Recipe = "crop_flip",
+        on_bad_image: Literal["stop", "skip"] = "stop",
+        class_weights: Literal["none", "balanced"] = "none",
+        seed: int = 0,
+        test_fraction: float = 0.0,
+    ) -> None:
+        super().__init__(
+            root, img_size, batch_size, num_workers, val_fraction, recipe, on_bad_image, class_weights, seed
+        )
+        self.test_fraction = test_fraction
+
+    def list_fit(self) -> FitPictures:
+        """List training and, where it has a folder, validation."""
+        train_root = self._train_root()
+        classes = class_folders(train_root)
+        train = self._pictures(train_root, classes)
+        if self._split_folder("test") is None and self.test_fraction != 0.0:
+            train = self._cut_test(train)[0]
+        val_root = self._split_folder(*_VAL_NAMES)
+        return FitPictures(classes, train, None if val_root is None else self._same_classes(val_root, classes))
+
+    def list_test(self) -> list[Picture]:
+        """List the folder ``test``, or the part that ``test_fraction`` holds out."""
+        train_root = self._train_root()
+        classes = class_folders(train_root)
+        test_root = self._split_folder("test")
+        if test_root is not None:
+            return self._same_classes(test_root, classes)
+        if self.test_fraction == 0.0:
+            raise ConfigError(
+                f"data.root={self.root}: no test pictures. Add a folder {Path(self.root) / 'test'} with the class "
+                "folders beside train, or hold a share out with data.test_fraction (for fit and test alike)."
+            )
+        return self._cut_test(self._pictures(train_root, classes))[1]
+
+    def _train_root(self) -> Path:
+        root = Path(self.root)
+        if not root.is_dir():
+            raise ConfigError(f"data.root={self.root}: no such folder; give the folder of your class folders.")
+        return self._split_folder("train") or root
+
+    def _split_folder(self, *names: str) -> Path | None:
+        """Find the folder of a split. A folder without subfolders is a class that happens to be called train."""
+        if not _has_folders(Path(self.root) / "train"):
+            return None
+        found = [Path(self.root) / name for name in names if (Path(self.root) / name).is_dir()]
+        if len(found) > 1:
+            raise ConfigError(f"data.root={self.root}: {' and '.join(path.name for path in found)}; keep one of them.")
+        return found[0] if found else None
+
+    def _pictures(self, split_root: Path, classes: list[str]) -> list[Picture]:
+        pictures = []
+        for target, name in enumerate(classes):
+            found = picture_files(split_root / name)
+            if not found:
+                raise ConfigError(
+                    f"{split_root / name}: no pictures ({', '.join(sorted(SUFFIXES))}); add some or remove the folder."
+                )
+            pictures += [Picture(path.relative_to(Path(self.root)).as_posix(), target) for path in found]
+        return pictures
+
+    def _same_classes(self, split_root: Path, classes: list[str]) -> list[Picture]:
+        found = class_folders(split_root)
+        if found != classes:
+            lacks, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
+            raise ConfigError(
+                f"{split_root}: its class folders are not those of train"
+                + (f"; missing: {', '.join(lacks)}" if lacks else "")
+                + (f"; not in train: {', '.join(extra)}" if extra else "")
+                + "."
+            )
+        return self._pictures(split_root, classes)
+
+    def _cut_test(self, pictures: list[Picture]) -> tuple[list[Picture], list[Picture]]:
+        rest, test = stratified_split(
+            [picture.path for picture in pictures],
+            [picture.target for picture in pictures],
+            self.test_fraction,
+            self.seed,
+            key="data.test_fraction",
+        )
+        return [pictures[position] for position in rest], [pictures[position] for position in test]
+
+
+def class_folders(root: Path) -> list[str]:
+    """List the classes: the names of the folders in ``root``, sorted; hidden ones are left out.
+
+    Raises:
+        ConfigError: Fewer than two.
+    """
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(names) < 2:
+        found = f"only one class folder ({names[0]})" if names else "no class folders"
+        raise ConfigError(
+            f"{root}: {found}. A classifier needs at least 2 classes: one folder per class with its pictures in it."
+        )
+    return names
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """List the picture files in and below a folder, sorted; hidden ones are left out."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+    )
+
+
+def _has_folders(folder: Path) -> bool:
+    return folder.is_dir() and any(path.is_dir() for path in folder.iterdir())

@@ -1,0 +1,146 @@
+"""The embedded data set: drawn by our own code, written once, then read like Pets."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+
+from gn_transfer.config import ConfigError
+from gn_transfer.data.draw import BREEDS, draw_animal
+from gn_transfer.data.pets import FOLDER, Pets
+from gn_transfer.data.transforms import Recipe
+
+TRAINVAL_PER_BREED = 100
+TEST_PER_BREED = 20
+PICTURE_SIZE = 96
+"""Side of a picture in pixels."""
+
+_VERSION = 1  # raise it with every change of the drawing: folders written by another version are drawn again
+_STAMP = "sample.json"
+_HEADER = """\
+#Image CLASS-ID SPECIES BREED ID
+#ID: 1:{count} Class ids
+#SPECIES: 1:Cat 2:Dog
+#BREED ID: 1-{cats}:Cat 1:{dogs}:Dog
+#All images with 1st letter as captial are cat images
+#images with small first letter are dog images
+"""
+
+
+class Sample(Pets):
+    """Cats and dogs of invented breeds, drawn into ``root`` on first use and read by the same code as Pets.
+
+    Args:
+        root: Folder that the pictures are written to.
+        img_size: Side of the square that the net sees, in pixels; the pictures have 96.
+        batch_size: Pictures per forward and device; what BatchNorm sees.
+        num_workers: Data worker processes; None: as many as fit, so that compute threads and workers do not exceed the
+            cores (on a CPU that is usually 0).
+        val_fraction: Share of trainval that is held out for validation, stratified by breed.
+        recipe: Augmentation of the training pictures: none, light (squash, flip, cutout) or crop_flip (random
+            resized crop and flip).
+        on_bad_image: A picture that cannot be decoded: stop with its path, or decode all at the start and skip
+            those.
+        class_weights: Weights of the classes in the loss: none, or balanced (inverse frequency).
+        seed: Seed of the split, the order and the augmentation; the pictures are always the same.
+    """
+
+    def __init__(
+        self,
+        root: Path | str = "data_sample",
+        img_size: int = 224,
+        batch_size: int = 1,
+        num_workers: int | None = None,
+        val_fraction: float = 0.2,
+        recipe: Recipe = "crop_flip",
+        on_bad_image: Literal["stop", "skip"] = "stop",
+        class_weights: Literal["none", "balanced"] = "none",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            root, img_size, batch_size, num_workers, val_fraction, recipe, on_bad_image, class_weights, seed
+        )
+
+    def prepare_data(self) -> None:
+        """Draw the pictures unless they are there; Lightning calls it once per machine."""
+        write_sample(Path(self.root))
+
+
+def write_sample(root: Path, seed: int = 0) -> Path:
+    """Write the sample in the layout of Oxford-IIIT Pet: 5 breeds, 100 pictures each in trainval and 20 in test.
+
+    It is written to a temporary folder beside its place and then renamed, so what is found there is whole. A sample of
+    the same version and seed is left as it is; of another, replaced.
+
+    Args:
+        root: Folder that will hold ``oxford-iiit-pet``; made if missing.
+        seed: Seed of the drawings; the same seed gives the same bytes.
+
+    Returns:
+        The folder ``root / "oxford-iiit-pet"``.
+
+    Raises:
+        ConfigError: Something else stands there, or the folder cannot be written.
+    """
+    stamp = {
+        "version": _VERSION,
+        "seed": seed,
+        "size": PICTURE_SIZE,
+        "trainval_per_breed": TRAINVAL_PER_BREED,
+        "test_per_breed": TEST_PER_BREED,
+    }
+    place = root / FOLDER
+    if _read_stamp(place) == stamp:
+        return place
+    if place.exists() and _read_stamp(place) is None:
+        raise ConfigError(f"{place} holds something else than the sample; give the sample another data.root.")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".sample-", dir=root) as scratch:
+            fresh = Path(scratch, FOLDER)
+            _write(fresh, seed)
+            (fresh / _STAMP).write_text(json.dumps(stamp), encoding="utf-8")
+            if place.exists():
+                place.rename(Path(scratch, "old"))
+            try:
+                fresh.rename(place)
+            except OSError:  # another run has put its own there meanwhile
+                if _read_stamp(place) != stamp:
+                    raise
+    except OSError as error:
+        raise ConfigError(f"data.root={root}: the sample cannot be written there ({error}).") from error
+    return place
+
+
+def _write(folder: Path, seed: int) -> None:
+    images, annotations = folder / "images", folder / "annotations"
+    images.mkdir(parents=True)
+    annotations.mkdir()
+    lists: dict[str, list[str]] = {"trainval.txt": [], "test.txt": []}
+    of_species = {True: 0, False: 0}
+    for class_id, breed in enumerate(BREEDS, 1):
+        of_species[breed.is_cat] += 1
+        for number in range(1, TRAINVAL_PER_BREED + TEST_PER_BREED + 1):
+            image_id = f"{breed.name}_{number}"
+            pixels_RGB = draw_animal(breed, PICTURE_SIZE, np.random.default_rng([seed, class_id, number]))
+            _, jpeg = cv2.imencode(".jpg", pixels_RGB[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+            (images / f"{image_id}.jpg").write_bytes(jpeg.tobytes())
+            split = "trainval.txt" if number <= TRAINVAL_PER_BREED else "test.txt"
+            line = f"{image_id} {class_id} {1 if breed.is_cat else 2} {of_species[breed.is_cat]}"
+            lists[split].append(line)
+    header = _HEADER.format(count=len(BREEDS), cats=of_species[True], dogs=of_species[False])
+    lists["list.txt"] = [header + "\n".join(sorted(lists["trainval.txt"] + lists["test.txt"]))]
+    for name, lines in lists.items():
+        (annotations / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _read_stamp(place: Path) -> object:
+    try:
+        return json.loads((place / _STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

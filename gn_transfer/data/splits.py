@@ -1,0 +1,73 @@
+"""Cutting one list of pictures in two: pure functions of names, targets and a seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from gn_transfer.config import ConfigError
+
+
+def stratified_split(
+    names: Sequence[str], targets: Sequence[int], fraction: float, seed: int, *, key: str = "data.val_fraction"
+) -> tuple[list[int], list[int]]:
+    """Move the same fraction of every class to the second part.
+
+    Each class is sorted by name and shuffled by a generator of (seed, class), so the result depends neither on
+    the order of a folder's listing nor on the other classes. A class of n pictures gives ``round(n * fraction)``, at
+    least one and at most n - 1.
+
+    Args:
+        names: One name per picture, all different.
+        targets: Class index per picture.
+        fraction: Share of the second part, between 0 and 1, both excluded.
+        seed: Seed of the shuffle, >= 0.
+        key: The configuration key that ``fraction`` came from, for the message.
+
+    Returns:
+        Positions in ``names`` of the first and of the second part, each in ascending order.
+
+    Raises:
+        ConfigError: ``fraction`` out of range, or a class with fewer than two pictures.
+
+    Example:
+        >>> stratified_split(["a", "b", "c", "d"], [0, 0, 1, 1], 0.5, seed=0)
+        ([1, 3], [0, 2])
+    """
+    if not 0.0 < fraction < 1.0:
+        raise ConfigError(f"{key}={fraction} is out of range; give a share between 0 and 1, for example 0.2.")
+    by_class: dict[int, list[int]] = {}
+    for position in sorted(range(len(names)), key=lambda position: names[position]):
+        by_class.setdefault(targets[position], []).append(position)
+    second: list[int] = []
+    for target, positions in sorted(by_class.items()):
+        if len(positions) < 2:
+            raise ConfigError(
+                f"The class of {names[positions[0]]} has 1 picture, {key}={fraction} needs at least 2, one "
+                "for each part; add pictures or remove the class."
+            )
+        count = min(max(1, round(len(positions) * fraction)), len(positions) - 1)
+        order = np.random.default_rng([seed, target]).permutation(len(positions))
+        second.extend(positions[place] for place in order[:count])
+    taken = set(second)
+    return [position for position in range(len(names)) if position not in taken], sorted(second)
+
+
+def balanced_weights(targets: Sequence[int], num_classes: int) -> list[float]:
+    """Weigh classes by the inverse of how often they occur: ``n / (num_classes * n_c)``.
+
+    Args:
+        targets: Class index per training picture; every class occurs.
+        num_classes: Number of classes.
+
+    Returns:
+        One weight per class; their mean over the pictures is 1.
+
+    Example:
+        >>> balanced_weights([0, 0, 0, 1], 2)
+        [0.6666666666666666, 2.0]
+    """
+    counts = Counter(targets)
+    return [len(targets) / (num_classes * counts[target]) for target in range(num_classes)]

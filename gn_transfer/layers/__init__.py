@@ -1,0 +1,22 @@
+"""Layers of the small-batch engine: a plain torch library, usable without the rest of the package."""
+
+from gn_transfer.layers.batch_norm import BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d, SyncBatchNormAct
+from gn_transfer.layers.convert import Exchange, convert_norm, uses_weight_standardization
+from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, group_count, group_norm
+from gn_transfer.layers.std_conv import StdConv2d, standardize_weight
+
+__all__ = [
+    "BatchNormAct2d",
+    "Exchange",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNormAct2d",
+    "GroupNorm",
+    "GroupNormAct",
+    "StdConv2d",
+    "SyncBatchNormAct",
+    "convert_norm",
+    "group_count",
+    "group_norm",
+    "standardize_weight",
+    "uses_weight_standardization",
+]

@@ -1,0 +1,232 @@
+"""Exchange the norm layers of any torch net, and its convolutions where the norm wants standardized ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gn_transfer.config import NORMS, ConfigError, Norm, did_you_mean
+from gn_transfer.layers.batch_norm import (
+    BatchNormAct2d,
+    FrozenBatchNorm2d,
+    FrozenBatchNormAct2d,
+    SyncBatchNormAct,
+    cuda_available,
+)
+from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, group_count
+from gn_transfer.layers.std_conv import StdConv2d, conv_geometry
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One layer that :func:`convert_norm` exchanged, for the transfer report."""
+
+    name: str
+    """Name of the layer as in ``named_modules``."""
+    before: str
+    """Class before."""
+    after: str
+    """Class after."""
+    channels: int
+    """Channels that are normalized; output channels of a convolution."""
+    groups: int | None = None
+    """Groups of a group norm; None for the others."""
+    reinitialized: bool = False
+    """A convolution whose zero weights cannot be standardized and were drawn anew."""
+
+
+def uses_weight_standardization(norm: Norm) -> bool:
+    """Say whether a norm comes with standardized convolutions."""
+    return norm in ("gn_ws", "bn_ws")
+
+
+def convert_norm(
+    module: nn.Module,
+    norm: Norm,
+    *,
+    num_groups: int = 32,
+    group_size: int | None = None,
+    skip: Collection[str] = (),
+    report: list[Exchange] | None = None,
+) -> nn.Module:
+    """Give a net the norm of the switch, in place.
+
+    Exchanged are ``nn.BatchNorm2d``, ``nn.SyncBatchNorm``, ``nn.GroupNorm``, ``nn.InstanceNorm2d``, the frozen batch
+    norms of torchvision and timm, each also with timm's activation inside, and ``nn.Conv2d`` for :class:`StdConv2d` or
+    back. A layer that already is what is wanted stays. Parameters and buffers of equal meaning are carried over as the
+    same objects: ``weight`` and ``bias`` always (from BN to GN they fit in shape, not in function), running statistics
+    among batch norms, eps always. With ``none`` the activation of a norm+activation layer stays; convolutions without
+    bias stay without. A convolution of zeros (timm's zero-initialized last convolution of a pre-activation block)
+    under weight standardization would have its gradient multiplied by ``1 / sqrt(eps)``: it is drawn anew, He normal
+    over the fan-out.
+
+    Args:
+        module: Any net; changed in place, unless it is itself a layer to exchange.
+        norm: The switch.
+        num_groups: Groups of ``gn`` and ``gn_ws`` where ``group_size`` is None.
+        group_size: Channels per group of ``gn`` and ``gn_ws``; None disables it.
+        skip: Names (as in ``named_modules``) of layers to leave alone with all that is below them: the head.
+        report: A list to which the exchanges are appended.
+
+    Returns:
+        ``module``, or what stands in its place where it is itself such a layer.
+
+    Raises:
+        ConfigError: A number of groups that does not divide a layer's channels, ``bn_sync`` without CUDA, an unknown
+            norm, a name in ``skip`` that the net lacks, or a convolution that cannot be (un-)standardized.
+    """
+    if norm not in NORMS:
+        raise ConfigError(f"model.norm={norm!r} is not a norm; {did_you_mean(norm, NORMS)}.")
+    if norm == "bn_sync" and not cuda_available():
+        raise ConfigError("model.norm=bn_sync needs CUDA and none was found; use bn on one device.")
+    layers = dict(module.named_modules(remove_duplicate=False))
+    if missing := sorted(set(skip) - set(layers)):
+        raise ConfigError(f"skip names {missing}, which the net lacks; {did_you_mean(missing[0], layers)}.")
+
+    make = _norm_maker(norm, num_groups, group_size)
+    exchanges: list[Exchange] = []
+    # All new layers are made before the first one is put in place: an error leaves the net as it was.
+    new_layers: dict[nn.Module, nn.Module] = {}
+    for name, layer in layers.items():
+        if layer in new_layers or any(name == s or name.startswith(f"{s}.") for s in skip):
+            continue
+        label = name or type(layer).__name__
+        if (channels := _norm_channels(layer)) is not None:
+            new = make(layer, channels, label)
+        elif isinstance(layer, nn.Conv2d):
+            channels, new = layer.out_channels, _convert_conv(layer, label, uses_weight_standardization(norm))
+        else:
+            continue
+        new_layers[layer] = new
+        if new is not layer:
+            zero = isinstance(new, StdConv2d) and not new.weight.is_meta and not bool(new.weight.any())
+            groups = new.num_groups if isinstance(new, nn.GroupNorm) else None
+            exchanges.append(Exchange(name, type(layer).__name__, type(new).__name__, channels, groups, zero))
+
+    for exchange in exchanges:
+        if exchange.reinitialized:
+            nn.init.kaiming_normal_(new_layers[layers[exchange.name]].weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
+    for name, layer in layers.items():
+        if name and new_layers.get(layer, layer) is not layer:
+            parent, _, child = name.rpartition(".")
+            setattr(module.get_submodule(parent), child, new_layers[layer])
+    if report is not None:
+        report.extend(exchanges)
+    return new_layers.get(module, module)
+
+
+def _norm_channels(layer: nn.Module) -> int | None:
+    """Channels that a norm layer normalizes; None for a layer that is none of the norms we exchange."""
+    if isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm | nn.InstanceNorm2d):
+        return layer.num_features
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_channels
+    # torchvision's FrozenBatchNorm2d and timm's FrozenBatchNormAct2d are plain modules that hold four buffers.
+    if dict(layer.named_buffers(recurse=False)).keys() >= {"weight", "bias", "running_mean", "running_var"}:
+        return len(layer.get_buffer("running_mean"))
+    return None
+
+
+def _norm_maker(norm: Norm, num_groups: int, group_size: int | None) -> Callable[[nn.Module, int, str], nn.Module]:
+    """Function from (old layer, channels, name) to the layer that the norm wants there."""
+
+    def groups_of(channels: int, name: str) -> int:
+        if norm == "ln":
+            return 1
+        if norm == "in":
+            return channels
+        return group_count(channels, num_groups=num_groups, group_size=group_size, layer=name)
+
+    def make(old: nn.Module, channels: int, name: str) -> nn.Module:
+        act, drop = _activation(old)
+        has_act = act is not None or drop is not None
+        eps = float(getattr(old, "eps", 1e-5))
+        momentum = getattr(old, "momentum", 0.1)
+        new: nn.Module
+        if norm == "none":
+            return nn.Sequential(*_without_identities(drop, act)) if has_act else nn.Identity()
+        if norm in ("gn", "gn_ws", "ln", "in"):
+            groups = groups_of(channels, name)
+            if isinstance(old, GroupNorm) and old.num_groups == groups:
+                return old
+            new = (
+                GroupNormAct(channels, groups, eps=eps, act=act, drop=drop)
+                if has_act
+                else GroupNorm(channels, groups, eps=eps)
+            )
+        else:
+            plain, with_act = {
+                "bn": (nn.BatchNorm2d, BatchNormAct2d),
+                "bn_ws": (nn.BatchNorm2d, BatchNormAct2d),
+                "bn_frozen": (FrozenBatchNorm2d, FrozenBatchNormAct2d),
+                "bn_sync": (nn.SyncBatchNorm, SyncBatchNormAct),
+            }[norm]
+            is_frozen = isinstance(old, FrozenBatchNorm2d)
+            if isinstance(old, nn.SyncBatchNorm if norm == "bn_sync" else plain) and is_frozen == (norm == "bn_frozen"):
+                return old
+            new = (
+                with_act(channels, eps=eps, momentum=momentum, act=act, drop=drop)
+                if has_act
+                else plain(channels, eps=eps, momentum=momentum)
+            )
+        _carry_over(old, new)
+        return new.train(old.training)
+
+    return make
+
+
+def _activation(layer: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The ``.act`` and ``.drop`` of a norm+activation layer."""
+    found = [getattr(layer, name, None) for name in ("act", "drop")]
+    act, drop = (m if isinstance(m, nn.Module) else None for m in found)
+    if (act is None) != (drop is None):
+        act, drop = act or nn.Identity(), drop or nn.Identity()
+    return act, drop
+
+
+def _without_identities(*modules: nn.Module | None) -> list[nn.Module]:
+    return [m for m in modules if m is not None and not isinstance(m, nn.Identity)]
+
+
+def _carry_over(old: nn.Module, new: nn.Module) -> None:
+    """Move parameters and buffers of the same name and shape; put the rest where the old layer's tensors are."""
+    like = next((t for t in (*old.parameters(recurse=False), *old.buffers(recurse=False)) if t.ndim == 1), None)
+    if like is not None:
+        new.to(device=like.device, dtype=like.dtype)
+    for name in ("weight", "bias"):
+        value = getattr(old, name, None)
+        if isinstance(value, nn.Parameter):
+            setattr(new, name, value)
+        elif isinstance(value, Tensor):  # a buffer of a frozen batch norm learns again
+            setattr(new, name, nn.Parameter(value))
+    for name, buffer in old.named_buffers(recurse=False):
+        if name in dict(new.named_buffers(recurse=False)):
+            setattr(new, name, buffer)
+
+
+def _convert_conv(conv: nn.Conv2d, name: str, standardize: bool) -> nn.Conv2d:
+    """Exchange ``nn.Conv2d`` and (our or timm's) ``StdConv2d`` as wanted; refuse what computes something else."""
+    kind = type(conv)
+    if isinstance(conv, StdConv2d):
+        return conv if standardize else _plain_conv(conv)
+    if kind.__name__ == "StdConv2d" and hasattr(conv, "eps"):  # timm's
+        return StdConv2d.from_conv(conv, eps=float(conv.eps)) if standardize else _plain_conv(conv)  # type: ignore[arg-type]
+    if kind.forward is nn.Conv2d.forward:
+        one_weight = conv.weight[0].numel() == 1
+        return StdConv2d.from_conv(conv) if standardize and not one_weight else conv
+    if standardize or "Std" in kind.__name__:
+        raise ConfigError(
+            f"{name} is a {kind.__module__}.{kind.__name__}, which cannot be made "
+            f"{'a standardized' if standardize else 'a plain'} convolution; use another backbone, or name it in skip."
+        )
+    return conv
+
+
+def _plain_conv(conv: nn.Conv2d) -> nn.Conv2d:
+    with torch.device("meta"):
+        new = nn.Conv2d(*conv_geometry(conv))
+    new.weight, new.bias = conv.weight, conv.bias
+    return new.train(conv.training)

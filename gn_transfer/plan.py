@@ -1,0 +1,178 @@
+"""What a run is going to do, worked out before its first step: the rows that ``fit`` prints."""
+
+from __future__ import annotations
+
+import time
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from gn_transfer.callbacks import micro_batches_per_window
+from gn_transfer.classifier import TransferClassifier
+from gn_transfer.data import PictureData
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before it starts.
+
+    Attributes:
+        rows: Name and value of each line.
+        warnings: What the user should know before waiting for the result.
+    """
+
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def table(self) -> Table:
+        """Lay the rows out for the terminal."""
+        table = Table.grid(padding=(0, 2))
+        for name, value in self.rows:
+            table.add_row(name, value)
+        return table
+
+
+def make_plan(
+    model: TransferClassifier,
+    data: PictureData,
+    *,
+    effective_batch_size: int | None,
+    precision: str,
+    device: torch.device,
+    num_devices: int,
+    max_epochs: int,
+    max_steps: int,
+    limit_batches: float,
+) -> Plan:
+    """Work out pictures, steps, windows, precision, weights and the time that it will take.
+
+    Args:
+        model: The model, built.
+        data: The data, set up for fitting.
+        effective_batch_size: See :class:`gn_transfer.callbacks.GradientAccumulation`.
+        precision: Lightning's name of the precision.
+        device: Where the net will train.
+        num_devices: Devices that train together.
+        max_epochs: Epochs, -1 for no limit.
+        max_steps: Optimizer steps, -1 for no limit.
+        limit_batches: ``trainer.limit_train_batches``: a count (int) or a fraction (float) of the micro-batches.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: The effective batch cannot be made of micro-batches.
+    """
+    micro_batches = micro_batches_per_window(effective_batch_size, data.batch_size, num_devices)
+    effective = micro_batches * data.batch_size * num_devices
+    per_device = -(-len(data.train_dataset) // num_devices)
+    batches = -(-per_device // data.batch_size)
+    batches = min(batches, limit_batches) if isinstance(limit_batches, int) else int(batches * limit_batches)
+    windows = -(-batches // micro_batches)
+    epochs = max_epochs if max_epochs >= 0 else max(1, -(-max_steps // max(windows, 1)))
+    steps = windows * epochs if max_steps < 0 else min(windows * epochs, max_steps)
+    last = batches - (windows - 1) * micro_batches
+    seconds = step_seconds(model, data.batch_size, data.img_size, precision, device)
+
+    report = model.report
+    assert report is not None
+    groups = f", {model.group_size} channels a group" if model.group_size else f", {model.num_groups} groups"
+    net = f"{report.architecture}, norm {model.norm}" + (groups if model.norm.startswith("gn") else "")
+    assert model.net is not None
+    parameters = sum(parameter.numel() for parameter in model.net.parameters()) / 1e6
+    window = (
+        f"batch {data.batch_size}"
+        + (f" x {num_devices} devices" if num_devices > 1 else "")
+        + (f" x {micro_batches} accumulated" if micro_batches > 1 else "")
+        + f" = effective batch {effective}"
+    )
+    if micro_batches > 1 and last != micro_batches:
+        window += f"; the last window of an epoch has {last} micro-batches"
+    rows = [
+        *data.describe(),
+        ("net", f"{net}, {parameters:.1f} M parameters"),
+        ("weights", report.summary()),
+        *(("", note) for note in report.notes),
+        ("window", window),
+        ("steps", f"{epochs} epochs x {windows:,} optimizer steps = {steps:,}"),
+        ("optimizer", f"{model.optimizer_name}, lr {model.lr:g}, {model.schedule}, decay {model.weight_decay:g}"),
+        ("precision", f"{precision} on {device}"),
+        ("time", f"about {duration(seconds * batches * epochs * steps / max(1, windows * epochs))} of training steps"),
+    ]
+    return Plan(rows, advice(model, data.batch_size, micro_batches))
+
+
+def advice(model: TransferClassifier, batch_size: int, micro_batches: int) -> list[str]:
+    """Say what will disappoint about a norm at a batch size.
+
+    Args:
+        model: The model.
+        batch_size: Pictures per forward pass.
+        micro_batches: Micro-batches per optimizer step.
+
+    Returns:
+        Sentences, none where nothing is to be said.
+    """
+    found = []
+    if model.normalizes_over_batch and batch_size < 8:
+        one = "a single picture" if batch_size == 1 else f"{batch_size} pictures"
+        found.append(
+            f"norm {model.norm} takes its statistics from {one} at a time and evaluates with their running average; "
+            + ("accumulation does not help BN. " if micro_batches > 1 else "")
+            + "Compare --model.norm gn_ws or bn_frozen."
+        )
+    if model.norm == "bn_frozen" and model.pretrained is None:
+        found.append("norm bn_frozen from scratch has nothing to freeze: mean 0 and variance 1. Set model.pretrained.")
+    return found
+
+
+def step_seconds(
+    model: TransferClassifier, batch_size: int, img_size: int, precision: str, device: torch.device
+) -> float:
+    """Time forward and backward of a micro-batch on a copy of the net; draws nothing from torch's generators.
+
+    Args:
+        model: The model, built.
+        batch_size: Pictures per forward pass.
+        img_size: Their side, in pixels.
+        precision: Lightning's name of the precision.
+        device: Where to measure.
+
+    Returns:
+        Seconds: the fastest of up to three after one to warm up, in about two seconds at most.
+    """
+    assert model.net is not None
+    net = deepcopy(model.net).to(device).train()
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    pixels = torch.zeros(batch_size, model.mean.shape[1], img_size, img_size, device=device)
+    pixels += torch.linspace(-1, 1, img_size, device=device)
+    fastest, began = float("inf"), time.perf_counter()
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        for _ in range(4):
+            start = time.perf_counter()
+            loss: Tensor = net(pixels).float().square().mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            fastest = min(fastest, time.perf_counter() - start)
+            if time.perf_counter() - began > 2.0:
+                break
+    return fastest
+
+
+def duration(seconds: float) -> str:
+    """Write a time for people.
+
+    Args:
+        seconds: Seconds.
+
+    Example:
+        >>> duration(42), duration(600), duration(9000)
+        ('42 s', '10 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

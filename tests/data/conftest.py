@@ -1,0 +1,65 @@
+"""Small pictures in the real layouts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+WritePicture = Callable[..., Path]
+
+
+def make_pixels(height: int, width: int, seed: int) -> np.ndarray:
+    """Smooth random colours, which JPEG keeps within a few levels."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture
+def write_picture() -> WritePicture:
+    """Write a small JPEG of random colours."""
+
+    def write(path: Path, seed: int = 0, size: tuple[int, int] = (48, 40)) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(make_pixels(*size, seed)).save(path, "JPEG", quality=95)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def pets_root(tmp_path: Path, write_picture: WritePicture) -> Path:
+    """Three breeds in the layout of Oxford-IIIT Pet: 10 pictures each in trainval, 2 in test."""
+    breeds = {1: "Abyssinian", 2: "american_bulldog", 3: "Maine_Coon"}
+    base = tmp_path / "pets" / "oxford-iiit-pet"
+    (base / "annotations").mkdir(parents=True)
+    for split, numbers in (("trainval", range(1, 11)), ("test", range(11, 13))):
+        lines = []
+        for class_id, breed in breeds.items():
+            for number in numbers:
+                write_picture(base / "images" / f"{breed}_{number}.jpg", seed=100 * class_id + number)
+                lines.append(f"{breed}_{number} {class_id} {1 if breed[0].isupper() else 2} 1")
+        (base / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path / "pets"
+
+
+@pytest.fixture
+def folder_root(tmp_path: Path, write_picture: WritePicture) -> Path:
+    """Class folders at the top: 8 apples, 4 pears."""
+    for name, count in (("apple", 8), ("pear", 4)):
+        for number in range(count):
+            write_picture(tmp_path / "fruit" / name / f"{number}.jpg", seed=number)
+    return tmp_path / "fruit"
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of real pictures."""
+    folder = os.environ.get("GN_TRANSFER_TEST_DATA")
+    if not folder:
+        pytest.skip("GN_TRANSFER_TEST_DATA is not set: no real pictures to test on")
+    return Path(folder)

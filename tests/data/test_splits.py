@@ -1,0 +1,56 @@
+"""Splits and weights on hand values."""
+
+from __future__ import annotations
+
+import pytest
+
+from gn_transfer.config import ConfigError
+from gn_transfer.data.splits import balanced_weights, stratified_split
+
+NAMES = [f"{breed}_{number}" for breed, count in (("a", 10), ("b", 4), ("c", 2)) for number in range(count)]
+TARGETS = [0] * 10 + [1] * 4 + [2] * 2
+
+
+def test_each_class_gives_its_share_and_at_least_one() -> None:
+    train, val = stratified_split(NAMES, TARGETS, 0.2, seed=0)
+    assert sorted(train + val) == list(range(16))
+    assert [sum(TARGETS[position] == target for position in val) for target in range(3)] == [2, 1, 1]
+
+
+def test_each_class_keeps_at_least_one() -> None:
+    train, _ = stratified_split(NAMES, TARGETS, 0.99, seed=0)
+    assert [TARGETS[position] for position in train] == [0, 1, 2]
+
+
+def test_the_order_of_the_listing_does_not_matter() -> None:
+    _, val = stratified_split(NAMES, TARGETS, 0.3, seed=5)
+    _, reversed_val = stratified_split(NAMES[::-1], TARGETS[::-1], 0.3, seed=5)
+    assert {NAMES[position] for position in val} == {NAMES[::-1][position] for position in reversed_val}
+
+
+def test_a_further_class_does_not_move_the_others() -> None:
+    _, val = stratified_split(NAMES, TARGETS, 0.3, seed=5)
+    _, val_of_two = stratified_split(NAMES[:14], TARGETS[:14], 0.3, seed=5)
+    assert [position for position in val if position < 14] == val_of_two
+
+
+def test_the_seed_matters() -> None:
+    assert stratified_split(NAMES, TARGETS, 0.3, seed=0) != stratified_split(NAMES, TARGETS, 0.3, seed=1)
+    assert stratified_split(NAMES, TARGETS, 0.3, seed=1) == stratified_split(NAMES, TARGETS, 0.3, seed=1)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2, float("nan")])
+def test_fraction_out_of_range(fraction: float) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.val_fraction={fraction} is out of range"):
+        stratified_split(NAMES, TARGETS, fraction, seed=0)
+
+
+def test_one_picture_cannot_be_split() -> None:
+    with pytest.raises(ConfigError, match=r"class of c_0 has 1 picture, data\.val_fraction=0\.2 needs at least 2"):
+        stratified_split(NAMES[:15], TARGETS[:15], 0.2, seed=0)
+
+
+def test_balanced_weights_by_hand() -> None:
+    weights = balanced_weights(TARGETS, 3)
+    assert weights == pytest.approx([16 / 30, 16 / 12, 16 / 6])
+    assert sum(weights[target] for target in TARGETS) / 16 == pytest.approx(1.0)
