@@ -157,7 +157,9 @@ def create_backbone(
     net = _build(architecture, num_classes=num_classes, in_chans=in_chans)
     config: Mapping[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
     if tag is not None:
-        config = timm.get_pretrained_cfg(f"{architecture}.{tag}").to_dict()
+        tagged = timm.get_pretrained_cfg(f"{architecture}.{tag}")
+        assert tagged is not None, "resolve_pretrained gave a tag that timm does not know"
+        config = tagged.to_dict()  # type: ignore[no-untyped-call]
     head = str(config["classifier"])
     exchange(net, norm, head=head, num_groups=num_groups, group_size=group_size)
     if norm == "none":
@@ -243,14 +245,14 @@ def resolve_pretrained(name: str, norm: Norm, pretrained: str | None) -> tuple[s
         >>> resolve_pretrained("resnetv2_50", "gn_ws", "auto")
         ('resnetv2_50x1_bit', 'goog_in21k_ft_in1k')
     """
+    if "." in name:
+        base, tag = name.split(".", 1)
+        raise ConfigError(f"model.backbone={name}: write model.backbone={base} and model.pretrained={tag}.")
     if name not in ALIASES and not timm.is_model(name):
-        if "." in name:
-            base, tag = name.split(".", 1)
-            raise ConfigError(f"model.backbone={name}: write model.backbone={base} and model.pretrained={tag}.")
-        known = [*ALIASES, *timm.list_models("resnet*")]
+        near = did_you_mean(name, [*ALIASES, *timm.list_models("resnet*")]).split("Allowed")[0]
         raise ConfigError(
-            f"model.backbone={name} is not a net that timm knows; {did_you_mean(name, known).split('Allowed')[0]}"
-            "`gn-transfer backbones` lists those with pretrained weights."
+            f"model.backbone={name} is not a net that timm knows; {near}use resnet18, resnet26, resnet34, resnet50, "
+            "resnet101, resnetv2_18, resnetv2_34, resnetv2_50, resnetv2_101, or another convolutional net of timm."
         )
     if pretrained is None or Path(pretrained).is_file():
         return name, None
@@ -392,7 +394,9 @@ def check_input(net: nn.Module, norm: Norm, *, batch_size: int, img_size: int, i
 def _notes(architecture: str, norm: Norm) -> tuple[str, ...]:
     notes = []
     if architecture.endswith("_bit"):
-        notes.append("BiT's stem pads its max-pool with zeros where resnetv2's pads with -inf: not only the norm differs")
+        notes.append(
+            "BiT's stem pads its max-pool with zeros where resnetv2's pads with -inf: not only the norm differs"
+        )
     if architecture.endswith("_bit") and norm == "gn_ws":
         notes.append("BiT weights saw ImageNet-21k; the BN counterparts saw ImageNet-1k only")
     return tuple(notes)
@@ -432,8 +436,8 @@ def _read_file(path: Path, architecture: str) -> Mapping[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format's reader has its own errors for a damaged file
         raise ConfigError(
-            f"model.pretrained={path} cannot be read as weights ({type(error).__name__}: {str(error).splitlines()[0]}); "
-            "allowed are .safetensors, .pth/.bin/.ckpt holding plain tensors, and BiT .npz files. Fetch the file again."
+            f"model.pretrained={path} cannot be read as weights ({type(error).__name__}); allowed are "
+            ".safetensors, .pth/.bin/.ckpt holding plain tensors, and BiT .npz files. Fetch the file again."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -73,6 +74,10 @@ class TransferClassifier(LightningModule):
         label_smoothing: Weight of the uniform distribution in the training target, in [0, 1).
     """
 
+    mean: Tensor
+    std: Tensor
+    class_weight: Tensor | None
+
     def __init__(
         self,
         backbone: str = "resnetv2_18",
@@ -134,7 +139,6 @@ class TransferClassifier(LightningModule):
         self._memory_format = torch.contiguous_format
         self._restored: dict[str, Any] | None = None
         self.run_config: dict[str, Any] = {}
-        self.class_weight: Tensor | None
 
     # -- building -----------------------------------------------------------------------------------------------
 
@@ -289,7 +293,7 @@ class TransferClassifier(LightningModule):
 
     # -- optimization -------------------------------------------------------------------------------------------
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build the fused optimizer and the schedule over optimizer steps."""
         assert self.net is not None
         groups = parameter_groups(

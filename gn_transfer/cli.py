@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import sys
@@ -22,6 +23,7 @@ from lightning.pytorch.loggers import Logger
 
 from gn_transfer.callbacks import (
     AtomicCheckpointIO,
+    BestCheckpoint,
     EpochLines,
     GradientAccumulation,
     LastCheckpoint,
@@ -31,15 +33,15 @@ from gn_transfer.callbacks import (
     RunRecord,
     Throughput,
     ValidationFigures,
-    best_checkpoint,
     device_type,
     read_checkpoint,
     resolve_precision,
 )
 from gn_transfer.classifier import CHECKPOINT_VERSION, TransferClassifier
-from gn_transfer.config import NORMS, ConfigError, did_you_mean, find_config
+from gn_transfer.config import ConfigError, find_config
 from gn_transfer.data import Folder, Pets, PictureData, Sample
 from gn_transfer.data.base import core_count
+from gn_transfer.files import write_json
 from gn_transfer.loggers import (
     RunFolder,
     RunLog,
@@ -49,9 +51,9 @@ from gn_transfer.loggers import (
     find_last,
     flat_hparams,
     run_of_checkpoint,
-    write_json,
 )
-from gn_transfer.plan import duration, make_plan
+from gn_transfer.messages import explain
+from gn_transfer.plan import make_plan
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 10,
@@ -98,7 +100,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         try:
             command = Command(prepared)
         except ArgumentError as error:
-            raise ConfigError(_explain(str(error), verb)) from error
+            raise ConfigError(explain(str(error), _known_keys(), [kind.__name__ for kind in DATA])) from error
         except SystemExit as error:
             # Lightning turns Ctrl-C into exit code 1; jsonargparse leaves with 0 after printing help.
             if error.code in (0, None):
@@ -106,7 +108,9 @@ def run(verb: str, arguments: Sequence[str]) -> int:
             raise KeyboardInterrupt from error
         except OSError as error:
             if error.errno is not None and error.errno == 28:  # no space left on device
-                raise ConfigError(f"the disk is full: {error}; free some room and continue with --ckpt_path last.") from error
+                raise ConfigError(
+                    f"the disk is full: {error}; free some room and continue with --ckpt_path last."
+                ) from error
             raise
     return command.exit_code
 
@@ -130,7 +134,9 @@ class _Arguments:
         self.stored: dict[str, Any] | None = None
         root = next((self._get(index) for index in self._values_of("--trainer.default_root_dir")), ".")
         for index in self._values_of("--ckpt_path"):
-            self.checkpoint = Path(self._replace(index, lambda value: self._checkpoint(value, Path(root), bool(configs))))
+            self.checkpoint = Path(
+                self._replace(index, lambda value: self._checkpoint(value, Path(root), bool(configs)))
+            )
             self.stored = read_checkpoint(self.checkpoint)["gn_transfer"]
             if self.stored["version"] > CHECKPOINT_VERSION:
                 raise ConfigError(
@@ -202,7 +208,7 @@ class Command(LightningCLI):
         self.log = RunLog()
         self.exit_code = 0
         self.run_folder: RunFolder | None = None
-        self.best = best_checkpoint(Path("checkpoints"), "val/acc1", "max")
+        self.best = BestCheckpoint()
         strict = {"exit_on_error": False}
         super().__init__(
             TransferClassifier,
@@ -254,9 +260,7 @@ class Command(LightningCLI):
         """Refuse what cannot be, before anything is built."""
         config = self._section()
         if config.trainer.precision is not None:
-            raise ConfigError(
-                f"trainer.precision={config.trainer.precision}: set mixed_precision.mode (auto, bf16, fp16, fp32) instead."
-            )
+            raise ConfigError(f"trainer.precision={config.trainer.precision}: set mixed_precision.mode instead.")
         if config.trainer.accumulate_grad_batches != 1:
             raise ConfigError(
                 f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}: set "
@@ -363,10 +367,12 @@ class Command(LightningCLI):
             verb = "continuing" if resumed is not None and self._continues(run_folder) else "run"
             self.log.print(f"{verb:<9}  {run_folder.logs}")
             self.log.attach(run_folder.logs / "run.log")
-        trainer.fit(model, datamodule=data, ckpt_path=kwargs.get("ckpt_path"))
-        if trainer.is_global_zero:
-            self._epilogue(run_folder)
-        self.log.close()
+        try:
+            trainer.fit(model, datamodule=data, ckpt_path=kwargs.get("ckpt_path"))
+            if trainer.is_global_zero:
+                self._epilogue(run_folder)
+        finally:
+            self.log.close()
 
     def _continues(self, run_folder: RunFolder) -> bool:
         checkpoint = self.arguments.checkpoint
@@ -383,14 +389,14 @@ class Command(LightningCLI):
         root = Path(config.trainer.default_root_dir or ".")
         if handed_down:
             return RunFolder(handed_down, root)
-        run_folder = claim_run(root, self.arguments.config_name, self.model.norm, data.batch_size, config.seed_everything)
+        run_folder = claim_run(
+            root, self.arguments.config_name, self.model.norm, data.batch_size, config.seed_everything
+        )
         if self.trainer.world_size > 1:
             os.environ["GN_TRANSFER_RUN"] = run_folder.name
         return run_folder
 
-    def _equip(
-        self, run_folder: RunFolder, trainer: Trainer, model: TransferClassifier, data: PictureData
-    ) -> None:
+    def _equip(self, run_folder: RunFolder, trainer: Trainer, model: TransferClassifier, data: PictureData) -> None:
         """Give Trainer, callbacks and model what depends on the run's folder."""
         plain, config = self.plain_config(), self._section()
         plain["data"]["init_args"]["seed"] = config.seed_everything
@@ -506,9 +512,19 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _explain(message: str, verb: str) -> str:
-    """Turn jsonargparse's message into ours: one line, and what could have been meant."""
-    return message
+def _known_keys() -> list[str]:
+    """List the keys that a configuration may have, over all data modules."""
+    groups: list[tuple[str, type]] = [
+        *(("data", kind) for kind in DATA),
+        ("model", TransferClassifier),
+        ("accumulation", GradientAccumulation),
+        ("mixed_precision", MixedPrecision),
+        ("checkpoint", LastCheckpoint),
+        ("early_stopping", OptionalEarlyStopping),
+        ("trainer", Trainer),
+    ]
+    keys = [f"{group}.{name}" for group, kind in groups for name in inspect.signature(kind).parameters]
+    return ["seed_everything", *dict.fromkeys(keys), "ckpt_path", "dry_run"]
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,12 +74,12 @@ def find_last(root: Path, config: str) -> Path | None:
 
     Args:
         root: What ``checkpoints/`` lies in.
-        config: Name of the config, without its suffix.
+        config: Name of the config, without its suffix; ``*`` for any.
 
     Returns:
         Its path, or ``None`` where no run has one.
     """
-    found = (root / "checkpoints" / config).glob("*/last.ckpt")
+    found = (root / "checkpoints").glob(f"{config}/*/last.ckpt")
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -155,7 +153,7 @@ class RunLogger(TensorBoardLogger):
 
     def announce(self) -> None:
         """Write the run's row of the HPARAMS tab, without values of its metrics."""
-        experiment, session_start, _ = hparams_summary(self._flat, dict.fromkeys(HPARAM_METRICS, 0.0))
+        experiment, session_start, _ = _summaries(self._flat)
         writer = self.experiment._get_file_writer()
         writer.add_summary(experiment)
         writer.add_summary(session_start)
@@ -163,7 +161,7 @@ class RunLogger(TensorBoardLogger):
 
     def finalize(self, status: str) -> None:
         """Mark the row as finished and close the file."""
-        _, _, session_end = hparams_summary(self._flat, dict.fromkeys(HPARAM_METRICS, 0.0))
+        _, _, session_end = _summaries(self._flat)
         self.experiment._get_file_writer().add_summary(session_end)
         super().finalize(status)
 
@@ -199,22 +197,17 @@ class RunLog:
         self._buffer.close()
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically.
-
-    Args:
-        path: Target file.
-        values: Plain values.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+def _summaries(flat: dict[str, Any]) -> tuple[Any, Any, Any]:
+    summaries: tuple[Any, Any, Any] = hparams_summary(flat, dict.fromkeys(HPARAM_METRICS, 0.0))  # type: ignore[no-untyped-call]
+    return summaries
 
 
 def environment() -> dict[str, Any]:
     """Say what the figures of a run were obtained with: versions, git commit, device, threads."""
     names = ("gn-transfer", "torch", "torchvision", "lightning", "timm", "albumentations", "torchmetrics")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    )
     return {
         "versions": {name: version(name) for name in names},
         "git_commit": _git_commit(),

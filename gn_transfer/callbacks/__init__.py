@@ -1,7 +1,7 @@
 """What happens around the training step."""
 
 from gn_transfer.callbacks.accumulation import GradientAccumulation, micro_batches_per_window
-from gn_transfer.callbacks.checkpoints import AtomicCheckpointIO, LastCheckpoint, best_checkpoint, read_checkpoint
+from gn_transfer.callbacks.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, read_checkpoint
 from gn_transfer.callbacks.early_stopping import OptionalEarlyStopping
 from gn_transfer.callbacks.figures import ValidationFigures
 from gn_transfer.callbacks.precision import MixedPrecision, device_type, resolve_precision
@@ -10,6 +10,7 @@ from gn_transfer.callbacks.record import RunRecord
 
 __all__ = [
     "AtomicCheckpointIO",
+    "BestCheckpoint",
     "EpochLines",
     "GradientAccumulation",
     "LastCheckpoint",
@@ -19,7 +20,6 @@ __all__ = [
     "RunRecord",
     "Throughput",
     "ValidationFigures",
-    "best_checkpoint",
     "device_type",
     "micro_batches_per_window",
     "peak_memory_mib",

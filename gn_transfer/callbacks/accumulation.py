@@ -62,9 +62,10 @@ def micro_batches_per_window(effective_batch_size: int | None, batch_size: int, 
         return 1
     if effective_batch_size < at_once or effective_batch_size % at_once:
         near = max(at_once, round(effective_batch_size / at_once) * at_once)
+        devices = f" on {num_devices} devices" if num_devices > 1 else ""
         raise ConfigError(
-            f"accumulation.effective_batch_size={effective_batch_size} is not a multiple of data.batch_size={batch_size}"
-            f"{f' on {num_devices} devices' if num_devices > 1 else ''}; use {near}, or change data.batch_size."
+            f"accumulation.effective_batch_size={effective_batch_size} is not a multiple of "
+            f"data.batch_size={batch_size}{devices}; use {near}, or change data.batch_size."
         )
     return effective_batch_size // at_once
 

@@ -80,18 +80,34 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def best_checkpoint(directory: Path, monitor: str, mode: str) -> ModelCheckpoint:
-    """Keep ``best.ckpt``, the earliest of the epochs with the best monitored value."""
-    return ModelCheckpoint(
-        dirpath=directory,
-        filename="best",
-        monitor=monitor,
-        mode=mode,
-        save_top_k=1,
-        auto_insert_metric_name=False,
-        enable_version_counter=False,
-        save_on_train_epoch_end=False,
-    )
+class BestCheckpoint(ModelCheckpoint):
+    """Keep ``best.ckpt``: the earliest of the epochs with the highest ``val/acc1``."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            filename="best",
+            monitor="val/acc1",
+            mode="max",
+            save_top_k=1,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the best so far, also where the run's folder was moved or is named another way."""
+        assert self.dirpath is not None, "the run's folder is set before a checkpoint is restored"
+        best = str(Path(self.dirpath) / "best.ckpt")
+        kept = {best: score for score in state_dict["best_k_models"].values()}
+        super().load_state_dict(
+            {
+                **state_dict,
+                "dirpath": self.dirpath,
+                "best_model_path": best,
+                "kth_best_model_path": best,
+                "best_k_models": kept,
+            }
+        )
 
 
 class LastCheckpoint(Checkpoint):
@@ -156,10 +172,12 @@ class LastCheckpoint(Checkpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the position in the epoch and the state of torch's generator."""
         loop = trainer.fit_loop
-        done = loop.epoch_loop.batch_progress.current.processed
-        epoch = loop.epoch_progress.current.processed
-        if done >= trainer.num_training_batches:
-            epoch, done = epoch + (loop.epoch_progress.current.processed < loop.epoch_progress.current.started), 0
+        # Of the trackers mypy knows only the base class; these two count `processed` and `started` as well.
+        batches: Any = loop.epoch_loop.batch_progress.current
+        epochs: Any = loop.epoch_progress.current
+        done, epoch = batches.processed, epochs.processed
+        if done >= trainer.num_training_batches:  # `processed` counts the epoch only after its validation
+            done, epoch = 0, epochs.started
         ours = checkpoint.setdefault("gn_transfer", {})
         ours["position"] = {"epoch": epoch, "batch": done}
         ours["torch_rng_state"] = torch.get_rng_state()
@@ -175,4 +193,3 @@ class LastCheckpoint(Checkpoint):
         if self.directory is not None:
             trainer.save_checkpoint(self.directory / "last.ckpt")
         self._saved_at = time.monotonic()
-

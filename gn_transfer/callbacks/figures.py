@@ -92,6 +92,7 @@ class ValidationFigures(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count, and keep the worst pictures seen so far; copies only those."""
+        assert self._confusion is not None
         images, targets = batch
         probs = F.softmax(outputs.float(), dim=1)
         preds = probs.argmax(dim=1)

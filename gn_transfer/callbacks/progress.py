@@ -1,4 +1,4 @@
-"""What a training says while it runs: throughput, learning rate and memory for the loggers, a bar and a line an epoch."""
+"""What a training says while it runs: speed, learning rate and memory for the loggers, a bar and a line an epoch."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class Throughput(Callback):
         self._mark = 0.0
         self._mark_images = 0
         self._warm = False
+        self._every = 1
 
     @property
     def images_per_sec(self) -> float:
@@ -50,6 +51,7 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._mark, self._mark_images, self._warm = time.perf_counter(), 0, False
+        self._every = trainer.log_every_n_steps  # type: ignore[attr-defined]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -64,7 +66,7 @@ class Throughput(Callback):
         last = batch_idx + 1 >= trainer.num_training_batches
         if not last and (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if not (last or not self._warm or trainer.global_step % trainer.log_every_n_steps == 0):
+        if not (last or not self._warm or trainer.global_step % self._every == 0):
             return
         self._flush(trainer, pl_module)
 

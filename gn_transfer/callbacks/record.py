@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gn_transfer.callbacks.progress import Throughput, peak_memory_mib
-from gn_transfer.loggers import write_json
+from gn_transfer.files import write_json
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 

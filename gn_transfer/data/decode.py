@@ -180,7 +180,9 @@ def _whole_jpeg_header(data: bytes, path: str | os.PathLike[str]) -> JpegHeader:
     header = read_jpeg_header(data)
     # Inside a scan every 0xFF byte is followed by 0x00 or a restart marker, so an end marker behind the scan's start is
     # the real one; one before it belongs to the EXIF thumbnail.
-    if header is None or data.find(b"\xff\xd9", header.scan_start) < 0:
+    if header is None:
+        raise BadImageError(path, f"damaged JPEG: {len(data):,} bytes, but no pixel data behind its header")
+    if data.find(b"\xff\xd9", header.scan_start) < 0:
         raise BadImageError(path, f"truncated JPEG: {len(data):,} bytes without an end marker")
     _check_size(header.width, header.height, path)
     return header

@@ -3,7 +3,7 @@
 A breed is a shape (ears, head, muzzle) and a coat pattern. Its colours are drawn anew for every picture, as are pose,
 light and background, so that single pixels tell little about the breed: the net has to see shapes and texture.
 
-Coordinates: the head's centre is (0, 0), its half width about 1, y points down; arrays ``(H, W)`` or ``(H, W, 3)`` are
+Coordinates: the head's centre is (0, 0), its half width about 1, y points down; arrays ``(H, W)`` or ``(3, H, W)`` are
 float32 in 0-255, RGB.
 """
 
@@ -94,10 +94,10 @@ class _Canvas:
     def __init__(self, side: int, rng: np.random.Generator) -> None:
         self.side = side
         self.rng = rng
-        self.pixels: Array = np.zeros((side, side, 3), np.float32)
-        self.radius = side * rng.uniform(0.21, 0.3)
-        angle = rng.normal(0.0, 0.16)
-        self.center = (side * rng.uniform(0.4, 0.6), side * rng.uniform(0.42, 0.56))
+        self.pixels: Array = np.zeros((3, side, side), np.float32)
+        self.radius = side * rng.uniform(0.24, 0.31)
+        angle = rng.normal(0.0, 0.14)
+        self.center = (side * rng.uniform(0.39, 0.61), side * rng.uniform(0.45, 0.59))
         stretch = rng.uniform(0.92, 1.08)
         cos, sin = self.radius * np.cos(angle), self.radius * np.sin(angle)
         self.pose = np.array([[cos * stretch, -sin / stretch], [sin * stretch, cos / stretch]])
@@ -120,16 +120,19 @@ class _Canvas:
     def paint(self, mask: Mask, color: AnyArray | Color, opacity: float = 1.0) -> None:
         """Lay a colour, or a picture of colours, over what is there."""
         x, y, width, height = cv2.boundingRect(mask)
-        box = (slice(y, y + height), slice(x, x + width))
+        box = (slice(None), slice(y, y + height), slice(x, x + width))
         color = np.asarray(color, np.float32)
-        share = mask[box].astype(np.float32)[:, :, None] * np.float32(opacity / 255)
-        self.pixels[box] += share * ((color if color.ndim == 1 else color[box]) - self.pixels[box])
+        share = mask[box[1:]].astype(np.float32) * np.float32(opacity / 255)
+        self.pixels[box] += share * ((color[:, None, None] if color.ndim == 1 else color[box]) - self.pixels[box])
 
     def smooth_noise(self, cells: int, channels: int = 1) -> Array:
         """Random values of mean 0 and deviation 1 that change over ``side / cells`` pixels."""
-        shape = (cells, cells) if channels == 1 else (cells, cells, channels)
+        shape = (cells, cells) if channels == 1 else (channels, cells, cells)
         coarse = self.rng.standard_normal(shape, np.float32)
-        return np.asarray(cv2.resize(coarse, (self.side, self.side), interpolation=cv2.INTER_CUBIC), np.float32)
+        sides = (self.side, self.side)
+        if channels == 1:
+            return np.asarray(cv2.resize(coarse, sides, interpolation=cv2.INTER_CUBIC), np.float32)
+        return np.stack([cv2.resize(plane, sides, interpolation=cv2.INTER_CUBIC) for plane in coarse], dtype=np.float32)
 
 
 class _Coat:
@@ -145,17 +148,17 @@ class _Coat:
         rng = canvas.rng
         self.breed = breed
         first, second = rng.choice(len(_COATS), 2, replace=False)
-        while abs(sum(_COATS[first]) - sum(_COATS[second])) < 130:  # the pattern must show
+        while abs(sum(_COATS[first]) - sum(_COATS[second])) < 200:  # the pattern must show
             first, second = rng.choice(len(_COATS), 2, replace=False)
         tint = rng.normal(0.0, 6.0, 3)
         base = (np.array(_COATS[first]) + tint).astype(np.float32)
         marking = (np.array(_COATS[second]) + tint).astype(np.float32)
         amount = _pattern(breed, canvas)
         fur = cv2.blur(rng.standard_normal((canvas.side, canvas.side), np.float32), (1, 5))
-        shade = (1.0 + 0.13 * fur + 0.05 * canvas.smooth_noise(9)).astype(np.float32)[:, :, None]
-        self.plain: Array = base * shade
-        self.marking: Array = marking * shade
-        self.colors: Array = self.plain + amount[:, :, None] * (self.marking - self.plain)
+        shade = (1.0 + 0.13 * fur + 0.05 * canvas.smooth_noise(9)).astype(np.float32)
+        self.plain: Array = base[:, None, None] * shade
+        self.marking: Array = marking[:, None, None] * shade
+        self.colors: Array = self.plain + amount * (self.marking - self.plain)
 
 
 def _pattern(breed: Breed, canvas: _Canvas) -> Array:
@@ -194,12 +197,10 @@ def _draw_background(canvas: _Canvas) -> None:
     tilt = rng.normal(0.0, 0.12)
     y, x = np.mgrid[: canvas.side, : canvas.side].astype(np.float32)
     ground = _step(y - horizon + tilt * (x - canvas.side / 2), 0.0, canvas.side * rng.uniform(0.01, 0.15))
-    canvas.pixels = far + ground[:, :, None] * (near - far)
-    canvas.pixels += np.float32(rng.uniform(5, 18)) * canvas.smooth_noise(int(rng.integers(3, 9)), 3)
-    canvas.pixels += (
-        np.float32(rng.uniform(2, 14)) * (canvas.smooth_noise(int(rng.integers(16, 48))) * ground)[:, :, None]
-    )
-    for _ in range(int(rng.integers(0, 6))):  # lights, leaves and furniture, out of focus
+    canvas.pixels = far[:, None, None] + ground * (near - far)[:, None, None]
+    canvas.pixels += np.float32(rng.uniform(4, 12)) * canvas.smooth_noise(int(rng.integers(3, 9)), 3)
+    canvas.pixels += np.float32(rng.uniform(2, 8)) * (canvas.smooth_noise(int(rng.integers(16, 48))) * ground)
+    for _ in range(int(rng.integers(0, 4))):  # lights, leaves and furniture, out of focus
         blob = np.zeros((canvas.side, canvas.side), np.uint8)
         center = tuple(int(value) for value in rng.integers(0, canvas.side, 2))
         axes = tuple(int(value) for value in rng.uniform(0.04, 0.22, 2) * canvas.side)
@@ -214,7 +215,7 @@ def _draw_body(canvas: _Canvas, coat: _Coat) -> None:
     width = canvas.rng.uniform(0.95, 1.25) * (0.9 if coat.breed.is_cat else 1.05)
     lean = canvas.rng.normal(0.0, 0.18)
     body = canvas.mask(_ellipse(lean, 2.5, width, 2.0), _ellipse(0.0, 0.75, 0.72 * width, 0.7))
-    canvas.paint(body, coat.colors * (0.72 + 0.1 * np.clip(np.abs(canvas.u), 0, 1.5))[:, :, None])
+    canvas.paint(body, coat.colors * (0.72 + 0.1 * np.clip(np.abs(canvas.u), 0, 1.5)))
     if canvas.rng.random() < 0.5:  # a collar
         band = _step(0.09 - np.abs(canvas.v - 1.12 - 0.25 * (1 - canvas.u**2)), 0.0, 0.04)
         canvas.paint(np.asarray(body * band, np.uint8), canvas.rng.uniform(20, 230, 3).astype(np.float32))
@@ -230,7 +231,7 @@ def _draw_head(canvas: _Canvas, coat: _Coat) -> None:
         _draw_ears(canvas, coat)
     round_light = 1.08 - 0.3 * (canvas.u**2 + canvas.v**2) * 0.6
     head = canvas.mask(_head_outline(breed, width, height))
-    canvas.paint(head, coat.colors * np.clip(round_light, 0.6, 1.1)[:, :, None])
+    canvas.paint(head, coat.colors * np.clip(round_light, 0.6, 1.1))
     _draw_muzzle(canvas, coat)
     _draw_eyes(canvas, coat)
     if not behind:
@@ -266,7 +267,7 @@ def _draw_ears(canvas: _Canvas, coat: _Coat) -> None:
             drop = _ellipse(1.0, 0.32, 0.34, 0.98, degrees=-9.0)
             texture = coat.marking if rng.random() < 0.5 else coat.plain
             canvas.paint(canvas.mask(place(_ellipse(1.03, 0.36, 0.37, 1.02, degrees=-9.0))), (0.0, 0.0, 0.0), 0.25)
-            canvas.paint(canvas.mask(place(drop)), texture * (0.95 - 0.15 * canvas.v)[:, :, None])
+            canvas.paint(canvas.mask(place(drop)), texture * (0.95 - 0.15 * canvas.v))
         else:
             base = place([(0.3, -0.8), (0.52, -1.08), (0.86, -0.98), (0.96, -0.4), (0.8, -0.3)])
             flap = place([(0.46, -1.06), (0.9, -1.0), (1.14, -0.36), (0.94, -0.18), (0.66, -0.5)])
@@ -340,10 +341,10 @@ def _photograph(canvas: _Canvas, size: int) -> npt.NDArray[np.uint8]:
     direction = rng.uniform(0, 2 * np.pi)
     slope = rng.uniform(0.0, 0.22) * (np.cos(direction) * canvas.u + np.sin(direction) * canvas.v) * 0.6
     temperature = 1.0 + rng.normal(0.0, 0.07) * np.array([1.0, 0.0, -1.0])
-    lit = canvas.pixels * (1.0 + slope.astype(np.float32))[:, :, None]
-    gain = temperature * rng.uniform(0.7, 1.2) * rng.uniform(0.8, 1.15)
-    small = cv2.resize(lit, (size, size), interpolation=cv2.INTER_AREA) * gain.astype(np.float32)
-    small += np.float32(rng.uniform(2.0, 8.0)) * rng.standard_normal(small.shape, np.float32) + rng.uniform(-12, 12)
+    lit = canvas.pixels * (1.0 + slope.astype(np.float32))
+    gain = temperature * rng.uniform(0.75, 1.2)
+    small = cv2.resize(lit.transpose(1, 2, 0), (size, size), interpolation=cv2.INTER_AREA) * gain.astype(np.float32)
+    small += np.float32(rng.uniform(2.0, 6.0)) * rng.standard_normal(small.shape, np.float32) + rng.uniform(-12, 12)
     return np.asarray(np.clip(small, 0, 255), np.uint8)
 
 

@@ -84,15 +84,16 @@ class Pets(PictureData):
     def list_fit(self) -> FitPictures:
         """List trainval; validation is cut from it."""
         base = self._base()
-        annotations = read_annotations(base / "annotations" / "trainval.txt")
-        breeds = class_names(annotations)
+        path = base / "annotations" / "trainval.txt"
+        annotations = read_annotations(path)
+        breeds = class_names(annotations, path)
         return FitPictures(list(breeds.values()), self._pictures(base, annotations, breeds), None)
 
     def list_test(self) -> list[Picture]:
         """List the official test split."""
         base = self._base()
-        breeds = class_names(read_annotations(base / "annotations" / "trainval.txt"))
-        path = base / "annotations" / "test.txt"
+        fit_path, path = base / "annotations" / "trainval.txt", base / "annotations" / "test.txt"
+        breeds = class_names(read_annotations(fit_path), fit_path)
         annotations = read_annotations(path)
         unknown = sorted({annotation.breed for annotation in annotations if annotation.class_id not in breeds})
         if unknown:
@@ -146,11 +147,12 @@ def read_annotations(path: Path) -> list[Annotation]:
     return annotations
 
 
-def class_names(annotations: list[Annotation]) -> dict[int, str]:
+def class_names(annotations: list[Annotation], path: Path) -> dict[int, str]:
     """Name the classes after the image ids.
 
     Args:
         annotations: Entries of one list.
+        path: Where they were read, for the message.
 
     Returns:
         Class id to breed, in ascending order of the ids.
@@ -159,7 +161,7 @@ def class_names(annotations: list[Annotation]) -> dict[int, str]:
         ConfigError: One class id with two breeds, or only one class.
 
     Example:
-        >>> class_names([Annotation("american_bulldog_1", 2), Annotation("Abyssinian_7", 1)])
+        >>> class_names([Annotation("american_bulldog_1", 2), Annotation("Abyssinian_7", 1)], Path("trainval.txt"))
         {1: 'Abyssinian', 2: 'american_bulldog'}
     """
     breeds: dict[int, str] = {}
@@ -167,10 +169,11 @@ def class_names(annotations: list[Annotation]) -> dict[int, str]:
         known = breeds.setdefault(annotation.class_id, annotation.breed)
         if known != annotation.breed:
             raise ConfigError(
-                f"{annotation.image_id} has class id {annotation.class_id}, which is {known}; a class is one breed."
+                f"{path}: {annotation.image_id} has class id {annotation.class_id}, which is {known}; "
+                "a class is one breed."
             )
     if len(breeds) < 2:
-        raise ConfigError(f"only one class ({next(iter(breeds.values()))}); a classifier needs at least 2.")
+        raise ConfigError(f"{path}: only one class ({next(iter(breeds.values()))}); a classifier needs at least 2.")
     return dict(sorted(breeds.items()))
 
 

@@ -15,9 +15,9 @@ from gn_transfer.data.draw import BREEDS, draw_animal
 from gn_transfer.data.pets import FOLDER, Pets
 from gn_transfer.data.transforms import Recipe
 
-TRAINVAL_PER_BREED = 100
+TRAINVAL_PER_BREED = 130
 TEST_PER_BREED = 20
-PICTURE_SIZE = 96
+PICTURE_SIZE = 80
 """Side of a picture in pixels."""
 
 _VERSION = 1  # raise it with every change of the drawing: folders written by another version are drawn again
@@ -37,7 +37,7 @@ class Sample(Pets):
 
     Args:
         root: Folder that the pictures are written to.
-        img_size: Side of the square that the net sees, in pixels; the pictures have 96.
+        img_size: Side of the square that the net sees, in pixels; the pictures have 80.
         batch_size: Pictures per forward and device; what BatchNorm sees.
         num_workers: Data worker processes; None: as many as fit, so that compute threads and workers do not exceed the
             cores (on a CPU that is usually 0).
@@ -72,7 +72,7 @@ class Sample(Pets):
 
 
 def write_sample(root: Path, seed: int = 0) -> Path:
-    """Write the sample in the layout of Oxford-IIIT Pet: 5 breeds, 100 pictures each in trainval and 20 in test.
+    """Write the sample in the layout of Oxford-IIIT Pet: 5 breeds, 130 pictures each in trainval and 20 in test.
 
     It is written to a temporary folder beside its place and then renamed, so what is found there is whole. A sample of
     the same version and seed is left as it is; of another, replaced.

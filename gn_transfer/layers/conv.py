@@ -1,0 +1,171 @@
+"""Convolution by matrix products where a CPU is faster that way: few positions, many weights.
+
+At batch size 1 the deep layers of a ResNet have 49 to 784 positions and up to two million weights. oneDNN reorders those
+weights into its own layout for every call, forward and backward, and its weight gradient for few positions runs at a
+fraction of the machine's speed; a matrix product on the channels-last picture does neither.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class ByMatmul(NamedTuple):
+    """Which of a convolution's three computations are done as a matrix product."""
+
+    output: bool
+    grad_input: bool
+    grad_weight: bool
+
+
+def by_matmul(kernel: int, positions: int, in_channels: int, out_channels: int, dtype: torch.dtype) -> ByMatmul:
+    """Choose by the ratio of weights to activations; a rule read off measurements (``benchmarks/README.md``).
+
+    Args:
+        kernel: Height and width of the kernel.
+        positions: Output positions over the batch, ``N * H * W``.
+        in_channels: Input channels.
+        out_channels: Output channels.
+        dtype: Of input and weight.
+
+    Returns:
+        What is done as a matrix product.
+    """
+    weights = kernel * kernel * in_channels * out_channels
+    ratio = weights / (positions * (in_channels + out_channels))
+    half = dtype != torch.float32
+    if kernel == 1:
+        product = ratio > (0.01 if half else 4)
+        return ByMatmul(product, product, half or ratio > 1)
+    return ByMatmul(half and ratio > 10, False, ratio > (3 if half else 10))
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: str | tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """``F.conv2d``, by matrix products where that is faster.
+
+    Args:
+        input: Shape ``(N, C, H, W)``; only channels-last input on a CPU takes the fast path.
+        weight: Shape ``(O, C / groups, kH, kW)``.
+        bias: Shape ``(O,)`` or None.
+        stride: As in ``F.conv2d``, and so the following.
+        padding: See ``stride``.
+        dilation: See ``stride``.
+        groups: See ``stride``.
+
+    Returns:
+        Shape ``(N, O, H', W')``.
+    """
+    if (
+        input.device.type == "cpu"
+        and input.ndim == 4
+        and groups == 1
+        and dilation == (1, 1)
+        and bias is None
+        and not isinstance(padding, str)
+        and padding[0] == padding[1] == (weight.shape[2] - 1) // 2
+        and weight.shape[2] == weight.shape[3]
+        and weight.shape[2] in (1, 3)
+        and stride[0] == stride[1]
+        and input.is_contiguous(memory_format=torch.channels_last)
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    ):
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            input, weight = input.to(dtype), weight.to(dtype)
+        if input.dtype == weight.dtype:
+            kernel = weight.shape[2]
+            positions = input.shape[0] * -(-input.shape[2] // stride[0]) * -(-input.shape[3] // stride[0])
+            plan = by_matmul(kernel, positions, weight.shape[1], weight.shape[0], input.dtype)
+            if any(plan):
+                output: Tensor = _MatmulConv.apply(input, weight, stride[0], plan)  # type: ignore[no-untyped-call]
+                return output
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+class _MatmulConv(torch.autograd.Function):
+    """1x1 or 3x3 convolution with "same" padding and no bias in channels-last. Not twice differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, stride: int, plan: ByMatmul) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.stride, ctx.plan = stride, plan
+        kernel = weight.shape[2]
+        if not plan.output:
+            return F.conv2d(input, weight, None, stride, kernel // 2)
+        columns = _columns(input, kernel, stride)
+        N, _, H, W = input.shape
+        return _to_image(columns @ _weight_rows(weight).t(), N, -(-H // stride), -(-W // stride))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        input, weight = ctx.saved_tensors
+        stride, plan, kernel = ctx.stride, ctx.plan, weight.shape[2]
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
+        grad_input = grad_weight = None
+        if ctx.needs_input_grad[1] and plan.grad_weight:
+            rows = grad_rows.t() @ _columns(input, kernel, stride)
+            grad_weight = rows.view(len(weight), kernel, kernel, -1).permute(0, 3, 1, 2)
+        if ctx.needs_input_grad[0] and plan.grad_input:  # kernel 1
+            grad_input = _to_image(grad_rows @ weight.flatten(1), *_hw(grad))
+            if stride > 1:
+                wide = torch.zeros_like(input, memory_format=torch.channels_last)
+                wide[:, :, ::stride, ::stride] = grad_input
+                grad_input = wide
+        mask = [
+            ctx.needs_input_grad[0] and grad_input is None,
+            ctx.needs_input_grad[1] and grad_weight is None,
+            False,
+        ]
+        if any(mask):
+            rest = torch.ops.aten.convolution_backward(
+                grad, input, weight, None, [stride] * 2, [kernel // 2] * 2, [1, 1], False, [0, 0], 1, mask
+            )
+            grad_input, grad_weight = (new if m else old for new, old, m in zip(rest, (grad_input, grad_weight), mask))
+        return grad_input, grad_weight, None, None
+
+
+def _hw(image: Tensor) -> tuple[int, int, int]:
+    return image.shape[0], image.shape[2], image.shape[3]
+
+
+def _to_image(rows: Tensor, N: int, H: int, W: int) -> Tensor:
+    """Rows of channels ``(N * H * W, C)`` as a channels-last picture; a view."""
+    return rows.view(N, H, W, -1).permute(0, 3, 1, 2)
+
+
+def _weight_rows(weight: Tensor) -> Tensor:
+    """Shape ``(O, kH * kW * I)``, the order of :func:`_columns`; a view of a channels-last weight."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _columns(input: Tensor, kernel: int, stride: int) -> Tensor:
+    """What each output position sees: ``(N * H' * W', kH * kW * C)``; a view for kernel 1 and stride 1."""
+    image = input.permute(0, 2, 3, 1)
+    if kernel == 1:
+        return (image if stride == 1 else image[:, ::stride, ::stride]).flatten(0, 2)
+    N, H, W, C = image.shape
+    pad = kernel // 2
+    padded = F.pad(image, (0, 0, pad, pad, pad, pad))
+    n, h, w, _ = padded.stride()
+    # A row of the kernel is kernel * C neighbours in memory.
+    windows = padded.as_strided(
+        (N, -(-H // stride), -(-W // stride), kernel, kernel * C), (n, h * stride, w * stride, h, 1)
+    )
+    return windows.reshape(-1, kernel * kernel * C)

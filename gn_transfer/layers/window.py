@@ -1,0 +1,336 @@
+"""Work on weights once per window of accumulated micro-batches instead of once per micro-batch.
+
+Between two optimizer steps the weights do not change, so their standardization, its backward and their cast to the
+forward's dtype need to be done once. At the first micro-batch a working copy of each weight is made; all micro-batches
+of the window use it and gather its gradient; the last one sends the whole gradient through the standardization to the
+parameter, within its own backward, so that hooks on the parameter (DDP's too) see it whole.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.autograd.function import once_differentiable
+
+from gn_transfer.layers.conv import conv2d
+from gn_transfer.layers.std_conv import StdConv2d, filter_rows, rows_to_filters
+
+
+class OncePerWindow:
+    """Attach the once-per-window engine to a net.
+
+    Every ``StdConv2d`` is standardized, and under autocast every ``nn.Conv2d`` and ``nn.Linear`` is cast, once per
+    window: exactly these classes, as subclasses may compute something else. In channels-last on a CPU the convolutions
+    also take the faster way of :func:`gn_transfer.layers.conv.conv2d`. Gradients are those of the plain computation;
+    low-precision gradients of a weight are summed over the window in float32.
+
+    State dict, deep copies and pickles of the net are as without the engine. Forward passes without gradient
+    (validation in mid-window) do not touch the window. A weight that changes within a window is noticed by its
+    ``_version`` and storage (optimizers, ``load_state_dict``, ``copy_``, ``.to()``, a new ``weight.data``); what was
+    gathered until then goes to ``weight.grad``. Edits in place of ``weight.data`` are noticed at the next window, those
+    of a frozen weight after :meth:`reset`.
+
+    Without DDP a weight that the last micro-batch does not use still receives what earlier ones gathered; with DDP
+    it does so on its own process only, so there every weight must take part in the last micro-batch.
+
+    Args:
+        module: The net, its norms already exchanged; it is changed until :meth:`remove`.
+
+    Raises:
+        RuntimeError: The net has an engine.
+
+    Example:
+        >>> net = nn.Sequential(StdConv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+        >>> engine = OncePerWindow(net)
+        >>> engine
+        OncePerWindow(1 StdConv2d, 1 Linear; idle)
+        >>> for i in range(4):
+        ...     engine.micro_batch(first=i == 0, last=i == 3)
+        ...     net(torch.randn(1, 3, 3, 3)).sum().backward()
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.active = False
+        self.last = False
+        self._weights: list[WindowWeight] = []
+        self._finish_is_queued = False
+        layers = list(module.modules())
+        if any(type(layer) in _PLAIN for layer in layers):
+            raise RuntimeError("the net has a once-per-window engine; call its remove() first")
+        for layer in layers:
+            if (windowed := _WINDOWED.get(type(layer))) is not None:
+                self._weights.append(WindowWeight(self, layer))
+                layer.__class__ = windowed
+                layer.__dict__["window"] = self._weights[-1]
+
+    def micro_batch(self, *, first: bool, last: bool) -> None:
+        """Announce the next micro-batch; call it before its forward pass.
+
+        Args:
+            first: It opens a window: what an unfinished window had gathered is dropped, weights are taken anew.
+            last: An optimizer step follows: its backward fills ``grad`` of the parameters.
+        """
+        if first:
+            for weight in self._weights:
+                weight.open_window()
+        self.active, self.last = True, last
+
+    def finish(self) -> None:
+        """Give parameters what was gathered for them and not yet delivered.
+
+        The last micro-batch's backward calls it by itself; call it where that micro-batch had no backward (its loss was
+        skipped) and the optimizer steps all the same.
+        """
+        self._finish_is_queued = False
+        for weight in self._weights:
+            weight.deliver()
+
+    def reset(self) -> None:
+        """Drop everything kept and gathered, and compute plainly until the next :meth:`micro_batch`."""
+        self.active = self.last = self._finish_is_queued = False
+        for weight in self._weights:
+            weight.drop()
+
+    def remove(self) -> None:
+        """Make the net what it was before."""
+        self.reset()
+        for weight in self._weights:
+            weight.layer.__class__ = _PLAIN[type(weight.layer)]
+            del weight.layer.__dict__["window"]
+        self._weights.clear()
+
+    def gathered(self, weight: WindowWeight) -> None:
+        """Note that a gradient came in; in the last micro-batch its backward ends with :meth:`finish`."""
+        if self.last and not self._finish_is_queued:
+            self._finish_is_queued = True
+            Variable._execution_engine.queue_callback(self.finish)  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        kinds = Counter(_PLAIN[type(weight.layer)].__name__ for weight in self._weights)
+        state = "idle" if not self.active else "last micro-batch" if self.last else "in a window"
+        return f"OncePerWindow({', '.join(f'{n} {kind}' for kind, n in kinds.items())}; {state})"
+
+
+class WindowWeight:
+    """The working copy of one layer's weight and the gradient gathered for it.
+
+    Args:
+        engine: Knows where in the window we are.
+        layer: Has the weight; a ``StdConv2d`` has it standardized.
+    """
+
+    def __init__(self, engine: OncePerWindow, layer: nn.Module) -> None:
+        self.engine = engine
+        self.layer = layer
+        self._eps: float | None = layer.eps if isinstance(layer, StdConv2d) else None
+        self.drop()
+
+    @property
+    def _weight(self) -> nn.Parameter:
+        weight = self.layer.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def drop(self) -> None:
+        """Forget the copy and the gradient."""
+        self._copy: Tensor | None = None
+        self._key: tuple[object, ...] | None = None
+        self._mean = self._rstd = None  # of the filters, for the backward of the standardization
+        self._gradient: Tensor | None = None  # of the copy, summed over the window
+        self._owns_gradient = False  # the first one belongs to autograd
+
+    def open_window(self) -> None:
+        """Forget the gradient, and the copy too: an optimizer that writes to ``weight.data`` leaves no sign."""
+        if self._weight.requires_grad:
+            self.drop()
+
+    def for_forward(self, input: Tensor) -> Tensor | None:
+        """Find what the layer is to compute with.
+
+        Args:
+            input: Of the layer; decides on the memory format.
+
+        Returns:
+            Working copy, attached to the graph where gradients are wanted; None where the plain computation is right.
+        """
+        weight = self._weight
+        if not self.engine.active or torch.is_inference_mode_enabled():
+            return None
+        if not torch.is_grad_enabled() and not self.layer.training:
+            return None
+        dtype = _forward_dtype(weight)
+        if self._eps is None and dtype == weight.dtype:
+            return None
+        copy = self._working_copy(weight, dtype, input)
+        if weight.requires_grad and torch.is_grad_enabled():
+            attached: Tensor = _Attach.apply(weight, self, copy)  # type: ignore[no-untyped-call]
+            return attached
+        return copy
+
+    def _working_copy(self, weight: Tensor, dtype: torch.dtype, input: Tensor) -> Tensor:
+        key = _identity(weight)
+        if self._key is not None and self._key != key:
+            self.deliver()
+            self.drop()
+        channels_last = input.is_contiguous(memory_format=torch.channels_last) if input.ndim == 4 else False
+        if self._copy is not None and self._copy.dtype == dtype:
+            wanted = torch.channels_last if channels_last else torch.contiguous_format
+            if weight.ndim != 4 or self._copy.is_contiguous(memory_format=wanted) or input.is_contiguous():
+                return self._copy
+        with torch.no_grad():
+            self._key = key
+            new = weight.detach()
+            if self._eps is not None:
+                new, self._mean, self._rstd = _standardize(new, self._eps)
+            memory_format = torch.channels_last if channels_last and weight.ndim == 4 else torch.preserve_format
+            self._copy = new.to(dtype, memory_format=memory_format)
+        return self._copy
+
+    def gather(self, gradient: Tensor) -> Tensor | None:
+        """Take a gradient of the copy.
+
+        Args:
+            gradient: From one use of the copy in one backward.
+
+        Returns:
+            Gradient of the weight with all that was gathered, in the last micro-batch; None before.
+        """
+        if self.engine.active and not self.engine.last:
+            self._add(gradient)
+            return None
+        if self._gradient is not None:
+            self._add(gradient)
+            gradient, self._gradient = self._gradient, None
+        self.engine.gathered(self)
+        return self._to_weight(gradient)
+
+    def _add(self, gradient: Tensor) -> None:
+        if self._gradient is None:
+            self._owns_gradient = gradient.dtype != self._weight.dtype
+            self._gradient = gradient.to(self._weight.dtype)
+        elif self._owns_gradient:
+            self._gradient.add_(gradient)
+        else:
+            self._gradient, self._owns_gradient = self._gradient + gradient, True
+
+    def deliver(self) -> None:
+        """Add what was gathered to ``weight.grad``."""
+        if self._gradient is None:
+            return
+        weight, gradient = self._weight, self._gradient
+        self._gradient = None
+        with torch.no_grad():
+            if self._key == _identity(weight):
+                gradient = self._to_weight(gradient)
+            elif self._rstd is not None:
+                assert self._copy is not None
+                gradient = _standardize_backward_of_copy(gradient, self._copy, self._rstd)
+            weight.grad = gradient if weight.grad is None else weight.grad + gradient
+
+    def _to_weight(self, gradient: Tensor) -> Tensor:
+        """From the gradient of the copy to that of the weight."""
+        weight = self._weight
+        gradient = gradient.to(weight.dtype)
+        if self._eps is None:
+            return gradient
+        like = torch.channels_last if not weight.is_contiguous() else torch.contiguous_format
+        rows, weight_rows = filter_rows(gradient.contiguous(memory_format=like)), filter_rows(weight.detach())
+        raw = torch.ops.aten.native_layer_norm_backward(
+            rows, weight_rows, rows.shape[1:], self._mean, self._rstd, None, None, [True, False, False]
+        )[0]
+        return rows_to_filters(raw, weight)
+
+
+class _Attach(torch.autograd.Function):
+    """Put a working copy into the graph; its gradient goes to the window. Not twice differentiable.
+
+    Nothing is saved for backward, so a checkpointed segment may be computed again at will.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, window: WindowWeight, copy: Tensor) -> Tensor:
+        ctx.window, ctx.weight, ctx.version = window, weight, weight._version
+        return copy.detach()  # a new tensor on the same memory, as autograd writes its history on it
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        if ctx.weight._version != ctx.version:
+            raise RuntimeError(
+                "a weight was modified in place between forward and backward: the gradient cannot be computed"
+            )
+        return ctx.window.gather(gradient), None, None
+
+
+def _identity(weight: Tensor) -> tuple[object, ...]:
+    return weight._version, weight.data_ptr(), weight.dtype, weight.device
+
+
+def _forward_dtype(weight: Tensor) -> torch.dtype:
+    """What autocast would cast the weight to; it leaves float64 alone."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def _standardize(weight_OIHW: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``standardize_weight``, with mean and 1 / std of the filters for the backward."""
+    rows = filter_rows(weight_OIHW)
+    standardized, mean, rstd = torch.native_layer_norm(rows, rows.shape[1:], None, None, eps)
+    return rows_to_filters(standardized, weight_OIHW), mean, rstd
+
+
+def _standardize_backward_of_copy(gradient: Tensor, copy: Tensor, rstd: Tensor) -> Tensor:
+    """Backward of the standardization where only its output is left: the weight has changed since."""
+    g, x_hat = gradient.flatten(1), copy.flatten(1).to(gradient.dtype)
+    return (rstd * (g - g.mean(1, keepdim=True) - x_hat * (g * x_hat).mean(1, keepdim=True))).view_as(gradient)
+
+
+class _InWindow(nn.Module):
+    """Class of a layer while an engine is attached; copies and pickles are of the plain class."""
+
+    window: WindowWeight
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {key: value for key, value in self.__getstate__().items() if key != "window"}  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (_PLAIN[type(self)],), state  # type: ignore[attr-defined]
+
+
+class _WindowConv2d(_InWindow, nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.window.for_forward(input)
+        return _conv(self, input, self.weight if weight is None else weight)
+
+
+class _WindowStdConv2d(_InWindow, StdConv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.window.for_forward(input)
+        return _conv(self, input, self.standardized_weight() if weight is None else weight)
+
+
+class _WindowLinear(_InWindow, nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.window.for_forward(input)
+        return F.linear(input, self.weight if weight is None else weight, self.bias)
+
+
+def _conv(layer: nn.Conv2d, input: Tensor, weight: Tensor) -> Tensor:
+    if layer.padding_mode != "zeros":
+        output: Tensor = layer._conv_forward(input, weight, layer.bias)
+        return output
+    return conv2d(input, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)  # type: ignore[arg-type]
+
+
+_WINDOWED: dict[type[nn.Module], type[_InWindow]] = {
+    nn.Conv2d: _WindowConv2d,
+    nn.Linear: _WindowLinear,
+    StdConv2d: _WindowStdConv2d,
+}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {windowed: plain for plain, windowed in _WINDOWED.items()}

@@ -1,0 +1,52 @@
+"""The parser's messages in our words: what is wrong, the value got, what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from gn_transfer.config import did_you_mean
+
+
+def explain(message: str, known_keys: Sequence[str], data_modules: Sequence[str]) -> str:
+    """Turn jsonargparse's message into ours.
+
+    Args:
+        message: Its message, of one or many lines.
+        known_keys: Every key that a configuration may have.
+        data_modules: What ``--data`` may name.
+
+    Returns:
+        Ours where the cause is known, else its own on one line.
+
+    Example:
+        >>> explain("Unrecognized arguments: --model.nrom gn", ["model.norm", "model.lr"], [])
+        "model.nrom is not a key; did you mean 'model.norm'? Known: model.norm, model.lr."
+    """
+    flat = " ".join(message.split())
+    if found := re.search(r"""(?:Unrecognized arguments: --|does not accept option ['"])([\w.]+)""", flat):
+        return _unknown_key(found[1], known_keys)
+    if found := re.search(r"Option '(\w+)' is not accepted", flat):
+        return _unknown_key(f"data.{found[1]}", known_keys)
+    if found := re.search(r"""Parser key "([\w.]+)": Expected a typing\.Literal\[(.+?)\]\. Got value: (.*)""", flat):
+        key, choices, value = found.groups()
+        return f"{key}={value} is not allowed; {did_you_mean(value, _words(choices))}."
+    if found := re.search(r"""Parser key "data":.*Given value: (\w+)$""", flat):
+        return f"data={found[1]} is not a data module; {did_you_mean(found[1], data_modules)}."
+    if found := re.search(r"""Parser key "([\w.]+)": Expected an? <class '(\w+)'>\. Got value: (.*)""", flat):
+        return f"{found[1]}={found[3]} is not of type {found[2]}."
+    return flat
+
+
+def _words(choices: str) -> list[str]:
+    return re.findall(r"[^ ,']+", choices)
+
+
+def _unknown_key(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    section = key.split(".")[0]
+    siblings = [name for name in known if name.split(".")[0] == section]
+    allowed = siblings if "." in key and siblings else dict.fromkeys(name.split(".")[0] for name in known)
+    return f"{key} is not a key; {guess}Known: {', '.join(allowed)}."

@@ -1,0 +1,164 @@
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from gn_transfer.backbones import check_input, create_backbone, parameter_depths, resolve_pretrained
+from gn_transfer.config import ConfigError
+from gn_transfer.layers import StdConv2d
+
+WITHOUT_CUDA = ("bn", "bn_frozen", "gn", "gn_ws", "bn_ws", "ln", "in", "none")
+
+
+def small(norm, **kwargs):
+    return create_backbone("resnet18", norm=norm, num_classes=5, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def bn_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "bn.safetensors"
+    save_file(small("bn").net.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnetv2_18", "resnetv2_26"])
+@pytest.mark.parametrize("norm", ["bn", "gn_ws"])
+def test_the_head_is_neither_normalized_nor_standardized(name, norm):
+    backbone = create_backbone(name, norm=norm, num_classes=7)
+    head = backbone.net.get_submodule(backbone.head)
+    assert not isinstance(head, StdConv2d)
+    assert head.weight.shape[0] == 7
+    standardized = [module for module in backbone.net.modules() if isinstance(module, StdConv2d)]
+    assert bool(standardized) == (norm == "gn_ws")
+
+
+def test_no_convolution_starts_at_zero_under_weight_standardization():
+    for name in ("resnet18", "resnetv2_18"):
+        for module in create_backbone(name, norm="gn_ws", num_classes=2).net.modules():
+            if isinstance(module, StdConv2d):
+                assert module.weight.abs().sum() > 0
+
+
+def test_without_norm_each_block_starts_as_the_identity():
+    net = create_backbone("resnetv2_18", norm="none", num_classes=2).net.eval()
+    x = torch.randn(2, 64, 8, 8)
+    block = net.stages[0].blocks[0]
+    assert torch.equal(block(x), x)
+
+
+def test_weights_of_the_same_norm_are_loaded_except_the_head(bn_file):
+    backbone = small("bn", pretrained=str(bn_file))
+    assert set(backbone.report.reinitialized) == {"fc.weight", "fc.bias"}
+    assert backbone.report.source == str(bn_file)
+    assert not backbone.report.converted
+    assert "conv1.weight" in backbone.report.loaded
+
+
+@pytest.mark.parametrize("norm", ["gn", "gn_ws", "ln", "none"])
+def test_bn_weights_into_another_norm_are_refused_by_name(bn_file, norm):
+    with pytest.raises(ConfigError, match=rf"trained with BatchNorm and model.norm={norm}.*model.conversion=copy"):
+        small(norm, pretrained=str(bn_file))
+
+
+def test_bn_weights_are_copied_when_asked_for_by_name(bn_file):
+    report = small("gn", pretrained=str(bn_file), conversion="copy").report
+    assert "bn1.weight" in report.converted
+    assert "bn1.running_mean" in report.dropped
+    assert "conv1.weight" in report.loaded
+
+
+def test_gn_weights_into_bn_are_refused(tmp_path):
+    path = tmp_path / "gn.safetensors"
+    save_file(small("gn").net.state_dict(), path)
+    with pytest.raises(ConfigError, match="trained without BatchNorm"):
+        small("bn", pretrained=str(path))
+
+
+def test_weights_of_another_architecture(bn_file):
+    with pytest.raises(ConfigError, match=r"does not fit resnet34: \d+ of \d+ tensors"):
+        create_backbone("resnet34", norm="bn", num_classes=5, pretrained=str(bn_file))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".npz"])
+def test_a_truncated_file(tmp_path, bn_file, suffix):
+    path = tmp_path / f"cut{suffix}"
+    path.write_bytes(bn_file.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="cannot be read as weights"):
+        small("bn", pretrained=str(path))
+
+
+def test_auto_picks_architecture_and_tag_for_the_norm():
+    assert resolve_pretrained("resnetv2_50", "gn_ws", "auto") == ("resnetv2_50x1_bit", "goog_in21k_ft_in1k")
+    assert resolve_pretrained("resnetv2_50", "bn_frozen", "auto") == ("resnetv2_50", "a1h_in1k")
+    assert resolve_pretrained("resnet50", "gn", "auto") == ("resnet50_gn", "a1h_in1k")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet17", "bn", None), "resnet17 is not a net"),
+        (("resnet18.a1_in1k", "bn", None), "write model.backbone=resnet18 and model.pretrained=a1_in1k"),
+        (("resnet18", "gn", "auto"), "no weights are known for model.backbone=resnet18 with model.norm=gn"),
+        (("resnet18", "bn", "a1_in2k"), "did you mean 'a1_in1k'"),
+        (("resnet18", "bn", "no/such/file.pth"), "no such file"),
+    ],
+)
+def test_what_cannot_be_resolved_names_the_way_out(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_pretrained(*arguments)
+
+
+def test_groups_that_do_not_divide():
+    with pytest.raises(ConfigError, match=r"model.num_groups=48 does not divide 64 channels of"):
+        small("gn", num_groups=48)
+
+
+@pytest.mark.parametrize("norm", ["bn", "in"])
+def test_a_norm_over_a_single_value_is_refused_before_training(norm):
+    net = small(norm).net
+    with pytest.raises(ConfigError, match=r"data.img_size=32 with data.batch_size=1.*model.norm=gn_ws"):
+        check_input(net, norm, batch_size=1, img_size=32)
+    check_input(net, norm, batch_size=1, img_size=64)
+
+
+def test_checking_leaves_the_net_untouched():
+    net = small("bn").net
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    check_input(net, "bn", batch_size=2, img_size=64)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(parameter.device.type == "cpu" for parameter in net.parameters())
+
+
+def test_depths_rise_from_stem_to_head():
+    backbone = create_backbone("resnetv2_18", norm="gn_ws", num_classes=2)
+    depths = parameter_depths(backbone.net)
+    assert depths["stem.conv.weight"] == 0
+    assert depths["head.fc.weight"] == max(depths.values())
+    assert set(depths) == {name for name, _ in backbone.net.named_parameters()}
+
+
+@pytest.mark.parametrize("norm", WITHOUT_CUDA)
+@pytest.mark.parametrize("name", ["resnet18", "resnetv2_18", "resnet50"])
+def test_every_norm_trains_two_steps_at_batch_size_1(name, norm):
+    torch.manual_seed(0)
+    net = create_backbone(name, norm=norm, num_classes=3).net.train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loss = nn.functional.cross_entropy(net(torch.randn(1, 3, 64, 64)), torch.tensor([1]))
+        loss.backward()
+        assert torch.isfinite(loss)
+        missing = [key for key, parameter in net.named_parameters() if parameter.grad is None]
+        assert not missing
+        optimizer.step()
+
+
+def test_synchronized_bn_needs_cuda():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(ConfigError, match="bn_sync"):
+        small("bn_sync")
