@@ -371,6 +371,11 @@ class Command(LightningCLI):
             trainer.fit(model, datamodule=data, ckpt_path=kwargs.get("ckpt_path"))
             if trainer.is_global_zero:
                 self._epilogue(run_folder)
+        except SystemExit:  # Lightning's way out after Ctrl-C
+            saved = run_folder.checkpoints / "last.ckpt"
+            if saved.is_file():
+                self.log.print(f"stopped    go on with: gn-transfer fit --ckpt_path {saved}")
+            raise
         finally:
             self.log.close()
 

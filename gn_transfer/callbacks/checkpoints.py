@@ -98,7 +98,7 @@ class BestCheckpoint(ModelCheckpoint):
         """Go on from the best so far, also where the run's folder was moved or is named another way."""
         assert self.dirpath is not None, "the run's folder is set before a checkpoint is restored"
         best = str(Path(self.dirpath) / "best.ckpt")
-        kept = {best: score for score in state_dict["best_k_models"].values()}
+        kept = dict.fromkeys([best] if state_dict["best_k_models"] else [], state_dict["best_model_score"])
         super().load_state_dict(
             {
                 **state_dict,

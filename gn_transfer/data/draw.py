@@ -172,12 +172,12 @@ def _pattern(breed: Breed, canvas: _Canvas) -> Array:
         return _step(waves, 0.1, 0.35)
     if breed.coat == "spots":
         spots = np.zeros((canvas.side, canvas.side), np.uint8)
-        spacing = rng.uniform(0.34, 0.42)
+        spacing = rng.uniform(0.4, 0.48)
         for row, y in enumerate(np.arange(-1.5, 4.0, spacing)):
             for x in np.arange(-3.0, 3.0, spacing) + spacing / 2 * (row % 2):
                 place = np.array([x, y]) + rng.normal(0.0, 0.06, 2)
                 center = np.round((canvas.pose @ place + canvas.center) * 16).astype(int)
-                radius = round(canvas.radius * rng.uniform(0.075, 0.125) * 16)
+                radius = round(canvas.radius * rng.uniform(0.11, 0.15) * 16)
                 cv2.circle(spots, (int(center[0]), int(center[1])), radius, 255, -1, cv2.LINE_AA, 4)
         return spots.astype(np.float32) / np.float32(255)
     if breed.coat == "patches":

@@ -1,8 +1,8 @@
 """Convolution by matrix products where a CPU is faster that way: few positions, many weights.
 
-At batch size 1 the deep layers of a ResNet have 49 to 784 positions and up to two million weights. oneDNN reorders those
-weights into its own layout for every call, forward and backward, and its weight gradient for few positions runs at a
-fraction of the machine's speed; a matrix product on the channels-last picture does neither.
+At batch size 1 the deep layers of a ResNet have 49 to 784 positions and up to two million weights. oneDNN reorders
+those weights into its own layout for every call, forward and backward, and its weight gradient for few positions runs
+at a fraction of the machine's speed; a matrix product on the channels-last picture does neither.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def conv2d(
         and input.is_contiguous(memory_format=torch.channels_last)
         and weight.dtype in (torch.float32, torch.bfloat16)
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     ):
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
@@ -112,7 +112,7 @@ class _MatmulConv(torch.autograd.Function):
         return _to_image(columns @ _weight_rows(weight).t(), N, -(-H // stride), -(-W // stride))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         input, weight = ctx.saved_tensors
         stride, plan, kernel = ctx.stride, ctx.plan, weight.shape[2]
@@ -137,7 +137,8 @@ class _MatmulConv(torch.autograd.Function):
             rest = torch.ops.aten.convolution_backward(
                 grad, input, weight, None, [stride] * 2, [kernel // 2] * 2, [1, 1], False, [0, 0], 1, mask
             )
-            grad_input, grad_weight = (new if m else old for new, old, m in zip(rest, (grad_input, grad_weight), mask))
+            grad_input = rest[0] if mask[0] else grad_input
+            grad_weight = rest[1] if mask[1] else grad_weight
         return grad_input, grad_weight, None, None
 
 

@@ -166,7 +166,7 @@ def _native_is_slow(input: Tensor, num_groups: int) -> bool:
         and not input.is_contiguous()
         and input.is_contiguous(memory_format=torch.channels_last)
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
 
 
@@ -185,7 +185,7 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
         if H * W >= 1024:  # torch's forward kernel is the fast one here
             output, mean, rstd = torch.native_group_norm(input, weight, bias, N, C, H * W, num_groups, eps)
         else:
-            statistics = [torch.batch_norm_update_stats(image, None, None, 0.0) for image in input.split(1)]
+            statistics = [torch.batch_norm_update_stats(image, None, None, 0.0) for image in torch.split(input, 1)]
             mean_c, var_c = (torch.stack(s).view(N, num_groups, -1) for s in zip(*statistics, strict=True))
             var_of_means, mean = torch.var_mean(mean_c, dim=2, correction=0)
             rstd = (var_c.mean(2) + var_of_means + eps).rsqrt()
@@ -195,7 +195,7 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         input, weight, mean, rstd = ctx.saved_tensors
         N, C, H, W = input.shape
@@ -205,7 +205,7 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
             torch.ops.aten.native_batch_norm_backward(dy, x, None, m, v, None, None, False, 0.0, [False, True, True])[
                 1:
             ]
-            for dy, x, m, v in zip(grad.split(1), input.split(1), wide_mean, wide_var, strict=True)
+            for dy, x, m, v in zip(torch.split(grad, 1), torch.split(input, 1), wide_mean, wide_var, strict=True)
         ]
         # (N, C): sums over positions of dy * x_hat and of dy
         grad_weight, grad_bias = (torch.stack(s) for s in zip(*sums, strict=True))

@@ -109,7 +109,7 @@ class OncePerWindow:
         """Note that a gradient came in; in the last micro-batch its backward ends with :meth:`finish`."""
         if self.last and not self._finish_is_queued:
             self._finish_is_queued = True
-            Variable._execution_engine.queue_callback(self.finish)  # type: ignore[attr-defined]
+            Variable._execution_engine.queue_callback(self.finish)
 
     def __repr__(self) -> str:
         kinds = Counter(_PLAIN[type(weight.layer)].__name__ for weight in self._weights)
@@ -141,7 +141,8 @@ class WindowWeight:
         """Forget the copy and the gradient."""
         self._copy: Tensor | None = None
         self._key: tuple[object, ...] | None = None
-        self._mean = self._rstd = None  # of the filters, for the backward of the standardization
+        self._mean: Tensor | None = None  # of the filters, for the backward of the standardization
+        self._rstd: Tensor | None = None
         self._gradient: Tensor | None = None  # of the copy, summed over the window
         self._owns_gradient = False  # the first one belongs to autograd
 
@@ -259,7 +260,7 @@ class _Attach(torch.autograd.Function):
         return copy.detach()  # a new tensor on the same memory, as autograd writes its history on it
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
         if ctx.weight._version != ctx.version:
             raise RuntimeError(
@@ -299,8 +300,9 @@ class _InWindow(nn.Module):
     window: WindowWeight
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {key: value for key, value in self.__getstate__().items() if key != "window"}  # type: ignore[attr-defined]
-        return copyreg.__newobj__, (_PLAIN[type(self)],), state  # type: ignore[attr-defined]
+        state: dict[str, Any] = self.__getstate__()  # type: ignore[no-untyped-call]
+        plain_state = {key: value for key, value in state.items() if key != "window"}
+        return copyreg.__newobj__, (_PLAIN[type(self)],), plain_state  # type: ignore[attr-defined]
 
 
 class _WindowConv2d(_InWindow, nn.Conv2d):

@@ -159,8 +159,9 @@ def test_a_linear_classifier_on_pixels_stays_under_half(written: tuple[Path, flo
     # The 520 pictures span no more than 520 of the 3,072 directions. An L2 penalty never leaves them: turning the axes
     # into them changes no prediction and saves most of the time.
     axes = np.linalg.svd(pixels, full_matrices=False)[2].T
-    for inverse_penalty in (1e-3, 1e-2):
-        classifier = linear_model.LogisticRegression(C=inverse_penalty, max_iter=300)
-        classifier.fit(pixels @ axes, targets)
-        accuracy = classifier.score(val_pixels @ axes, val_targets)
-        assert accuracy < 0.5
+    with pytest.importorskip("threadpoolctl").threadpool_limits(1):  # products this small lose time on more threads
+        for inverse_penalty in (1e-3, 1e-2):
+            classifier = linear_model.LogisticRegression(C=inverse_penalty, max_iter=300)
+            classifier.fit(pixels @ axes, targets)
+            assert classifier.score(pixels @ axes, targets) > 0.7  # it does learn
+            assert classifier.score(val_pixels @ axes, val_targets) < 0.5
