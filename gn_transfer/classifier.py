@@ -311,15 +311,16 @@ class TransferClassifier(LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: scale(step, total, warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def memory_format(self, device_type: str, batch_size: int) -> torch.memory_format:
+        """Choose the layout of activations in training: ``model.channels_last``, or what measured faster."""
+        if self.channels_last == "auto":
+            return preferred_memory_format(self.norm, device_type, batch_size=batch_size)
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
     def on_fit_start(self) -> None:
         """Choose the memory layout, attach the once-per-window engine and compile, on the device of the training."""
         assert self.net is not None
-        channels_last = self.channels_last
-        if channels_last == "auto":
-            data = self._data()
-            self._memory_format = preferred_memory_format(self.norm, self.device.type, batch_size=data.batch_size)
-        else:
-            self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._memory_format = self.memory_format(self.device.type, self._data().batch_size)
         self.net.to(memory_format=self._memory_format)  # type: ignore[call-overload]
         if self.once_per_window:
             self._engine = OncePerWindow(self.net)

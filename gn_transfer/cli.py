@@ -121,12 +121,14 @@ class _Arguments:
     Attributes:
         verb: The verb.
         config_name: Name of the last config, without suffix; the name of a folder of runs.
+        typed: The arguments as the user typed them.
         checkpoint: Path behind ``--ckpt_path``, resolved.
         stored: Content of that checkpoint under ``gn_transfer``.
     """
 
     def __init__(self, verb: str, arguments: Sequence[str]) -> None:
         self.verb = verb
+        self.typed = list(arguments)
         self.argv = list(arguments)
         configs = [self._replace(index, find_config) for index in self._values_of("--config", "-c")]
         self.config_name = Path(configs[-1]).stem if configs else "default"
@@ -443,7 +445,7 @@ class Command(LightningCLI):
 
     def _typed(self) -> str:
         """Repeat what the user typed, less the norm and the checkpoint."""
-        words = iter(sys.argv[2:])
+        words = iter(self.arguments.typed)
         kept = []
         for word in words:
             if word in ("--model.norm", "--ckpt_path"):

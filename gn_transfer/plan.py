@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from rich.table import Table
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from gn_transfer.callbacks import micro_batches_per_window
 from gn_transfer.classifier import TransferClassifier
 from gn_transfer.data import PictureData
+from gn_transfer.layers import OncePerWindow
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def make_plan(
     epochs = max_epochs if max_epochs >= 0 else max(1, -(-max_steps // max(windows, 1)))
     steps = windows * epochs if max_steps < 0 else min(windows * epochs, max_steps)
     last = batches - (windows - 1) * micro_batches
-    seconds = step_seconds(model, data.batch_size, data.img_size, precision, device)
+    cost = measure_step(model, data.batch_size, data.img_size, precision, device)
+    seconds = cost.seconds * batches * epochs * steps / max(1, windows * epochs)
 
     report = model.report
     assert report is not None
@@ -100,7 +103,12 @@ def make_plan(
         ("steps", f"{epochs} epochs x {windows:,} optimizer steps = {steps:,}"),
         ("optimizer", f"{model.optimizer_name}, lr {model.lr:g}, {model.schedule}, decay {model.weight_decay:g}"),
         ("precision", f"{precision} on {device}"),
-        ("time", f"about {duration(seconds * batches * epochs * steps / max(1, windows * epochs))} of training steps"),
+        (
+            "memory",
+            f"about {cost.activations_mib + cost.state_mib:,.0f} MiB: {cost.activations_mib:,.0f} of activations, "
+            f"{cost.state_mib:,.0f} of weights, gradients and optimizer; the program itself and buffers come on top",
+        ),
+        ("time", f"about {duration(seconds)} of training steps"),
     ]
     return Plan(rows, advice(model, data.batch_size, micro_batches))
 
@@ -129,10 +137,29 @@ def advice(model: TransferClassifier, batch_size: int, micro_batches: int) -> li
     return found
 
 
-def step_seconds(
+@dataclass(frozen=True)
+class StepCost:
+    """What a training step costs.
+
+    Attributes:
+        seconds: Forward and backward of a micro-batch.
+        activations_mib: What autograd keeps for the backward of a micro-batch.
+        state_mib: Weights, gradients and the optimizer's state.
+    """
+
+    seconds: float
+    activations_mib: float
+    state_mib: float
+
+
+def measure_step(
     model: TransferClassifier, batch_size: int, img_size: int, precision: str, device: torch.device
-) -> float:
-    """Time forward and backward of a micro-batch on a copy of the net; draws nothing from torch's generators.
+) -> StepCost:
+    """Run a few micro-batches on a copy of the net; draws nothing from torch's generators.
+
+    The time is the fastest of up to three after one to warm up, in about two seconds at most. The memory is counted,
+    not measured: tensors saved for backward in the first, by storage, beside the parameters' own. Buffers that a
+    library takes for the time of an operation come on top.
 
     Args:
         model: The model, built.
@@ -142,25 +169,43 @@ def step_seconds(
         device: Where to measure.
 
     Returns:
-        Seconds: the fastest of up to three after one to warm up, in about two seconds at most.
+        What a step costs.
     """
     assert model.net is not None
-    net = deepcopy(model.net).to(device).train()
+    memory_format = model.memory_format(device.type, batch_size)
+    net = deepcopy(model.net).to(device).train().to(memory_format=memory_format)  # type: ignore[call-overload]
+    engine = OncePerWindow(net) if model.once_per_window else None
+    if engine is not None:
+        engine.micro_batch(first=True, last=False)
+    parameters = list(net.parameters())
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    saved: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     pixels = torch.zeros(batch_size, model.mean.shape[1], img_size, img_size, device=device)
     pixels += torch.linspace(-1, 1, img_size, device=device)
+    pixels = pixels.contiguous(memory_format=memory_format)
     fastest, began = float("inf"), time.perf_counter()
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        for _ in range(4):
+        with saved_tensors_hooks(count, lambda tensor: tensor):
+            net(pixels).float().square().mean().backward()
+        for _ in range(3):
             start = time.perf_counter()
-            loss: Tensor = net(pixels).float().square().mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            net(pixels).float().square().mean().backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             fastest = min(fastest, time.perf_counter() - start)
             if time.perf_counter() - began > 2.0:
                 break
-    return fastest
+    moments = {"sgd": 1 if model.momentum else 0, "adam": 2, "adamw": 2}[model.optimizer_name]
+    state = sum(parameter.nbytes for parameter in parameters) * (2 + moments)
+    return StepCost(fastest, sum(saved.values()) / 2**20, state / 2**20)
 
 
 def duration(seconds: float) -> str:

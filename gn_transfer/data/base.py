@@ -126,7 +126,6 @@ class PictureData(lightning.LightningDataModule, ABC):
             ConfigError: The pictures are not there, or not as they should be.
             BadImageError: With ``on_bad_image="stop"``, a picture is missing, empty, truncated or none at all.
         """
-        self.bad_images = []
         if stage == "test":
             classes, _, _ = self.list_fit()
             self.classes = classes
@@ -231,7 +230,7 @@ class PictureData(lightning.LightningDataModule, ABC):
             raise with_remedy(type(first)(first.path, first.reason + more))
         root = Path(self.root)
         bad = {Path(error.path).relative_to(root).as_posix(): error.reason for error in errors}
-        self.bad_images += bad.items()
+        self.bad_images += [item for item in bad.items() if item not in self.bad_images]
         return [picture for picture in pictures if picture.path not in bad]
 
     def _check_all_classes_occur(self, train: Sequence[Picture]) -> None:

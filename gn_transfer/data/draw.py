@@ -34,11 +34,13 @@ class Breed:
         name: As in an image id; a capital first letter marks a cat, as in Oxford-IIIT Pet.
         ears: Shape of the ears.
         coat: Pattern of the fur.
+        head: Half width and half height of the head.
     """
 
     name: str
     ears: Literal["pointed", "tufted", "floppy", "folded", "prick"]
     coat: Literal["stripes", "mask", "patches", "spots", "saddle"]
+    head: tuple[float, float]
 
     @property
     def is_cat(self) -> bool:
@@ -47,11 +49,11 @@ class Breed:
 
 
 BREEDS = (
-    Breed("Moor_Tiger", "pointed", "stripes"),
-    Breed("Lantern_Cat", "tufted", "mask"),
-    Breed("river_spaniel", "floppy", "patches"),
-    Breed("bramble_hound", "folded", "spots"),
-    Breed("harbour_spitz", "prick", "saddle"),
+    Breed("Moor_Tiger", "pointed", "stripes", (1.0, 0.86)),
+    Breed("Lantern_Cat", "tufted", "mask", (0.96, 0.9)),
+    Breed("river_spaniel", "floppy", "patches", (0.84, 0.95)),
+    Breed("bramble_hound", "folded", "spots", (0.76, 1.02)),
+    Breed("harbour_spitz", "prick", "saddle", (0.9, 0.86)),
 )
 """The breeds of the sample, in the order of their class ids."""
 
@@ -223,10 +225,15 @@ def _draw_body(canvas: _Canvas, coat: _Coat) -> None:
 
 def _draw_head(canvas: _Canvas, coat: _Coat) -> None:
     rng, breed = canvas.rng, coat.breed
-    width, height = (1.0, 0.86) if breed.is_cat else (0.84, 0.95)
+    width, height = breed.head
     shadow = cv2.blur(canvas.mask(_ellipse(0.0, 0.3, width, height)), (int(canvas.radius * 0.4),) * 2)
     canvas.paint(np.asarray(shadow, np.uint8), (0.0, 0.0, 0.0), 0.3)
     behind = breed.ears in ("pointed", "tufted", "prick")
+    if breed.ears == "prick":  # a spitz has a mane
+        spikes = np.linspace(0, 2 * np.pi, 36, endpoint=False) + rng.uniform(0, 0.3)
+        reach = np.where(np.arange(36) % 2, 1.16, 1.42) + rng.normal(0.0, 0.03, 36)
+        mane = list(zip((reach * np.cos(spikes)).tolist(), (0.34 + reach * np.sin(spikes)).tolist(), strict=True))
+        canvas.paint(canvas.mask(mane), coat.plain * np.float32(0.9))
     if behind:
         _draw_ears(canvas, coat)
     round_light = 1.08 - 0.3 * (canvas.u**2 + canvas.v**2) * 0.6
@@ -259,8 +266,8 @@ def _draw_ears(canvas: _Canvas, coat: _Coat) -> None:
                 tuft = place([(0.8, tip + 0.16), (0.97, tip - 0.42), (0.92, tip + 0.2)])
                 canvas.paint(canvas.mask(tuft), coat.marking * np.float32(0.6))
         elif ears == "prick":
-            outer = place([(0.84, -0.15), (0.8, -0.8), (0.66, -1.08), (0.44, -1.02), (0.22, -0.72)])
-            inner = place([(0.7, -0.5), (0.69, -0.78), (0.62, -0.94), (0.5, -0.9), (0.36, -0.66)])
+            outer = place([(0.88, -0.15), (0.86, -0.85), (0.72, -1.34), (0.48, -1.2), (0.2, -0.72)])
+            inner = place([(0.74, -0.5), (0.74, -0.85), (0.67, -1.12), (0.54, -1.04), (0.36, -0.68)])
             canvas.paint(canvas.mask(_rounded(outer)), coat.colors * np.float32(0.85))
             canvas.paint(canvas.mask(_rounded(inner)), (120.0, 84.0, 80.0), 0.7)
         elif ears == "floppy":

@@ -186,10 +186,15 @@ def download_pets(root: Path) -> None:
         root: Folder that will hold ``oxford-iiit-pet``; made if missing.
 
     Raises:
-        ConfigError: No network, or a transfer that fails.
+        ConfigError: No network, a transfer that fails, or something incomplete in the way.
     """
     from torchvision.datasets import OxfordIIITPet
 
+    if (root / FOLDER).exists():
+        raise ConfigError(
+            f"data.download: {root / FOLDER} is there, but without images or annotations/trainval.txt. Complete it, or "
+            "remove it to download anew."
+        )
     url = OxfordIIITPet._RESOURCES[0][0]
     _check_reachable(url, root)
     anchor = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.is_dir())

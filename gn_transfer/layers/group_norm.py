@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,6 +72,8 @@ def group_norm(
             f"{num_groups} groups over {tuple(input.shape[1:])} hold one value each, so the output would not depend on "
             "the input; use larger pictures (data.img_size), or fewer groups (model.num_groups, model.norm)."
         )
+    if input.dtype in (torch.bfloat16, torch.float16):  # half-precision parameters would make half-precision statistics
+        weight, bias = (p if p is None else p.float() for p in (weight, bias))
     if _native_is_slow(input, num_groups):
         output: Tensor = _ChannelsLastGroupNorm.apply(input, num_groups, weight, bias, eps)  # type: ignore[no-untyped-call]
         return output
@@ -174,7 +178,8 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
     """Group norm with narrow groups in channels-last, from torch's batch-norm kernels, which are fast there.
 
     Sums over positions are taken per channel and combined over the channels of a group, a tensor of N x C; what is
-    left is per channel ``a * x + b`` forward and ``a * dy + b * x + c`` backward. Not twice differentiable.
+    left is per channel ``a * x + b`` forward and ``a * dy + b * x + c`` backward, as torch's own kernel computes it.
+    Not twice differentiable.
     """
 
     @staticmethod
@@ -185,13 +190,16 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
         if H * W >= 1024:  # torch's forward kernel is the fast one here
             output, mean, rstd = torch.native_group_norm(input, weight, bias, N, C, H * W, num_groups, eps)
         else:
-            statistics = [torch.batch_norm_update_stats(image, None, None, 0.0) for image in torch.split(input, 1)]
-            mean_c, var_c = (torch.stack(s).view(N, num_groups, -1) for s in zip(*statistics, strict=True))
-            var_of_means, mean = torch.var_mean(mean_c, dim=2, correction=0)
-            rstd = (var_c.mean(2) + var_of_means + eps).rsqrt()
-            output = _affine(input, mean, rstd, weight, bias)
+            # Running statistics are given for their dtype alone: without them bf16 input has bf16 statistics.
+            statistics = [torch.batch_norm_update_stats(x, *_zero_and_one(C, _exact(input)), 0.0) for x in _each(input)]
+            mean_NGD, var_NGD = (_stack(s).view(N, num_groups, -1) for s in zip(*statistics, strict=True))
+            var_of_means, mean = torch.var_mean(mean_NGD, dim=2, correction=0)
+            rstd = (var_NGD.mean(2) + var_of_means).add_(eps).rsqrt_()
+            scale = _times(rstd, weight)
+            shift = scale * mean[:, :, None]
+            shift = shift.neg_() if bias is None else bias.view(num_groups, -1) - shift
+            output = _scale_and_shift(input, scale, shift)
         ctx.save_for_backward(input, weight, mean, rstd)
-        ctx.num_groups = num_groups
         return output
 
     @staticmethod
@@ -199,68 +207,82 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         input, weight, mean, rstd = ctx.saved_tensors
         N, C, H, W = input.shape
+        G = mean.shape[1]
         grad = grad.contiguous(memory_format=torch.channels_last)
-        wide_mean, wide_var = _per_channel(mean, C), _per_channel(rstd, C).pow(-2)
+        zero, one = _zero_and_one(C, mean.dtype)
         sums = [
-            torch.ops.aten.native_batch_norm_backward(dy, x, None, m, v, None, None, False, 0.0, [False, True, True])[
-                1:
-            ]
-            for dy, x, m, v in zip(torch.split(grad, 1), torch.split(input, 1), wide_mean, wide_var, strict=True)
+            torch.ops.aten.native_batch_norm_backward(dy, x, None, zero, one, None, None, False, 0.0, _SUMS_ONLY)
+            for dy, x in zip(_each(grad), _each(input), strict=True)
         ]
-        # (N, C): sums over positions of dy * x_hat and of dy
-        grad_weight, grad_bias = (torch.stack(s) for s in zip(*sums, strict=True))
-        grad_input = None
+        dy_x, dy = (_stack([s[i] for s in sums]).view(N, G, -1) for i in (1, 2))  # sums over positions
+        grad_input = grad_weight = None
         if ctx.needs_input_grad[0]:
-            # dx = rstd * (gamma * dy - mean_g(gamma * dy) - x_hat * mean_g(gamma * dy * x_hat))
-            by_gamma = [s if weight is None else s * weight for s in (grad_weight, grad_bias)]
-            of_x, of_one = (_per_channel(s.view(N, ctx.num_groups, -1).mean(2) * rstd / -(H * W), C) for s in by_gamma)
-            grad_input = _affine(input, mean, rstd, of_x, of_one)
-            of_dy = _per_channel(rstd, C) if weight is None else _per_channel(rstd, C) * weight
-            grad_input.addcmul_(grad, of_dy.to(grad.dtype)[:, :, None, None])
-        return (
-            grad_input,
-            None,
-            grad_weight.sum(0) if ctx.needs_input_grad[2] else None,
-            grad_bias.sum(0) if ctx.needs_input_grad[3] else None,
-            None,
-        )
+            group_dy_x = (dy_x if weight is None else dy_x * weight.view(G, -1)).sum(2)
+            group_dy = (dy if weight is None else dy * weight.view(G, -1)).sum(2).div_(C // G * H * W)
+            of_x = torch.addcmul(group_dy_x.div_(-(C // G * H * W)), group_dy, mean).mul_(rstd.pow(3))
+            of_one = torch.addcmul(group_dy * rstd, of_x, mean).neg_()
+            grad_input = _scale_and_shift(input, *torch.stack((of_x, of_one))[..., None].expand(2, N, G, C // G))
+            grad_input.addcmul_(grad, _times(rstd, weight).view(N, C, 1, 1).to(grad.dtype))
+        if ctx.needs_input_grad[2]:
+            grad_weight = torch.addcmul(dy_x, dy, mean[:, :, None], value=-1).mul_(rstd[:, :, None]).sum(0).view(C)
+        return grad_input, None, grad_weight, dy.sum(0).view(C) if ctx.needs_input_grad[3] else None, None
 
 
-def _per_channel(per_group: Tensor, channels: int) -> Tensor:
-    """Repeat ``(N, G)`` to ``(N, C)``."""
-    N, G = per_group.shape
-    return per_group[:, :, None].expand(N, G, channels // G).reshape(N, channels)
+_SUMS_ONLY = [False, True, True]
 
 
-def _affine(input: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``(x - mean) * rstd * weight + bias`` by the batch-norm kernel, picture by picture; all in float32.
+def _exact(input: Tensor) -> torch.dtype:
+    return torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
+
+
+@functools.cache
+def _zero_and_one(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Statistics that change nothing."""
+    return torch.zeros(channels, dtype=dtype), torch.ones(channels, dtype=dtype)
+
+
+def _each(images: Tensor) -> tuple[Tensor, ...]:
+    return (images,) if len(images) == 1 else torch.split(images, 1)
+
+
+def _stack(rows: Sequence[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.stack(tuple(rows))
+
+
+def _times(rstd: Tensor, weight: Tensor | None) -> Tensor:
+    """``(N, G)`` times ``(C,)``: shape ``(N, G, C / G)``; without a weight ``(N, G, 1)``."""
+    return rstd[:, :, None] if weight is None else rstd[:, :, None] * weight.view(rstd.shape[1], -1)
+
+
+def _scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``input * scale + shift`` in float32, by the batch-norm kernel.
 
     Args:
         input: Shape ``(N, C, H, W)``.
-        mean: Shape ``(N, G)``.
-        rstd: Shape ``(N, G)``.
-        weight: Shape ``(C,)`` or ``(N, C)``; None is 1.
-        bias: Shape ``(C,)`` or ``(N, C)``; None is 0.
+        scale: Shape ``(N, G, C / G)`` or ``(N, G, 1)``.
+        shift: As ``scale``.
 
     Returns:
-        Shape and memory format of ``input``.
+        Shape, dtype and memory format of ``input``.
     """
     N, C = input.shape[:2]
+    if scale.shape[2] == 1:
+        scale, shift = (t.expand(N, -1, C // scale.shape[1]) for t in (scale, shift))
+    scale, shift = scale.reshape(N, C), shift.reshape(N, C)
+    zero, one = _zero_and_one(C, scale.dtype)
+    if N == 1:
+        return torch.native_batch_norm(input, scale[0], shift[0], zero, one, False, 0.0, 0.0)[0]
     output = torch.empty_like(input)
-    wide_mean, wide_var = _per_channel(mean, C), _per_channel(rstd, C).pow(-2)
-    unused = torch.empty(0), torch.empty(0)
     for n in range(N):
-        torch.ops.aten.native_batch_norm.out(
+        torch.native_batch_norm(
             input[n : n + 1],
-            weight if weight is None or weight.ndim == 1 else weight[n],
-            bias if bias is None or bias.ndim == 1 else bias[n],
-            wide_mean[n],
-            wide_var[n],
+            scale[n],
+            shift[n],
+            zero,
+            one,
             False,
             0.0,
             0.0,
-            out=output[n : n + 1],
-            save_mean=unused[0],
-            save_invstd=unused[1],
+            out=(output[n : n + 1], torch.empty(0), torch.empty(0)),
         )
     return output

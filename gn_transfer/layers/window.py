@@ -114,7 +114,7 @@ class OncePerWindow:
     def __repr__(self) -> str:
         kinds = Counter(_PLAIN[type(weight.layer)].__name__ for weight in self._weights)
         state = "idle" if not self.active else "last micro-batch" if self.last else "in a window"
-        return f"OncePerWindow({', '.join(f'{n} {kind}' for kind, n in kinds.items())}; {state})"
+        return f"OncePerWindow({', '.join(f'{n} {kind}' for kind, n in kinds.items()) or 'nothing'}; {state})"
 
 
 class WindowWeight:

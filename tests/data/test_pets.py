@@ -132,6 +132,12 @@ def test_failed_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_download_does_not_mix_with_what_is_there(pets_root: Path) -> None:
+    (pets_root / "oxford-iiit-pet" / "annotations" / "trainval.txt").unlink()
+    with pytest.raises(ConfigError, match=r"oxford-iiit-pet is there, but without images or annotations/trainval\.txt"):
+        Pets(pets_root, download=True).prepare_data()
+
+
 @pytest.mark.parametrize("hangs", [False, True])
 def test_download_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: bool) -> None:
     def no_network(*_: Any, **__: Any) -> None:

@@ -156,10 +156,10 @@ def test_a_linear_classifier_on_pixels_stays_under_half(written: tuple[Path, flo
     val_pixels, val_targets = flat_pixels(written[0], data.val_dataset)
     mean, deviation = pixels.mean(0), pixels.std(0)
     pixels, val_pixels = (pixels - mean) / deviation, (val_pixels - mean) / deviation
-    # The 520 pictures span no more than 520 of the 3,072 directions. An L2 penalty never leaves them: turning the axes
-    # into them changes no prediction and saves most of the time.
-    axes = np.linalg.svd(pixels, full_matrices=False)[2].T
     with pytest.importorskip("threadpoolctl").threadpool_limits(1):  # products this small lose time on more threads
+        # The 520 pictures span no more than 520 of the 3,072 directions. An L2 penalty never leaves them: turning the
+        # axes into them changes no prediction and saves most of the time.
+        axes = np.linalg.svd(pixels, full_matrices=False)[2].T
         for inverse_penalty in (1e-3, 1e-2):
             classifier = linear_model.LogisticRegression(C=inverse_penalty, max_iter=300)
             classifier.fit(pixels @ axes, targets)

@@ -1,0 +1,187 @@
+"""convert_norm on real nets: what is exchanged, what is carried over, what is refused."""
+
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.layers import GroupNormAct as TimmGroupNormAct
+from timm.layers import StdConv2d as TimmStdConv2d
+from torch import nn
+
+from gn_transfer.config import NORMS, ConfigError
+from gn_transfer.layers import FrozenBatchNorm2d, GroupNorm, GroupNormAct, StdConv2d, convert_norm
+
+RUNNABLE = [norm for norm in NORMS if norm != "bn_sync"]
+
+
+def small_v1():
+    return timm.create_model("resnet18", num_classes=3, layers=[1, 1, 1, 1], channels=[32, 32, 64, 64])
+
+
+def small_v2():
+    return timm.create_model("resnetv2_50", num_classes=3, layers=[1, 1, 1, 1], channels=[128] * 4)
+
+
+def small_frozen_torchvision():
+    return torchvision.models.ResNet(
+        torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], norm_layer=torchvision.ops.FrozenBatchNorm2d, num_classes=3
+    )
+
+
+NETS = {"v1": (small_v1, ()), "v2": (small_v2, ("head",)), "torchvision": (small_frozen_torchvision, ())}
+
+
+def norms_of(net):
+    kinds = (nn.BatchNorm2d, nn.GroupNorm, nn.SyncBatchNorm, torchvision.ops.FrozenBatchNorm2d)
+    return [m for m in net.modules() if isinstance(m, kinds)]
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("norm", RUNNABLE)
+def test_every_norm_trains_every_parameter(net, norm):
+    build, skip = NETS[net]
+    model = convert_norm(build(), norm, skip=skip)
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    kinds = {type(m) for m in norms_of(model)}
+    if norm in ("bn", "bn_ws"):
+        assert all(issubclass(kind, nn.BatchNorm2d) and not issubclass(kind, FrozenBatchNorm2d) for kind in kinds)
+    elif norm == "bn_frozen":
+        assert all(issubclass(kind, FrozenBatchNorm2d) for kind in kinds)
+    elif norm == "none":
+        assert not kinds
+    else:
+        assert all(issubclass(kind, GroupNorm) for kind in kinds)
+    assert any(isinstance(m, StdConv2d) for m in model.modules()) == norm.endswith("_ws")
+
+
+@pytest.mark.parametrize("norm", RUNNABLE)
+def test_there_and_back_gives_the_same_function(norm):
+    """What carries over does: BN -> norm -> BN keeps statistics where both have them, the affine always."""
+    if norm == "none":
+        pytest.skip("none keeps no parameters to carry back")
+    torch.manual_seed(0)
+    model = small_v2().eval()
+    for bn in norms_of(model):
+        nn.init.normal_(bn.weight)
+        nn.init.normal_(bn.running_mean)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    convert_norm(convert_norm(model, norm, skip=["head"]), "bn", skip=["head"])
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    keeps_statistics = norm.startswith("bn")
+    for key, value in before.items():
+        if keeps_statistics or "running" not in key and "num_batches" not in key:
+            assert torch.equal(after[key], value), key
+
+
+def test_the_head_is_left_alone_and_the_report_lists_the_rest():
+    model, report = small_v2(), []
+    head = model.head.fc
+    convert_norm(model, "gn_ws", skip=["head"], report=report)
+    assert model.head.fc is head
+    assert type(head) is nn.Conv2d
+    names = {exchange.name for exchange in report}
+    assert not any(name.startswith("head") for name in names)
+    assert "stem.conv" in names
+    norm = next(exchange for exchange in report if exchange.name == "norm")
+    assert (norm.before, norm.after, norm.channels, norm.groups) == ("BatchNormAct2d", "GroupNormAct", 128, 32)
+    assert convert_norm(model, "gn_ws", skip=["head"], report=(again := [])) is model
+    assert again == []
+
+
+def test_timm_layers_give_way_to_ours_with_their_weights():
+    theirs = timm.create_model(  # as BiT's, but small
+        "resnetv2_50",
+        num_classes=3,
+        layers=[1, 1, 1, 1],
+        channels=[128] * 4,
+        stem_type="fixed",
+        norm_layer=partial(TimmGroupNormAct, num_groups=32),
+        conv_layer=partial(TimmStdConv2d, eps=1e-8),
+    )
+    nn.init.normal_(theirs.head.fc.weight)
+    for block in (theirs.stages[0].blocks[0], theirs.stages[3].blocks[0]):
+        nn.init.normal_(block.norm2.weight)
+    images = torch.randn(2, 3, 64, 64)
+    expected = theirs(images)
+    assert any(isinstance(m, TimmStdConv2d) for m in theirs.modules())
+    ours = convert_norm(theirs, "gn_ws", skip=["head"])
+    assert not any(isinstance(m, TimmStdConv2d) for m in ours.modules())
+    torch.testing.assert_close(ours(images), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_torchvision_segmentation_net():
+    net = torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
+    convert_norm(net, "gn_ws", group_size=8, skip=["classifier.low_classifier", "classifier.high_classifier"])
+    assert net(torch.randn(2, 3, 64, 64))["out"].shape == (2, 4, 64, 64)
+    assert type(net.classifier.low_classifier) is nn.Conv2d
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+
+
+def test_activation_and_eps_move_along():
+    net = nn.Sequential(nn.BatchNorm2d(32, eps=1e-2), timm.layers.BatchNormAct2d(32, act_layer=nn.Tanh))
+    act = net[1].act
+    convert_norm(net, "gn")
+    assert net[0].eps == 1e-2
+    assert type(net[0]) is GroupNorm
+    assert type(net[1]) is GroupNormAct
+    assert net[1].act is act
+    convert_norm(net, "none")
+    assert type(net[0]) is nn.Identity
+    assert list(net[1]) == [act]
+
+
+def test_shared_and_root_layers():
+    norm = nn.BatchNorm2d(32)
+    net = nn.ModuleDict({"a": norm, "b": norm})
+    convert_norm(net, "gn")
+    assert net["a"] is net["b"]
+    assert type(convert_norm(nn.BatchNorm2d(32), "ln")) is GroupNorm
+
+
+def test_a_frozen_parameter_and_the_mode_stay():
+    net = nn.Sequential(nn.BatchNorm2d(32), nn.Conv2d(32, 4, 3)).eval().requires_grad_(False)
+    convert_norm(net, "gn_ws")
+    assert not any(p.requires_grad for p in net.parameters())
+    assert not any(m.training for m in net.modules())
+
+
+def test_zero_convolutions_are_drawn_anew_under_weight_standardization():
+    net = nn.Sequential(nn.Conv2d(4, 4, 3))
+    nn.init.zeros_(net[0].weight)
+    convert_norm(net, "gn_ws", report=(report := []))
+    assert report[0].reinitialized
+    assert net[0].weight.std() > 0.05
+
+
+def test_one_weight_filters_stay_plain():
+    net = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4))
+    assert type(convert_norm(net, "gn_ws")[0]) is nn.Conv2d
+
+
+def test_refusals_leave_the_net_as_it_was():
+    net = nn.Sequential(nn.BatchNorm2d(64), nn.ModuleDict({"norm": nn.BatchNorm2d(48)}))
+    with pytest.raises(ConfigError, match=r"num_groups=32 does not divide 48 channels of 1\.norm; use one of 1, 2, 3,"):
+        convert_norm(net, "gn")
+    assert type(net[0]) is nn.BatchNorm2d
+    with pytest.raises(ConfigError, match="group_size=9 does not divide 64 channels of 0"):
+        convert_norm(net, "gn", group_size=9)
+    with pytest.raises(ConfigError, match="did you mean 'gn_ws'"):
+        convert_norm(net, "gnws")
+    with pytest.raises(ConfigError, match="haed"):
+        convert_norm(net, "gn", skip=["haed"])
+    with pytest.raises(ConfigError, match="ScaledStdConv2d"):
+        convert_norm(nn.Sequential(timm.layers.ScaledStdConv2d(4, 4, 3)), "bn")
+
+
+def test_bn_sync_needs_cuda(monkeypatch):
+    monkeypatch.setattr("gn_transfer.layers.convert.cuda_available", lambda: False)
+    with pytest.raises(ConfigError, match="bn_sync needs CUDA"):
+        convert_norm(small_v2(), "bn_sync")
+    monkeypatch.setattr("gn_transfer.layers.convert.cuda_available", lambda: True)
+    net = convert_norm(small_v2(), "bn_sync", skip=["head"])
+    assert all(isinstance(m, nn.SyncBatchNorm) for m in norms_of(net))
+    assert all(hasattr(m, "act") for m in norms_of(net))

@@ -1,0 +1,491 @@
+"""The once-per-window engine: gradients and updates equal those of the plain computation, whatever happens."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from gn_transfer.layers import GroupNormAct, OncePerWindow, StdConv2d
+
+CHANNELS_LAST = torch.channels_last
+
+
+class Net(nn.Module):
+    """A stem, a branch that can be left out, a convolution used twice, and a linear head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = StdConv2d(3, 16, 3, padding=1, bias=False)
+        self.norm = GroupNormAct(16, 4)
+        self.narrow = StdConv2d(16, 32, 1, bias=False)
+        self.shared = StdConv2d(32, 32, 3, padding=1, bias=False)
+        self.branch = nn.Conv2d(16, 32, 1)
+        self.norm2 = GroupNormAct(32, 16)
+        self.head = nn.Linear(32, 5)
+        self.checkpointing = False
+
+    def block(self, x):
+        return self.norm2(self.shared(self.shared(self.narrow(x)))).square()
+
+    def forward(self, x, branch=True):
+        x = self.norm(self.stem(x))
+        y = (
+            checkpoint(self.block, x, use_reentrant=self.checkpointing == "reentrant")
+            if self.checkpointing
+            else (self.block(x))
+        )
+        if branch:
+            y = y + self.branch(x)
+        return self.head(y.mean(dim=(2, 3)))
+
+
+def make_net(seed=0):
+    torch.manual_seed(seed)
+    return Net()
+
+
+def batches(n, batch_size=2):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(batch_size, 3, 7, 7, generator=generator).contiguous(memory_format=CHANNELS_LAST),
+            torch.randint(0, 5, (batch_size,), generator=generator),
+        )
+        for _ in range(n)
+    ]
+
+
+def loss_of(net, batch, **kwargs):
+    return F.cross_entropy(net(batch[0], **kwargs).float(), batch[1])
+
+
+def backward_all(net, window, engine=None, dtype=None, forward=loss_of):
+    """Forward and backward of each micro-batch; weighted differently, as sample-exact accumulation does."""
+    for i, batch in enumerate(window):
+        if engine is not None:
+            engine.micro_batch(first=i == 0, last=i == len(window) - 1)
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            loss = forward(net, batch)
+        (loss * (i + 1) / len(window)).backward()
+
+
+def gradients(net):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
+
+
+def assert_equal_gradients(ours, plain, tolerance=1e-5):
+    for name, expected in plain.items():
+        if expected is None:
+            assert ours[name] is None, name
+        else:
+            assert (ours[name] - expected).norm() <= tolerance * expected.norm(), name
+
+
+def compare(prepare=lambda net: None, steps=((4, {}),), make_optimizer=None, clip=None, **kwargs):
+    """Train the same net with and without the engine; compare gradients before and weights after every step."""
+    nets = [make_net(), make_net()]
+    optimizers = [make_optimizer(net.parameters()) if make_optimizer else None for net in nets]
+    for net in nets:
+        prepare(net)
+    engine = OncePerWindow(nets[0])
+    for n, more in steps:
+        for net, engine_or_none, optimizer in zip(nets, (engine, None), optimizers, strict=True):
+            backward_all(net, batches(n), engine_or_none, **kwargs, **more)
+            if clip:
+                nn.utils.clip_grad_norm_(net.parameters(), clip)
+        assert_equal_gradients(gradients(nets[0]), gradients(nets[1]))
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            if optimizer:
+                optimizer.step()
+            net.zero_grad()
+        for ours, plain in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+    return engine
+
+
+@pytest.fixture
+def count_standardizations(monkeypatch):
+    """Count layer norms over filters: forward and backward."""
+    from gn_transfer.layers import window
+
+    counts = {"forward": 0, "backward": 0}
+
+    def counted(name, function):
+        def call(*args):
+            counts[name] += 1
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(window, "_standardize", counted("forward", window._standardize))
+    monkeypatch.setattr(window.WindowWeight, "_to_weight", counted("backward", window.WindowWeight._to_weight))
+    return counts
+
+
+# ---- equality with the plain computation ------------------------------------------------------------------------
+
+
+def test_gradients_of_a_window():
+    compare()
+
+
+def test_windows_of_one_and_a_last_shorter_one():
+    compare(steps=[(4, {}), (1, {}), (3, {})], make_optimizer=partial(torch.optim.SGD, lr=0.1))
+
+
+def test_the_work_is_done_once(count_standardizations):
+    net = make_net()
+    backward_all(net, batches(4), OncePerWindow(net))
+    # stem, narrow and shared; in the last micro-batch shared is used twice and sends its two gradients one by one;
+    # branch and head need no cast in float32
+    assert count_standardizations == {"forward": 3, "backward": 4}
+
+
+def test_clipping_and_weight_decay():
+    compare(
+        steps=[(3, {}), (3, {})],
+        make_optimizer=partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1),
+        clip=0.05,
+    )
+
+
+def test_frozen_stages():
+    def freeze(net):
+        net.stem.requires_grad_(False)
+        net.shared.requires_grad_(False)
+
+    compare(freeze, steps=[(3, {}), (2, {})], make_optimizer=partial(torch.optim.SGD, lr=0.1))
+
+
+def test_a_frozen_weight_is_standardized_once_for_all_windows(count_standardizations):
+    net = make_net().requires_grad_(False)
+    net.head.requires_grad_(True)
+    engine = OncePerWindow(net)
+    for _ in range(3):
+        backward_all(net, batches(2), engine)
+    assert count_standardizations["forward"] == 3
+
+
+def test_unfreezing_between_windows():
+    nets = [make_net(), make_net()]
+    engine = OncePerWindow(nets[0])
+    for frozen in (True, False):
+        for net, engine_or_none in zip(nets, (engine, None), strict=True):
+            net.stem.requires_grad_(not frozen)
+            backward_all(net, batches(2), engine_or_none)
+    assert_equal_gradients(gradients(nets[0]), gradients(nets[1]))
+
+
+@pytest.mark.parametrize("mode", ["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_gradient_checkpointing(mode, dtype):
+    nets = [make_net(), make_net()]
+    nets[0].checkpointing = mode
+    engines = [OncePerWindow(net) for net in nets]
+    for net, engine in zip(nets, engines, strict=True):
+        backward_all(net, batches(3), engine, dtype)
+    # against the engine without checkpointing (which other tests compare with plain): the same tensors, bit for bit,
+    # but for the order of sums where a weight is used twice
+    assert_equal_gradients(gradients(nets[0]), gradients(nets[1]), 1e-6 if dtype is None else 1e-2)
+
+
+def test_several_forward_passes_in_one_micro_batch():
+    compare(forward=lambda net, batch: loss_of(net, batch) + 0.5 * loss_of(net, (batch[0] + 1, batch[1])))
+
+
+def test_several_backward_passes_in_one_micro_batch():
+    def two_backwards(net, batch):
+        loss_of(net, batch).backward()
+        return loss_of(net, (batch[0] + 1, batch[1]))
+
+    compare(forward=two_backwards)
+
+
+def test_a_graph_that_is_kept():
+    def keep(net, batch):
+        loss = loss_of(net, batch)
+        loss.backward(retain_graph=True)
+        return loss
+
+    compare(forward=keep)
+
+
+def test_a_weight_that_the_last_micro_batch_does_not_use():
+    seen = []
+
+    def forward(net, batch):
+        seen.append(1)
+        return loss_of(net, batch, branch=len(seen) % 3 != 0)
+
+    for dtype in (None, torch.bfloat16):
+        nets = [make_net(), make_net()]
+        seen.clear()
+        backward_all(nets[0], batches(3), OncePerWindow(nets[0]), dtype, forward)
+        assert nets[0].branch.weight.grad is not None
+        backward_all(nets[1], batches(3), None, dtype, forward)
+        assert_equal_gradients(gradients(nets[0]), gradients(nets[1]), 1e-5 if dtype is None else 2e-2)
+
+
+def test_finish_delivers_when_the_last_micro_batch_has_no_backward():
+    nets = [make_net(), make_net()]
+    engine = OncePerWindow(nets[0])
+    for i, batch in enumerate(batches(2)):
+        engine.micro_batch(first=i == 0, last=False)
+        loss_of(nets[0], batch).backward()
+        loss_of(nets[1], batch).backward()
+    engine.micro_batch(first=False, last=True)
+    engine.finish()
+    engine.finish()
+    assert_equal_gradients(gradients(nets[0]), gradients(nets[1]))
+
+
+# ---- half precision ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST])
+@pytest.mark.parametrize("kind", ["ws", "plain"])
+def test_bfloat16_is_not_worse_than_plain_autocast(memory_format, kind):
+    def build():
+        torch.manual_seed(0)
+        conv = StdConv2d if kind == "ws" else nn.Conv2d
+        layers = [conv(8, 32, 3, padding=1, bias=False), GroupNormAct(32, 8), conv(32, 32, 1, bias=False)]
+        return nn.Sequential(*layers, GroupNormAct(32, 8), nn.Flatten(), nn.Linear(32 * 36, 5))
+
+    torch.manual_seed(1)
+    window = [
+        (torch.randn(1, 8, 6, 6).contiguous(memory_format=memory_format), torch.tensor([i % 5])) for i in range(24)
+    ]
+    forward = lambda net, batch: F.cross_entropy(net(batch[0].to(net[0].weight.dtype)), batch[1])  # noqa: E731
+    exact, plain, ours = build().double(), build(), build()
+    backward_all(exact, window, forward=forward)
+    backward_all(plain, window, None, torch.bfloat16, forward)
+    backward_all(ours, window, OncePerWindow(ours), torch.bfloat16, forward)
+    errors = [
+        [
+            (a.grad.double() - e.grad).norm() / e.grad.norm()
+            for a, e in zip(n.parameters(), exact.parameters(), strict=True)
+        ]
+        for n in (ours, plain)
+    ]
+    assert all(mine <= 1.2 * theirs for mine, theirs in zip(*errors, strict=True))
+    assert sum(errors[0]) <= 1.02 * sum(errors[1])
+
+
+def test_bfloat16_gradients_are_summed_in_float32():
+    layer = nn.Linear(1, 1, bias=False)
+    engine = OncePerWindow(layer)
+    for i in range(600):  # in bf16 a sum of ones stops at 256
+        engine.micro_batch(first=i == 0, last=i == 599)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = layer(torch.ones(1, 1))
+        loss.sum().backward()
+    assert layer.weight.grad.item() == 600
+
+
+def test_float16_gradients_stay_finite():
+    net = make_net()
+    backward_all(net, batches(3), OncePerWindow(net), torch.float16)
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_a_plain_float32_net_is_left_alone():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(100, 2))
+    engine = OncePerWindow(net)
+    engine.micro_batch(first=True, last=False)
+    net(torch.randn(1, 3, 7, 7)).sum().backward()
+    assert all(weight._copy is None and weight._gradient is None for weight in engine._weights)
+    assert all(p.grad is not None for p in net.parameters())
+
+
+# ---- interruptions ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_reset", [True, False])
+def test_an_exception_in_mid_window_leaves_nothing_behind(with_reset):
+    nets = [make_net(), make_net()]
+    engine = OncePerWindow(nets[0])
+    engine.micro_batch(first=True, last=False)
+    loss_of(nets[0], batches(1)[0]).backward()
+    engine.micro_batch(first=False, last=False)
+    with pytest.raises(RuntimeError, match="shape|channels"):
+        nets[0](torch.randn(1, 4, 7, 7))
+    if with_reset:
+        engine.reset()
+        assert "idle" in repr(engine)
+    nets[0].zero_grad()
+    for net, engine_or_none in zip(nets, (engine, None), strict=True):
+        backward_all(net, batches(2), engine_or_none)
+    assert_equal_gradients(gradients(nets[0]), gradients(nets[1]))
+
+
+def test_an_exception_in_the_last_backward_leaves_nothing_behind():
+    nets = [make_net(), make_net()]
+    engine = OncePerWindow(nets[0])
+    fail = nets[0].norm.weight.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        backward_all(nets[0], batches(1), engine)
+    fail.remove()
+    nets[0].zero_grad()
+    for net, engine_or_none in zip(nets, (engine, None), strict=True):
+        backward_all(net, batches(2), engine_or_none, forward=lambda net, batch: loss_of(net, batch))
+        backward_all(net, batches(3), engine_or_none, forward=lambda net, batch: loss_of(net, batch, branch=False))
+    assert_equal_gradients(gradients(nets[0]), gradients(nets[1]))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_evaluation_in_mid_window(context):
+    nets = [make_net(), make_net()]
+    engine = OncePerWindow(nets[0])
+    expected = nets[1].eval()(batches(1)[0][0])
+    nets[1].train()
+    for i, batch in enumerate(batches(3)):
+        engine.micro_batch(first=i == 0, last=i == 2)
+        loss_of(nets[0], batch).backward()
+        loss_of(nets[1], batch).backward()
+        nets[0].eval()
+        with context():
+            torch.testing.assert_close(nets[0](batches(1)[0][0]), expected)
+        nets[0].train()
+    assert_equal_gradients(gradients(nets[0]), gradients(nets[1]))
+
+
+def test_training_mode_without_gradient_after_inference_mode():
+    """As when batch statistics are re-estimated: no tensor of inference mode may get into the window."""
+    net = make_net()
+    engine = OncePerWindow(net)
+    engine.micro_batch(first=True, last=False)
+    with torch.inference_mode():
+        net(batches(1)[0][0])
+    loss_of(net, batches(1)[0]).backward()
+    engine.micro_batch(first=False, last=True)
+    loss_of(net, batches(1)[0]).backward()
+    assert net.stem.weight.grad.norm() > 0
+
+
+CHANGES = {
+    "sgd": partial(torch.optim.SGD, lr=0.5),
+    "sgd fused": partial(torch.optim.SGD, lr=0.5, momentum=0.9, fused=True),
+    "sgd foreach": partial(torch.optim.SGD, lr=0.5, foreach=True),
+    "adamw fused": partial(torch.optim.AdamW, lr=0.5, fused=True),
+    "adam foreach": partial(torch.optim.Adam, lr=0.5, foreach=True),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "load_state_dict", "new data", "copy_"])
+def test_weights_changed_within_a_window_are_noticed(change):
+    """The engine is not told of a new window, as when somebody else steps the optimizer."""
+    nets = [make_net(), make_net()]
+    engine = OncePerWindow(nets[0])
+    engine.micro_batch(first=True, last=False)
+    other = make_net(seed=7).state_dict()
+    for net in nets:
+        loss_of(net, batches(1)[0]).backward()
+        engine.finish()
+        if change in CHANGES:
+            CHANGES[change](net.parameters()).step()
+        elif change == "load_state_dict":
+            net.load_state_dict(other)
+        elif change == "copy_":
+            with torch.no_grad():
+                net.shared.weight.copy_(other["shared.weight"])
+        else:
+            net.shared.weight.data = other["shared.weight"].clone()
+        net.zero_grad()
+    engine.micro_batch(first=False, last=True)
+    outputs = [net(batches(1)[0][0]) for net in nets]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    for net in nets:
+        loss_of(net, batches(1)[0]).backward()
+    assert_equal_gradients(gradients(nets[0]), gradients(nets[1]))
+
+
+def test_gradients_gathered_before_weights_changed_are_not_lost():
+    nets = [make_net(), make_net()]
+    engine = OncePerWindow(nets[0])
+    for i in range(2):
+        for net in nets:
+            engine.micro_batch(first=i == 0, last=i == 1)
+            loss_of(net, batches(1)[0]).backward()
+            if i == 0:
+                with torch.no_grad():
+                    net.shared.weight.add_(torch.linspace(0, 1, net.shared.weight.numel()).view_as(net.shared.weight))
+    assert_equal_gradients(gradients(nets[0]), gradients(nets[1]))
+
+
+def test_in_place_change_between_forward_and_backward_raises_as_in_torch():
+    net = make_net()
+    engine = OncePerWindow(net)
+    engine.micro_batch(first=True, last=True)
+    loss = loss_of(net, batches(1)[0])
+    with torch.no_grad():
+        net.stem.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        loss.backward()
+
+
+def test_data_edits_between_windows_are_noticed():
+    net = make_net()
+    engine = OncePerWindow(net)
+    for _ in range(2):
+        engine.micro_batch(first=True, last=True)
+        expected = make_plain_copy(net)(batches(1)[0][0])
+        torch.testing.assert_close(net(batches(1)[0][0]), expected)
+        net.stem.weight.data.mul_(2).add_(torch.randn_like(net.stem.weight))
+
+
+def make_plain_copy(net):
+    plain = make_net()
+    plain.load_state_dict(net.state_dict())
+    return plain
+
+
+# ---- the net around it ------------------------------------------------------------------------------------------
+
+
+def test_state_dict_copies_and_pickles_are_plain():
+    net = make_net()
+    keys = list(net.state_dict())
+    engine = OncePerWindow(net)
+    engine.micro_batch(first=True, last=False)
+    loss_of(net, batches(1)[0]).backward()
+    assert list(net.state_dict()) == keys
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert type(twin.stem) is StdConv2d
+        assert type(twin.branch) is nn.Conv2d
+        assert type(twin.head) is nn.Linear
+        assert not hasattr(twin.stem, "window")
+        torch.testing.assert_close(twin(batches(1)[0][0]), net(batches(1)[0][0]))
+        loss_of(twin, batches(1)[0]).backward()
+        assert twin.stem.weight.grad is not None
+    assert net.stem.weight.grad is None
+    assert isinstance(net.stem, StdConv2d)
+    with pytest.raises(RuntimeError, match="remove"):
+        OncePerWindow(net)
+    engine.remove()
+    assert type(net.stem) is StdConv2d
+    assert list(net.state_dict()) == keys
+    assert "1 Linear" in repr(OncePerWindow(net))
+
+
+def test_subclasses_are_left_alone():
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net = nn.Sequential(Doubled(3, 4, 1))
+    assert repr(OncePerWindow(net)) == "OncePerWindow(nothing; idle)"
+
+
+def test_hooks_on_the_parameter_see_the_whole_gradient_once():
+    nets = [make_net(), make_net()]
+    seen = []
+    nets[0].stem.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    for net, engine in zip(nets, (OncePerWindow(nets[0]), None), strict=True):
+        backward_all(net, batches(4), engine)
+    assert len(seen) == 1
+    assert (seen[0] - nets[1].stem.weight.grad).norm() <= 1e-5 * seen[0].norm()
