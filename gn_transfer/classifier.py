@@ -204,9 +204,17 @@ class TransferClassifier(LightningModule):
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 
     def configure_model(self) -> None:
-        """Build the net if the command line has not done so; called by Lightning once the data is set up."""
+        """Build the net if the command line has not done so, and lay it out for training.
+
+        Lightning calls this once the data is set up and before it wraps the net for several processes: DDP's buckets
+        take over the weights' layout, which must not change under them.
+        """
         data = self._data()
         self.build(data.classes, class_weight=data.class_weight_tensor)
+        assert self.net is not None
+        if self.trainer.state.fn == "fit":
+            self._memory_format = self.memory_format(self.trainer.strategy.root_device.type, data.batch_size)
+            self.net.to(memory_format=self._memory_format)  # type: ignore[call-overload]
 
     def check_batch(self, *, batch_size: int, img_size: int) -> None:
         """Refuse a batch that the net cannot train on; see :func:`gn_transfer.backbones.check_input`."""
@@ -318,10 +326,8 @@ class TransferClassifier(LightningModule):
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def on_fit_start(self) -> None:
-        """Choose the memory layout, attach the once-per-window engine and compile, on the device of the training."""
+        """Attach the once-per-window engine, and compile."""
         assert self.net is not None
-        self._memory_format = self.memory_format(self.device.type, self._data().batch_size)
-        self.net.to(memory_format=self._memory_format)  # type: ignore[call-overload]
         if self.once_per_window:
             self._engine = OncePerWindow(self.net)
         if self.compile_net:

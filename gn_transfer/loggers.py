@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from torch.utils.tensorboard.summary import hparams as hparams_summary
 
@@ -159,6 +160,7 @@ class RunLogger(TensorBoardLogger):
         writer.add_summary(session_start)
         self.experiment.flush()
 
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         """Mark the row as finished and close the file."""
         _, _, session_end = _summaries(self._flat)

@@ -107,8 +107,8 @@ def test_killed_at_random_moments(folder_root, tmp_path, norm):
             [*command, *(["--ckpt_path", "last"] if found else [])],
             cwd=broken,
             env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         before = found[0].stat().st_mtime_ns if found else 0
         while process.poll() is None:  # let it get one checkpoint further, so that the run comes to an end

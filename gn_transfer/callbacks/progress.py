@@ -86,12 +86,16 @@ class Throughput(Callback):
                 f"({getattr(pl_module, 'lr', 'unknown')}), raise model.warmup_fraction, or set "
                 "mixed_precision.mode=fp32. The last good checkpoint is kept."
             )
+        rates: dict[str, float] = {}
+        for group in trainer.optimizers[0].param_groups:  # of a part's layers, the fastest
+            part = group["name"].split("/")[0]
+            rates[f"lr/{part}"] = max(group["lr"], rates.get(f"lr/{part}", 0.0))
         values = {
             "train/loss": self.recent_loss,
             "train/images_per_sec": self.recent_images_per_sec,
             "train/peak_memory_mib": peak_memory_mib(pl_module.device),
             "train/epoch": trainer.current_epoch,
-            **{f"lr/{group['name']}": group["lr"] for group in trainer.optimizers[0].param_groups},
+            **rates,
         }
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)

@@ -38,7 +38,7 @@ class Breed:
     """
 
     name: str
-    ears: Literal["pointed", "tufted", "floppy", "folded", "prick"]
+    ears: Literal["pointed", "tufted", "floppy", "round", "prick"]
     coat: Literal["stripes", "mask", "patches", "spots", "saddle"]
     head: tuple[float, float]
 
@@ -52,7 +52,7 @@ BREEDS = (
     Breed("Moor_Tiger", "pointed", "stripes", (1.0, 0.86)),
     Breed("Lantern_Cat", "tufted", "mask", (0.96, 0.9)),
     Breed("river_spaniel", "floppy", "patches", (0.84, 0.95)),
-    Breed("bramble_hound", "folded", "spots", (0.76, 1.02)),
+    Breed("bramble_hound", "round", "spots", (0.76, 1.02)),
     Breed("harbour_spitz", "prick", "saddle", (0.9, 0.86)),
 )
 """The breeds of the sample, in the order of their class ids."""
@@ -228,7 +228,7 @@ def _draw_head(canvas: _Canvas, coat: _Coat) -> None:
     width, height = breed.head
     shadow = cv2.blur(canvas.mask(_ellipse(0.0, 0.3, width, height)), (int(canvas.radius * 0.4),) * 2)
     canvas.paint(np.asarray(shadow, np.uint8), (0.0, 0.0, 0.0), 0.3)
-    behind = breed.ears in ("pointed", "tufted", "prick")
+    behind = breed.ears != "floppy"
     if breed.ears == "prick":  # a spitz has a mane
         spikes = np.linspace(0, 2 * np.pi, 36, endpoint=False) + rng.uniform(0, 0.3)
         reach = np.where(np.arange(36) % 2, 1.16, 1.42) + rng.normal(0.0, 0.03, 36)
@@ -276,12 +276,8 @@ def _draw_ears(canvas: _Canvas, coat: _Coat) -> None:
             canvas.paint(canvas.mask(place(_ellipse(1.03, 0.36, 0.37, 1.02, degrees=-9.0))), (0.0, 0.0, 0.0), 0.25)
             canvas.paint(canvas.mask(place(drop)), texture * (0.95 - 0.15 * canvas.v))
         else:
-            base = place([(0.3, -0.8), (0.52, -1.08), (0.86, -0.98), (0.96, -0.4), (0.8, -0.3)])
-            flap = place([(0.46, -1.06), (0.9, -1.0), (1.14, -0.36), (0.94, -0.18), (0.66, -0.5)])
-            canvas.paint(canvas.mask(_rounded(base)), coat.plain * np.float32(0.9))
-            canvas.paint(
-                canvas.mask(_rounded(flap)), (coat.marking if rng.random() < 0.5 else coat.plain) * np.float32(0.8)
-            )
+            canvas.paint(canvas.mask(place(_ellipse(0.68, -0.82, 0.4, 0.4))), coat.colors * np.float32(0.85))
+            canvas.paint(canvas.mask(place(_ellipse(0.7, -0.78, 0.22, 0.24))), (190.0, 136.0, 130.0), 0.7)
 
 
 def _draw_muzzle(canvas: _Canvas, coat: _Coat) -> None:

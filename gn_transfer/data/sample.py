@@ -20,7 +20,7 @@ TEST_PER_BREED = 20
 PICTURE_SIZE = 80
 """Side of a picture in pixels."""
 
-_VERSION = 1  # raise it with every change of the drawing: folders written by another version are drawn again
+_VERSION = 2  # raise it with every change of the drawing: folders written by another version are drawn again
 _STAMP = "sample.json"
 _HEADER = """\
 #Image CLASS-ID SPECIES BREED ID

@@ -6,7 +6,6 @@ from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, group_count, 
 from gn_transfer.layers.memory_format import preferred_memory_format
 from gn_transfer.layers.std_conv import StdConv2d, standardize_weight
 from gn_transfer.layers.window import OncePerWindow
-from gn_transfer.layers.window import OncePerWindow
 
 __all__ = [
     "BatchNormAct2d",
@@ -15,7 +14,6 @@ __all__ = [
     "FrozenBatchNormAct2d",
     "GroupNorm",
     "GroupNormAct",
-    "OncePerWindow",
     "OncePerWindow",
     "StdConv2d",
     "SyncBatchNormAct",

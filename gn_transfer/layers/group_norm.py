@@ -6,12 +6,16 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gn_transfer.config import ConfigError
+
+Array = npt.NDArray[Any]
 
 
 def group_count(channels: int, *, num_groups: int = 32, group_size: int | None = None, layer: str = "the layer") -> int:
@@ -177,9 +181,10 @@ def _native_is_slow(input: Tensor, num_groups: int) -> bool:
 class _ChannelsLastGroupNorm(torch.autograd.Function):
     """Group norm with narrow groups in channels-last, from torch's batch-norm kernels, which are fast there.
 
-    Sums over positions are taken per channel and combined over the channels of a group, a tensor of N x C; what is
-    left is per channel ``a * x + b`` forward and ``a * dy + b * x + c`` backward, as torch's own kernel computes it.
-    Not twice differentiable.
+    Sums over positions are taken per channel and combined over the channels of a group; what is left is per channel
+    ``a * x + b`` forward and ``a * dy + b * x + c`` backward, as torch's own kernel computes it. The N x C numbers in
+    between are numpy's: some twenty operations on a few hundred values, for which torch's dispatch takes longer than
+    the kernels for the pictures. Not twice differentiable.
     """
 
     @staticmethod
@@ -189,50 +194,51 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
         N, C, H, W = input.shape
         if H * W >= 1024:  # torch's forward kernel is the fast one here
             output, mean, rstd = torch.native_group_norm(input, weight, bias, N, C, H * W, num_groups, eps)
+            ctx.mean, ctx.rstd = mean.numpy()[..., None], rstd.numpy()[..., None]
         else:
             # Running statistics are given for their dtype alone: without them bf16 input has bf16 statistics.
-            statistics = [torch.batch_norm_update_stats(x, *_zero_and_one(C, _exact(input)), 0.0) for x in _each(input)]
-            mean_NGD, var_NGD = (_stack(s).view(N, num_groups, -1) for s in zip(*statistics, strict=True))
-            var_of_means, mean = torch.var_mean(mean_NGD, dim=2, correction=0)
-            rstd = (var_NGD.mean(2) + var_of_means).add_(eps).rsqrt_()
-            scale = _times(rstd, weight)
-            shift = scale * mean[:, :, None]
-            shift = shift.neg_() if bias is None else bias.view(num_groups, -1) - shift
-            output = _scale_and_shift(input, scale, shift)
-        ctx.save_for_backward(input, weight, mean, rstd)
+            zero, one = _zero_and_one(C, torch.float32 if input.dtype in _HALF else input.dtype)
+            statistics = [torch.batch_norm_update_stats(x, zero, one, 0.0) for x in _each(input)]
+            means, variances = (_grouped([s[i] for s in statistics], num_groups) for i in (0, 1))
+            share = num_groups / C
+            ctx.mean = _sum_over_groups(means) * share
+            variance = _sum_over_groups(variances + (means - ctx.mean) ** 2) * share
+            ctx.rstd = 1 / np.sqrt(variance + eps)
+            scale = ctx.rstd * _affine(weight, num_groups, 1)
+            output = _scale_and_shift(input, scale, _affine(bias, num_groups, 0) - scale * ctx.mean)
+        ctx.save_for_backward(input, weight)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
-        input, weight, mean, rstd = ctx.saved_tensors
+        input, weight = ctx.saved_tensors
+        mean, rstd = ctx.mean, ctx.rstd
         N, C, H, W = input.shape
         G = mean.shape[1]
         grad = grad.contiguous(memory_format=torch.channels_last)
-        zero, one = _zero_and_one(C, mean.dtype)
+        zero, one = _zero_and_one(C, torch.float32 if input.dtype in _HALF else input.dtype)
+        backward = torch.ops.aten.native_batch_norm_backward
         sums = [
-            torch.ops.aten.native_batch_norm_backward(dy, x, None, zero, one, None, None, False, 0.0, _SUMS_ONLY)
+            backward(dy, x, None, zero, one, None, None, False, 0.0, (False, True, True))
             for dy, x in zip(_each(grad), _each(input), strict=True)
         ]
-        dy_x, dy = (_stack([s[i] for s in sums]).view(N, G, -1) for i in (1, 2))  # sums over positions
-        grad_input = grad_weight = None
+        dy_x, dy = (_grouped([s[i] for s in sums], G) for i in (1, 2))  # sums over positions
+        grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            group_dy_x = (dy_x if weight is None else dy_x * weight.view(G, -1)).sum(2)
-            group_dy = (dy if weight is None else dy * weight.view(G, -1)).sum(2).div_(C // G * H * W)
-            of_x = torch.addcmul(group_dy_x.div_(-(C // G * H * W)), group_dy, mean).mul_(rstd.pow(3))
-            of_one = torch.addcmul(group_dy * rstd, of_x, mean).neg_()
-            grad_input = _scale_and_shift(input, *torch.stack((of_x, of_one))[..., None].expand(2, N, G, C // G))
-            grad_input.addcmul_(grad, _times(rstd, weight).view(N, C, 1, 1).to(grad.dtype))
+            gamma, share = _affine(weight, G, 1), 1 / (C // G * H * W)
+            group_dy_x, group_dy = _sum_over_groups(gamma * dy_x) * share, _sum_over_groups(gamma * dy) * share
+            of_x = (group_dy * mean - group_dy_x) * (rstd * rstd * rstd)
+            grad_input = _scale_and_shift(input, of_x, -of_x * mean - group_dy * rstd)
+            grad_input.addcmul_(grad, _per_channel(rstd * gamma, N, C)[:, :, None, None].to(grad.dtype))
         if ctx.needs_input_grad[2]:
-            grad_weight = torch.addcmul(dy_x, dy, mean[:, :, None], value=-1).mul_(rstd[:, :, None]).sum(0).view(C)
-        return grad_input, None, grad_weight, dy.sum(0).view(C) if ctx.needs_input_grad[3] else None, None
+            grad_weight = torch.from_numpy(((dy_x - dy * mean) * rstd).sum(0)).view(C)
+        if ctx.needs_input_grad[3]:
+            grad_bias = torch.from_numpy(dy.sum(0)).view(C)
+        return grad_input, None, grad_weight, grad_bias, None
 
 
-_SUMS_ONLY = [False, True, True]
-
-
-def _exact(input: Tensor) -> torch.dtype:
-    return torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -245,16 +251,29 @@ def _each(images: Tensor) -> tuple[Tensor, ...]:
     return (images,) if len(images) == 1 else torch.split(images, 1)
 
 
-def _stack(rows: Sequence[Tensor]) -> Tensor:
-    return rows[0] if len(rows) == 1 else torch.stack(tuple(rows))
+def _grouped(rows: Sequence[Tensor], num_groups: int) -> Array:
+    """Rows of ``(C,)`` as ``(N, G, C / G)``."""
+    array: Array = rows[0].numpy() if len(rows) == 1 else torch.stack(tuple(rows)).numpy()
+    return array.reshape(len(rows), num_groups, -1)
 
 
-def _times(rstd: Tensor, weight: Tensor | None) -> Tensor:
-    """``(N, G)`` times ``(C,)``: shape ``(N, G, C / G)``; without a weight ``(N, G, 1)``."""
-    return rstd[:, :, None] if weight is None else rstd[:, :, None] * weight.view(rstd.shape[1], -1)
+def _affine(parameter: Tensor | None, num_groups: int, default: float) -> Array | float:
+    """Scale or shift as ``(G, C / G)``; ``default`` where there is none."""
+    return default if parameter is None else parameter.detach().numpy().reshape(num_groups, -1)
 
 
-def _scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _per_channel(values: Array, batch_size: int, channels: int) -> Tensor:
+    """``(N, G, C / G)`` or ``(N, G, 1)`` as ``(N, C)``."""
+    if values.size < batch_size * channels:
+        values = values * np.ones((1, 1, channels // values.shape[1]), dtype=values.dtype)
+    return torch.from_numpy(values).view(batch_size, channels)
+
+
+def _sum_over_groups(values: Array) -> Array:
+    return np.add.reduce(values, 2, keepdims=True)
+
+
+def _scale_and_shift(input: Tensor, scale: Array, shift: Array) -> Tensor:
     """``input * scale + shift`` in float32, by the batch-norm kernel.
 
     Args:
@@ -266,23 +285,11 @@ def _scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         Shape, dtype and memory format of ``input``.
     """
     N, C = input.shape[:2]
-    if scale.shape[2] == 1:
-        scale, shift = (t.expand(N, -1, C // scale.shape[1]) for t in (scale, shift))
-    scale, shift = scale.reshape(N, C), shift.reshape(N, C)
-    zero, one = _zero_and_one(C, scale.dtype)
+    scales, shifts = _per_channel(scale, N, C), _per_channel(shift, N, C)
+    zero, one = _zero_and_one(C, scales.dtype)
     if N == 1:
-        return torch.native_batch_norm(input, scale[0], shift[0], zero, one, False, 0.0, 0.0)[0]
-    output = torch.empty_like(input)
-    for n in range(N):
-        torch.native_batch_norm(
-            input[n : n + 1],
-            scale[n],
-            shift[n],
-            zero,
-            one,
-            False,
-            0.0,
-            0.0,
-            out=(output[n : n + 1], torch.empty(0), torch.empty(0)),
-        )
+        return torch.native_batch_norm(input, scales[0], shifts[0], zero, one, False, 0.0, 0.0)[0]
+    output, unused = torch.empty_like(input), (torch.empty(0), torch.empty(0))
+    for x, scale_C, shift_C, y in zip(_each(input), scales, shifts, _each(output), strict=True):
+        torch.native_batch_norm(x, scale_C, shift_C, zero, one, False, 0.0, 0.0, out=(y, *unused))
     return output

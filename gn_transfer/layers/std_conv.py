@@ -80,8 +80,8 @@ class StdConv2d(nn.Conv2d):
     .. math:: y = \hat{w} * x + b, \quad \hat{w} = (w - \mu) / \sqrt{\sigma^2 + \epsilon}
 
     Under ``no_grad`` or ``inference_mode`` in evaluation the standardized filters are computed once and kept until
-    the weight changes (its ``_version`` or its storage) or ``train()`` is called. In-place edits of ``weight.data`` in
-    between escape both signs: call ``train(False)`` after one.
+    the weight changes (its ``_version`` or its storage), ``train()`` is called, or a forward pass with gradient is
+    made. Edits in place of ``weight.data`` in between leave none of these signs: call ``train(False)`` after one.
 
     A filter of equal weights has the output zero and its gradient multiplied by ``1 / sqrt(eps)``: do not initialize
     the last convolution of a residual block with zeros, but the norm behind it.
@@ -154,6 +154,8 @@ class StdConv2d(nn.Conv2d):
             Shape ``(O, I, H, W)``, dtype of the weight.
         """
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.weight.is_inference():
+            if self._eval_weight is not None:  # an optimizer's step follows, and fused ones leave _version as it was
+                self._eval_weight = None
             return standardize_weight(self.weight, self.eps)
         key = (self.weight._version, self.weight.data_ptr(), self.weight.dtype, self.eps)
         if self._eval_weight is None or self._eval_weight[0] != key:

@@ -8,7 +8,7 @@ parameter, within its own backward, so that hooks on the parameter (DDP's too) s
 
 from __future__ import annotations
 
-import copyreg
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from gn_transfer.layers.conv import conv2d
 from gn_transfer.layers.std_conv import StdConv2d, filter_rows, rows_to_filters
@@ -31,10 +32,10 @@ class OncePerWindow:
     low-precision gradients of a weight are summed over the window in float32.
 
     State dict, deep copies and pickles of the net are as without the engine. Forward passes without gradient
-    (validation in mid-window) do not touch the window. A weight that changes within a window is noticed by its
-    ``_version`` and storage (optimizers, ``load_state_dict``, ``copy_``, ``.to()``, a new ``weight.data``); what was
-    gathered until then goes to ``weight.grad``. Edits in place of ``weight.data`` are noticed at the next window, those
-    of a frozen weight after :meth:`reset`.
+    (validation in mid-window) do not touch the window. A weight that changes within a window is noticed by an
+    optimizer's step, its ``_version`` or its storage (``load_state_dict``, ``copy_``, ``.to()``, a new
+    ``weight.data``); what was gathered until then goes to ``weight.grad``. Edits in place of ``weight.data`` are
+    noticed at the next window, those of a frozen weight after :meth:`reset`.
 
     Without DDP a weight that the last micro-batch does not use still receives what earlier ones gathered; with DDP
     it does so on its own process only, so there every weight must take part in the last micro-batch.
@@ -56,14 +57,15 @@ class OncePerWindow:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        if any(type(layer) in _PLAIN for layer in module.modules()):
+            raise RuntimeError("the net has a once-per-window engine; call its remove() first")
         self.active = False
         self.last = False
+        self.optimizer_steps = 0
         self._weights: list[WindowWeight] = []
         self._finish_is_queued = False
-        layers = list(module.modules())
-        if any(type(layer) in _PLAIN for layer in layers):
-            raise RuntimeError("the net has a once-per-window engine; call its remove() first")
-        for layer in layers:
+        self._step_hook = register_optimizer_step_post_hook(_CountSteps(self))
+        for layer in list(module.modules()):
             if (windowed := _WINDOWED.get(type(layer))) is not None:
                 self._weights.append(WindowWeight(self, layer))
                 layer.__class__ = windowed
@@ -100,14 +102,15 @@ class OncePerWindow:
     def remove(self) -> None:
         """Make the net what it was before."""
         self.reset()
+        self._step_hook.remove()
         for weight in self._weights:
             weight.layer.__class__ = _PLAIN[type(weight.layer)]
             del weight.layer.__dict__["window"]
         self._weights.clear()
 
-    def gathered(self, weight: WindowWeight) -> None:
-        """Note that a gradient came in; in the last micro-batch its backward ends with :meth:`finish`."""
-        if self.last and not self._finish_is_queued:
+    def finish_after_backward(self) -> None:
+        """Have the running backward end with :meth:`finish`."""
+        if not self._finish_is_queued:
             self._finish_is_queued = True
             Variable._execution_engine.queue_callback(self.finish)
 
@@ -115,6 +118,18 @@ class OncePerWindow:
         kinds = Counter(_PLAIN[type(weight.layer)].__name__ for weight in self._weights)
         state = "idle" if not self.active else "last micro-batch" if self.last else "in a window"
         return f"OncePerWindow({', '.join(f'{n} {kind}' for kind, n in kinds.items()) or 'nothing'}; {state})"
+
+
+class _CountSteps:
+    """Optimizer hook that does not keep the engine alive. Fused optimizers leave ``weight._version`` as it was."""
+
+    def __init__(self, engine: OncePerWindow) -> None:
+        self._engine = weakref.ref(engine)
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        engine = self._engine()
+        if engine is not None:
+            engine.optimizer_steps += 1
 
 
 class WindowWeight:
@@ -129,10 +144,12 @@ class WindowWeight:
         self.engine = engine
         self.layer = layer
         self._eps: float | None = layer.eps if isinstance(layer, StdConv2d) else None
+        self._anchor = torch.empty(0, requires_grad=True)  # a leaf that never gets a gradient
         self.drop()
 
     @property
-    def _weight(self) -> nn.Parameter:
+    def weight(self) -> nn.Parameter:
+        """The layer's parameter, which may be exchanged at any time."""
         weight = self.layer.weight
         assert isinstance(weight, nn.Parameter)
         return weight
@@ -148,7 +165,7 @@ class WindowWeight:
 
     def open_window(self) -> None:
         """Forget the gradient, and the copy too: an optimizer that writes to ``weight.data`` leaves no sign."""
-        if self._weight.requires_grad:
+        if self.weight.requires_grad:
             self.drop()
 
     def for_forward(self, input: Tensor) -> Tensor | None:
@@ -160,7 +177,7 @@ class WindowWeight:
         Returns:
             Working copy, attached to the graph where gradients are wanted; None where the plain computation is right.
         """
-        weight = self._weight
+        weight = self.weight
         if not self.engine.active or torch.is_inference_mode_enabled():
             return None
         if not torch.is_grad_enabled() and not self.layer.training:
@@ -170,12 +187,14 @@ class WindowWeight:
             return None
         copy = self._working_copy(weight, dtype, input)
         if weight.requires_grad and torch.is_grad_enabled():
-            attached: Tensor = _Attach.apply(weight, self, copy)  # type: ignore[no-untyped-call]
+            # Before the last micro-batch the parameter has no part in the graph: its hooks would fire without gradient.
+            source = weight if self.engine.last else self._anchor
+            attached: Tensor = _Attach.apply(source, self, copy)  # type: ignore[no-untyped-call]
             return attached
         return copy
 
     def _working_copy(self, weight: Tensor, dtype: torch.dtype, input: Tensor) -> Tensor:
-        key = _identity(weight)
+        key = self._identity(weight)
         if self._key is not None and self._key != key:
             self.deliver()
             self.drop()
@@ -193,28 +212,33 @@ class WindowWeight:
             self._copy = new.to(dtype, memory_format=memory_format)
         return self._copy
 
-    def gather(self, gradient: Tensor) -> Tensor | None:
+    def _identity(self, weight: Tensor) -> tuple[object, ...]:
+        return self.engine.optimizer_steps, weight._version, weight.data_ptr(), weight.dtype, weight.device
+
+    def gather(self, gradient: Tensor, deliver: bool) -> Tensor | None:
         """Take a gradient of the copy.
 
         Args:
             gradient: From one use of the copy in one backward.
+            deliver: The graph goes on to the parameter.
 
         Returns:
-            Gradient of the weight with all that was gathered, in the last micro-batch; None before.
+            Gradient of the weight with all that was gathered, if it is to be delivered; else None.
         """
-        if self.engine.active and not self.engine.last:
+        if self.engine.last or not self.engine.active:
+            self.engine.finish_after_backward()
+        if not deliver:
             self._add(gradient)
             return None
         if self._gradient is not None:
             self._add(gradient)
             gradient, self._gradient = self._gradient, None
-        self.engine.gathered(self)
         return self._to_weight(gradient)
 
     def _add(self, gradient: Tensor) -> None:
         if self._gradient is None:
-            self._owns_gradient = gradient.dtype != self._weight.dtype
-            self._gradient = gradient.to(self._weight.dtype)
+            self._owns_gradient = gradient.dtype != self.weight.dtype
+            self._gradient = gradient.to(self.weight.dtype)
         elif self._owns_gradient:
             self._gradient.add_(gradient)
         else:
@@ -224,10 +248,10 @@ class WindowWeight:
         """Add what was gathered to ``weight.grad``."""
         if self._gradient is None:
             return
-        weight, gradient = self._weight, self._gradient
+        weight, gradient = self.weight, self._gradient
         self._gradient = None
         with torch.no_grad():
-            if self._key == _identity(weight):
+            if self._key == self._identity(weight):
                 gradient = self._to_weight(gradient)
             elif self._rstd is not None:
                 assert self._copy is not None
@@ -236,7 +260,7 @@ class WindowWeight:
 
     def _to_weight(self, gradient: Tensor) -> Tensor:
         """From the gradient of the copy to that of the weight."""
-        weight = self._weight
+        weight = self.weight
         gradient = gradient.to(weight.dtype)
         if self._eps is None:
             return gradient
@@ -255,8 +279,9 @@ class _Attach(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, window: WindowWeight, copy: Tensor) -> Tensor:
-        ctx.window, ctx.weight, ctx.version = window, weight, weight._version
+    def forward(ctx: Any, source: Tensor, window: WindowWeight, copy: Tensor) -> Tensor:
+        ctx.window, ctx.weight = window, window.weight
+        ctx.deliver, ctx.version = source is ctx.weight, ctx.weight._version
         return copy.detach()  # a new tensor on the same memory, as autograd writes its history on it
 
     @staticmethod
@@ -266,11 +291,7 @@ class _Attach(torch.autograd.Function):
             raise RuntimeError(
                 "a weight was modified in place between forward and backward: the gradient cannot be computed"
             )
-        return ctx.window.gather(gradient), None, None
-
-
-def _identity(weight: Tensor) -> tuple[object, ...]:
-    return weight._version, weight.data_ptr(), weight.dtype, weight.device
+        return ctx.window.gather(gradient, ctx.deliver), None, None
 
 
 def _forward_dtype(weight: Tensor) -> torch.dtype:
@@ -294,6 +315,10 @@ def _standardize_backward_of_copy(gradient: Tensor, copy: Tensor, rstd: Tensor) 
     return (rstd * (g - g.mean(1, keepdim=True) - x_hat * (g * x_hat).mean(1, keepdim=True))).view_as(gradient)
 
 
+def _new(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
+
+
 class _InWindow(nn.Module):
     """Class of a layer while an engine is attached; copies and pickles are of the plain class."""
 
@@ -301,8 +326,7 @@ class _InWindow(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state: dict[str, Any] = self.__getstate__()  # type: ignore[no-untyped-call]
-        plain_state = {key: value for key, value in state.items() if key != "window"}
-        return copyreg.__newobj__, (_PLAIN[type(self)],), plain_state  # type: ignore[attr-defined]
+        return _new, (_PLAIN[type(self)],), {key: value for key, value in state.items() if key != "window"}
 
 
 class _WindowConv2d(_InWindow, nn.Conv2d):

@@ -73,7 +73,7 @@ def test_there_and_back_gives_the_same_function(norm):
     assert after.keys() == before.keys()
     keeps_statistics = norm.startswith("bn")
     for key, value in before.items():
-        if keeps_statistics or "running" not in key and "num_batches" not in key:
+        if keeps_statistics or ("running" not in key and "num_batches" not in key):
             assert torch.equal(after[key], value), key
 
 

@@ -1,4 +1,4 @@
-"""standardize_weight and StdConv2d: hand values, the written formula, timm's layer, odd weights, what evaluation keeps."""
+"""standardize_weight and StdConv2d: hand values, the formula, timm's layer, odd weights, what evaluation keeps."""
 
 import copy
 

@@ -94,7 +94,7 @@ def compare(prepare=lambda net: None, steps=((4, {}),), make_optimizer=None, cli
         prepare(net)
     engine = OncePerWindow(nets[0])
     for n, more in steps:
-        for net, engine_or_none, optimizer in zip(nets, (engine, None), optimizers, strict=True):
+        for net, engine_or_none in zip(nets, (engine, None), strict=True):
             backward_all(net, batches(n), engine_or_none, **kwargs, **more)
             if clip:
                 nn.utils.clip_grad_norm_(net.parameters(), clip)
@@ -312,7 +312,7 @@ def test_an_exception_in_mid_window_leaves_nothing_behind(with_reset):
     engine.micro_batch(first=True, last=False)
     loss_of(nets[0], batches(1)[0]).backward()
     engine.micro_batch(first=False, last=False)
-    with pytest.raises(RuntimeError, match="shape|channels"):
+    with pytest.raises(RuntimeError, match="channels"):
         nets[0](torch.randn(1, 4, 7, 7))
     if with_reset:
         engine.reset()
@@ -408,8 +408,8 @@ def test_gradients_gathered_before_weights_changed_are_not_lost():
     nets = [make_net(), make_net()]
     engine = OncePerWindow(nets[0])
     for i in range(2):
+        engine.micro_batch(first=i == 0, last=i == 1)
         for net in nets:
-            engine.micro_batch(first=i == 0, last=i == 1)
             loss_of(net, batches(1)[0]).backward()
             if i == 0:
                 with torch.no_grad():
