@@ -42,6 +42,8 @@ class OncePerWindow:
 
     Args:
         module: The net, its norms already exchanged; it is changed until :meth:`remove`.
+        compiled: The net is or will be compiled: :meth:`micro_batch`, to be called under the autocast of the forward,
+            gets all weights ready, and the compiled graph takes them as inputs.
 
     Raises:
         RuntimeError: The net has an engine.
@@ -56,12 +58,13 @@ class OncePerWindow:
         ...     net(torch.randn(1, 3, 3, 3)).sum().backward()
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, compiled: bool = False) -> None:
         if any(type(layer) in _PLAIN for layer in module.modules()):
             raise RuntimeError("the net has a once-per-window engine; call its remove() first")
         self.active = False
         self.last = False
         self.optimizer_steps = 0
+        self.compiled = compiled
         self._weights: list[WindowWeight] = []
         self._finish_is_queued = False
         self._step_hook = register_optimizer_step_post_hook(_CountSteps(self))
@@ -82,6 +85,9 @@ class OncePerWindow:
             for weight in self._weights:
                 weight.open_window()
         self.active, self.last = True, last
+        if self.compiled:
+            for weight in self._weights:
+                weight.ready = weight.for_forward(None)
 
     def finish(self) -> None:
         """Give parameters what was gathered for them and not yet delivered.
@@ -162,21 +168,24 @@ class WindowWeight:
         self._rstd: Tensor | None = None
         self._gradient: Tensor | None = None  # of the copy, summed over the window
         self._owns_gradient = False  # the first one belongs to autograd
+        self.ready: Tensor | None = None  # for a compiled forward
 
     def open_window(self) -> None:
         """Forget the gradient, and the copy too: an optimizer that writes to ``weight.data`` leaves no sign."""
         if self.weight.requires_grad:
             self.drop()
 
-    def for_forward(self, input: Tensor) -> Tensor | None:
+    def for_forward(self, input: Tensor | None) -> Tensor | None:
         """Find what the layer is to compute with.
 
         Args:
-            input: Of the layer; decides on the memory format.
+            input: Of the layer; decides on the memory format, None is that of the weight.
 
         Returns:
             Working copy, attached to the graph where gradients are wanted; None where the plain computation is right.
         """
+        if torch.compiler.is_compiling():
+            return self.ready if torch.is_grad_enabled() else None
         weight = self.weight
         if not self.engine.active or torch.is_inference_mode_enabled():
             return None
@@ -193,22 +202,22 @@ class WindowWeight:
             return attached
         return copy
 
-    def _working_copy(self, weight: Tensor, dtype: torch.dtype, input: Tensor) -> Tensor:
+    def _working_copy(self, weight: Tensor, dtype: torch.dtype, input: Tensor | None) -> Tensor:
         key = self._identity(weight)
         if self._key is not None and self._key != key:
             self.deliver()
             self.drop()
-        channels_last = input.is_contiguous(memory_format=torch.channels_last) if input.ndim == 4 else False
+        memory_format = torch.preserve_format
+        if weight.ndim == 4 and input is not None and not input.is_contiguous():
+            memory_format = torch.channels_last
         if self._copy is not None and self._copy.dtype == dtype:
-            wanted = torch.channels_last if channels_last else torch.contiguous_format
-            if weight.ndim != 4 or self._copy.is_contiguous(memory_format=wanted) or input.is_contiguous():
+            if memory_format == torch.preserve_format or self._copy.is_contiguous(memory_format=memory_format):
                 return self._copy
         with torch.no_grad():
             self._key = key
             new = weight.detach()
             if self._eps is not None:
                 new, self._mean, self._rstd = _standardize(new, self._eps)
-            memory_format = torch.channels_last if channels_last and weight.ndim == 4 else torch.preserve_format
             self._copy = new.to(dtype, memory_format=memory_format)
         return self._copy
 
