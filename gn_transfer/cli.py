@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 import sys
-import tempfile
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 
+from gn_transfer.arguments import Arguments
 from gn_transfer.callbacks import (
     AtomicCheckpointIO,
     BestCheckpoint,
@@ -34,11 +34,10 @@ from gn_transfer.callbacks import (
     Throughput,
     ValidationFigures,
     device_type,
-    read_checkpoint,
     resolve_precision,
 )
-from gn_transfer.classifier import CHECKPOINT_VERSION, TransferClassifier
-from gn_transfer.config import ConfigError, find_config
+from gn_transfer.classifier import TransferClassifier
+from gn_transfer.config import ConfigError
 from gn_transfer.data import Folder, Pets, PictureData, Sample
 from gn_transfer.data.base import core_count
 from gn_transfer.files import write_json
@@ -48,7 +47,6 @@ from gn_transfer.loggers import (
     RunLogger,
     claim_run,
     environment,
-    find_last,
     flat_hparams,
     run_of_checkpoint,
 )
@@ -95,7 +93,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    prepared = _Arguments(verb, arguments)
+    prepared = Arguments(verb, arguments)
     with prepared.files() as argv, _quiet_warnings(), _own_argv(argv):
         try:
             command = Command(prepared)
@@ -115,89 +113,6 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     return command.exit_code
 
 
-class _Arguments:
-    """The arguments as Lightning's command line will read them, with what had to be found out before.
-
-    Attributes:
-        verb: The verb.
-        config_name: Name of the last config, without suffix; the name of a folder of runs.
-        typed: The arguments as the user typed them.
-        checkpoint: Path behind ``--ckpt_path``, resolved.
-        stored: Content of that checkpoint under ``gn_transfer``.
-    """
-
-    def __init__(self, verb: str, arguments: Sequence[str]) -> None:
-        self.verb = verb
-        self.typed = list(arguments)
-        self.argv = list(arguments)
-        configs = [self._replace(index, find_config) for index in self._values_of("--config", "-c")]
-        self.config_name = Path(configs[-1]).stem if configs else "default"
-        self.checkpoint: Path | None = None
-        self.stored: dict[str, Any] | None = None
-        root = next((self._get(index) for index in self._values_of("--trainer.default_root_dir")), ".")
-        for index in self._values_of("--ckpt_path"):
-            self.checkpoint = Path(
-                self._replace(index, lambda value: self._checkpoint(value, Path(root), bool(configs)))
-            )
-            self.stored = read_checkpoint(self.checkpoint)["gn_transfer"]
-            if self.stored["version"] > CHECKPOINT_VERSION:
-                raise ConfigError(
-                    f"--ckpt_path {self.checkpoint} was written by a newer gn-transfer (format "
-                    f"{self.stored['version']}, this one reads up to {CHECKPOINT_VERSION}); update gn-transfer."
-                )
-        self.has_config = bool(configs)
-        if self.stored is not None and not configs:
-            self.config_name = str(self.stored["config_name"])
-        if verb != "fit" and self.stored is None and not any(a in ("-h", "--help") for a in self.argv):
-            raise ConfigError(
-                f"{verb} needs a checkpoint: give --ckpt_path checkpoints/CONFIG/RUN/best.ckpt, or --config NAME with "
-                "--ckpt_path last."
-            )
-
-    @contextmanager
-    def files(self) -> Iterator[list[str]]:
-        """Give the arguments; without a config, the checkpoint's own configuration stands in front of them."""
-        if self.stored is None or self.has_config:
-            yield [self.verb, *self.argv]
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "config.yaml"
-            path.write_text(yaml.safe_dump(self.stored["config"], sort_keys=False), encoding="utf-8")
-            yield [self.verb, "--config", str(path), *self.argv]
-
-    def _checkpoint(self, value: str, root: Path, has_config: bool) -> Path:
-        if value != "last":
-            return Path(value)
-        name = self.config_name if has_config else "*"
-        found = find_last(root, name)
-        if found is None:
-            raise ConfigError(
-                f"--ckpt_path last: no run under {root / 'checkpoints' / name} has a last.ckpt; start one with "
-                "gn-transfer fit, or give the path of a checkpoint."
-            )
-        return found
-
-    def _values_of(self, *names: str) -> list[int]:
-        """Positions whose argument is, or contains after ``=``, the value of an option."""
-        found = []
-        for index, argument in enumerate(self.argv):
-            if argument in names and index + 1 < len(self.argv):
-                found.append(index + 1)
-            elif argument.startswith(tuple(f"{name}=" for name in names if name.startswith("--"))):
-                found.append(index)
-        return found
-
-    def _get(self, index: int) -> str:
-        argument = self.argv[index]
-        return argument.split("=", 1)[1] if argument.startswith("--") else argument
-
-    def _replace(self, index: int, resolve: Any) -> str:
-        value = str(resolve(self._get(index)))
-        option, equals, _ = self.argv[index].partition("=")
-        self.argv[index] = f"{option}={value}" if option.startswith("--") and equals else value
-        return value
-
-
 class Command(LightningCLI):
     """LightningCLI with our keys, in the order in which data flows.
 
@@ -205,7 +120,7 @@ class Command(LightningCLI):
         arguments: The prepared arguments.
     """
 
-    def __init__(self, arguments: _Arguments) -> None:
+    def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
         self.log = RunLog()
         self.exit_code = 0
