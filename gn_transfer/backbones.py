@@ -7,6 +7,8 @@ of what was loaded, dropped, re-initialized and converted.
 
 from __future__ import annotations
 
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
@@ -16,6 +18,7 @@ from typing import Any, Literal
 
 import timm
 import torch
+from huggingface_hub import constants as hub
 from safetensors.torch import load_file
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
@@ -411,6 +414,9 @@ def _zero_last_convolutions(net: nn.Module) -> None:
 
 
 def _download(full_name: str, source_name: str) -> Mapping[str, Tensor]:
+    # Without a network the hub's client tries for a minute; told that it is offline, it looks into its cache at once.
+    before = hub.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = before or not _answers(hub.ENDPOINT)
     try:
         state: Mapping[str, Tensor] = timm.create_model(full_name, pretrained=True).state_dict()
     except Exception as error:  # the hub client raises a family of unrelated types
@@ -420,7 +426,20 @@ def _download(full_name: str, source_name: str) -> Mapping[str, Tensor]:
             "(model.safetensors of that name on the Hugging Face hub) here and set model.pretrained to its path, or "
             "train from scratch with model.pretrained=null."
         ) from error
+    finally:
+        hub.HF_HUB_OFFLINE = before
     return state
+
+
+def _answers(url: str, timeout: float = 4.0) -> bool:
+    """Say whether a server answers at all, within ``timeout`` seconds."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout):
+            return True
+    except urllib.error.HTTPError:
+        return True  # an answer, if not the one hoped for
+    except OSError:
+        return False
 
 
 def _read_file(path: Path, architecture: str) -> Mapping[str, Tensor]:

@@ -32,6 +32,8 @@ class Plan:
     def table(self) -> Table:
         """Lay the rows out for the terminal."""
         table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         for name, value in self.rows:
             table.add_row(name, value)
         return table

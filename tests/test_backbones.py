@@ -1,7 +1,9 @@
+import time
 import warnings
 
 import pytest
 import torch
+from huggingface_hub import constants as hub
 from safetensors.torch import save_file
 from torch import nn
 
@@ -162,3 +164,15 @@ def test_synchronized_bn_needs_cuda():
         pytest.skip("this machine has CUDA")
     with pytest.raises(ConfigError, match="bn_sync"):
         small("bn_sync")
+
+
+def test_without_a_network_the_message_says_what_to_put_where(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nothing answers
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    began = time.monotonic()
+    with pytest.raises(
+        ConfigError, match=r"a1_in1k are not on this machine.*set model.pretrained to its path"
+    ):
+        small("bn", pretrained="auto")
+    assert time.monotonic() - began < 10
+    assert not hub.HF_HUB_OFFLINE

@@ -2,7 +2,7 @@
 
 from gn_transfer.layers.batch_norm import BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d, SyncBatchNormAct
 from gn_transfer.layers.convert import Exchange, convert_norm, uses_weight_standardization
-from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, group_count, group_norm
+from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, group_count
 from gn_transfer.layers.memory_format import preferred_memory_format
 from gn_transfer.layers.std_conv import StdConv2d, standardize_weight
 from gn_transfer.layers.window import OncePerWindow
@@ -19,7 +19,6 @@ __all__ = [
     "SyncBatchNormAct",
     "convert_norm",
     "group_count",
-    "group_norm",
     "preferred_memory_format",
     "standardize_weight",
     "uses_weight_standardization",

@@ -7,7 +7,8 @@ from timm.layers import GroupNormAct as TimmGroupNormAct
 from torch import nn
 
 from gn_transfer.config import ConfigError
-from gn_transfer.layers import GroupNorm, GroupNormAct, group_count, group_norm
+from gn_transfer.layers import GroupNorm, GroupNormAct, group_count
+from gn_transfer.layers.group_norm import group_norm
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 SHAPES = [
