@@ -226,7 +226,7 @@ class Command(LightningCLI):
         accelerator = str(config.trainer.accelerator)
         self.precision = resolve_precision(config.mixed_precision.mode, device_type(accelerator))
         callbacks = [Throughput(), ValidationFigures(), EpochLines(self.log.print)]
-        interactive = sys.stderr.isatty() and config.trainer.enable_progress_bar is not False
+        interactive = sys.stdout.isatty() and config.trainer.enable_progress_bar is not False
         if interactive and self.subcommand == "fit":
             callbacks.append(ProgressBar(leave=False))
         if self.subcommand == "fit":

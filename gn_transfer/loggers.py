@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from rich import get_console
 from rich.console import Console
 from torch.utils.tensorboard.summary import hparams as hparams_summary
 
@@ -172,11 +173,11 @@ class RunLog:
     """What the program says, on the terminal and in the run's ``run.log``.
 
     Args:
-        console: The terminal; ``None`` makes one on standard output.
+        console: The terminal; ``None`` takes rich's own, so that lines go above a progress bar, not through it.
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console = console or get_console()
         self._buffer: TextIO = io.StringIO()
         self._copy = Console(file=self._buffer, width=120, color_system=None)
 

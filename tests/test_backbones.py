@@ -170,9 +170,7 @@ def test_without_a_network_the_message_says_what_to_put_where(monkeypatch, tmp_p
     monkeypatch.setattr(hub, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: nothing answers
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
     began = time.monotonic()
-    with pytest.raises(
-        ConfigError, match=r"a1_in1k are not on this machine.*set model.pretrained to its path"
-    ):
+    with pytest.raises(ConfigError, match=r"a1_in1k are not on this machine.*set model.pretrained to its path"):
         small("bn", pretrained="auto")
     assert time.monotonic() - began < 10
     assert not hub.HF_HUB_OFFLINE

@@ -53,6 +53,7 @@ def conv2d(
     padding: str | tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
+    held: HeldProducts | None = None,
 ) -> Tensor:
     """``F.conv2d``, by matrix products where that is faster.
 
@@ -64,6 +65,7 @@ def conv2d(
         padding: See ``stride``.
         dilation: See ``stride``.
         groups: See ``stride``.
+        held: Where the backward may hold weight gradients that are matrix products; None has it compute them.
 
     Returns:
         Shape ``(N, O, H', W')``.
@@ -92,18 +94,68 @@ def conv2d(
             positions = input.shape[0] * -(-input.shape[2] // stride[0]) * -(-input.shape[3] // stride[0])
             plan = by_matmul(kernel, positions, weight.shape[1], weight.shape[0], input.dtype)
             if any(plan):
-                output: Tensor = _MatmulConv.apply(input, weight, stride[0], plan)  # type: ignore[no-untyped-call]
+                output: Tensor = _MatmulConv.apply(input, weight, stride[0], plan, held)  # type: ignore[no-untyped-call]
                 return output
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+class HeldProducts:
+    """Weight gradients of few positions, put off until many make one matrix product.
+
+    The gradient of a 1x1 convolution is ``grad.T @ input`` over the positions. With 49 positions, writing it (and
+    adding it up over micro-batches) takes longer than computing it; over 49 positions of eight pictures it does not.
+    Held are input and output gradient, until they take as much memory as the product.
+    """
+
+    def __init__(self) -> None:
+        self.hold = False
+        self._products: list[tuple[Tensor, Tensor, int]] = []
+        self._bytes = 0
+
+    def add(self, input: Tensor, grad: Tensor, stride: int) -> None:
+        """Note a product.
+
+        Args:
+            input: Of the convolution, shape ``(N, I, H, W)``, channels-last.
+            grad: Of its output, shape ``(N, O, H', W')``, channels-last.
+            stride: Of the convolution.
+        """
+        self._products.append((input, grad, stride))
+        self._bytes += input.nbytes + grad.nbytes
+
+    def product(self, weight: Tensor) -> Tensor | None:
+        """Compute the sum of what was noted, unless it is to be held longer.
+
+        Args:
+            weight: Gives the shape, ``(O, I, k, k)``.
+
+        Returns:
+            Gradient of the weight, channels-last, or None.
+        """
+        if not self._products or (self.hold and self._bytes < weight.nbytes):
+            return None
+        kernel = weight.shape[2]
+        columns = [_columns(input, kernel, stride) for input, _, stride in self._products]
+        rows = [_rows(grad) for _, grad, _ in self._products]
+        self.clear()
+        product = torch.cat(rows).t() @ torch.cat(columns) if len(rows) > 1 else rows[0].t() @ columns[0]
+        return product.view(len(weight), kernel, kernel, -1).permute(0, 3, 1, 2)
+
+    def clear(self) -> None:
+        """Forget what was noted."""
+        self._products.clear()
+        self._bytes = 0
 
 
 class _MatmulConv(torch.autograd.Function):
     """1x1 or 3x3 convolution with "same" padding and no bias in channels-last. Not twice differentiable."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, stride: int, plan: ByMatmul) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, stride: int, plan: ByMatmul, held: HeldProducts | None
+    ) -> Tensor:
         ctx.save_for_backward(input, weight)
-        ctx.stride, ctx.plan = stride, plan
+        ctx.stride, ctx.plan, ctx.held = stride, plan, held
         kernel = weight.shape[2]
         if not plan.output:
             return F.conv2d(input, weight, None, stride, kernel // 2)
@@ -113,24 +165,24 @@ class _MatmulConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         input, weight = ctx.saved_tensors
         stride, plan, kernel = ctx.stride, ctx.plan, weight.shape[2]
         grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_rows = grad.permute(0, 2, 3, 1).flatten(0, 2)
         grad_input = grad_weight = None
         if ctx.needs_input_grad[1] and plan.grad_weight:
-            rows = grad_rows.t() @ _columns(input, kernel, stride)
-            grad_weight = rows.view(len(weight), kernel, kernel, -1).permute(0, 3, 1, 2)
+            held = HeldProducts() if ctx.held is None else ctx.held
+            held.add(input, grad, stride)
+            grad_weight = held.product(weight)
         if ctx.needs_input_grad[0] and plan.grad_input:  # kernel 1
-            grad_input = _to_image(grad_rows @ weight.flatten(1), *_hw(grad))
+            grad_input = _to_image(_rows(grad) @ weight.flatten(1), *_hw(grad))
             if stride > 1:
                 wide = torch.zeros_like(input, memory_format=torch.channels_last)
                 wide[:, :, ::stride, ::stride] = grad_input
                 grad_input = wide
         mask = [
             ctx.needs_input_grad[0] and grad_input is None,
-            ctx.needs_input_grad[1] and grad_weight is None,
+            ctx.needs_input_grad[1] and not plan.grad_weight,
             False,
         ]
         if any(mask):
@@ -139,11 +191,16 @@ class _MatmulConv(torch.autograd.Function):
             )
             grad_input = rest[0] if mask[0] else grad_input
             grad_weight = rest[1] if mask[1] else grad_weight
-        return grad_input, grad_weight, None, None
+        return grad_input, grad_weight, None, None, None
 
 
 def _hw(image: Tensor) -> tuple[int, int, int]:
     return image.shape[0], image.shape[2], image.shape[3]
+
+
+def _rows(image: Tensor) -> Tensor:
+    """``(N * H * W, C)``; a view of a channels-last picture."""
+    return image.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _to_image(rows: Tensor, N: int, H: int, W: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from gn_transfer.layers.conv import conv2d
+from gn_transfer.layers.conv import HeldProducts, conv2d
 from gn_transfer.layers.std_conv import StdConv2d, filter_rows, rows_to_filters
 
 
@@ -150,6 +150,7 @@ class WindowWeight:
         self.engine = engine
         self.layer = layer
         self._eps: float | None = layer.eps if isinstance(layer, StdConv2d) else None
+        self.held = HeldProducts()
         self._anchor = torch.empty(0, requires_grad=True)  # a leaf that never gets a gradient
         self.drop()
 
@@ -169,6 +170,7 @@ class WindowWeight:
         self._gradient: Tensor | None = None  # of the copy, summed over the window
         self._owns_gradient = False  # the first one belongs to autograd
         self.ready: Tensor | None = None  # for a compiled forward
+        self.held.clear()
 
     def open_window(self) -> None:
         """Forget the gradient, and the copy too: an optimizer that writes to ``weight.data`` leaves no sign."""
@@ -198,6 +200,7 @@ class WindowWeight:
         if weight.requires_grad and torch.is_grad_enabled():
             # Before the last micro-batch the parameter has no part in the graph: its hooks would fire without gradient.
             source = weight if self.engine.last else self._anchor
+            self.held.hold = not self.engine.last
             attached: Tensor = _Attach.apply(source, self, copy)  # type: ignore[no-untyped-call]
             return attached
         return copy
@@ -224,11 +227,11 @@ class WindowWeight:
     def _identity(self, weight: Tensor) -> tuple[object, ...]:
         return self.engine.optimizer_steps, weight._version, weight.data_ptr(), weight.dtype, weight.device
 
-    def gather(self, gradient: Tensor, deliver: bool) -> Tensor | None:
+    def gather(self, gradient: Tensor | None, deliver: bool) -> Tensor | None:
         """Take a gradient of the copy.
 
         Args:
-            gradient: From one use of the copy in one backward.
+            gradient: From one use of the copy in one backward; None where it is held.
             deliver: The graph goes on to the parameter.
 
         Returns:
@@ -236,6 +239,8 @@ class WindowWeight:
         """
         if self.engine.last or not self.engine.active:
             self.engine.finish_after_backward()
+        if gradient is None:
+            return None
         if not deliver:
             self._add(gradient)
             return None
@@ -255,6 +260,9 @@ class WindowWeight:
 
     def deliver(self) -> None:
         """Add what was gathered to ``weight.grad``."""
+        self.held.hold = False
+        if self._copy is not None and (gradient := self.held.product(self._copy)) is not None:
+            self._add(gradient)
         if self._gradient is None:
             return
         weight, gradient = self.weight, self._gradient
@@ -291,11 +299,12 @@ class _Attach(torch.autograd.Function):
     def forward(ctx: Any, source: Tensor, window: WindowWeight, copy: Tensor) -> Tensor:
         ctx.window, ctx.weight = window, window.weight
         ctx.deliver, ctx.version = source is ctx.weight, ctx.weight._version
+        ctx.set_materialize_grads(False)
         return copy.detach()  # a new tensor on the same memory, as autograd writes its history on it
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None, None]:
         if ctx.weight._version != ctx.version:
             raise RuntimeError(
                 "a weight was modified in place between forward and backward: the gradient cannot be computed"
@@ -341,13 +350,15 @@ class _InWindow(nn.Module):
 class _WindowConv2d(_InWindow, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         weight = self.window.for_forward(input)
-        return _conv(self, input, self.weight if weight is None else weight)
+        return _conv(self, input, self.weight) if weight is None else _conv(self, input, weight, self.window.held)
 
 
 class _WindowStdConv2d(_InWindow, StdConv2d):
     def forward(self, input: Tensor) -> Tensor:
         weight = self.window.for_forward(input)
-        return _conv(self, input, self.standardized_weight() if weight is None else weight)
+        if weight is None:
+            return _conv(self, input, self.standardized_weight())
+        return _conv(self, input, weight, self.window.held)
 
 
 class _WindowLinear(_InWindow, nn.Linear):
@@ -356,11 +367,12 @@ class _WindowLinear(_InWindow, nn.Linear):
         return F.linear(input, self.weight if weight is None else weight, self.bias)
 
 
-def _conv(layer: nn.Conv2d, input: Tensor, weight: Tensor) -> Tensor:
+def _conv(layer: nn.Conv2d, input: Tensor, weight: Tensor, held: HeldProducts | None = None) -> Tensor:
     if layer.padding_mode != "zeros":
         output: Tensor = layer._conv_forward(input, weight, layer.bias)
         return output
-    return conv2d(input, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)  # type: ignore[arg-type]
+    geometry: Any = layer.stride, layer.padding, layer.dilation, layer.groups
+    return conv2d(input, weight, layer.bias, *geometry, held)
 
 
 _WINDOWED: dict[type[nn.Module], type[_InWindow]] = {
