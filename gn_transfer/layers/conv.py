@@ -36,13 +36,12 @@ def by_matmul(kernel: int, positions: int, in_channels: int, out_channels: int, 
     Returns:
         What is done as a matrix product.
     """
-    weights = kernel * kernel * in_channels * out_channels
-    ratio = weights / (positions * (in_channels + out_channels))
+    ratio = kernel * kernel * in_channels * out_channels / (positions * (in_channels + out_channels))
     half = dtype != torch.float32
     if kernel == 1:
-        product = ratio > (0.01 if half else 4)
-        return ByMatmul(product, product, half or ratio > 1)
-    return ByMatmul(half and ratio > 10, False, ratio > (3 if half else 10))
+        product = ratio > (0.1 if half else 4)
+        return ByMatmul(product, product, ratio > (0.1 if half else 1))
+    return ByMatmul(half and ratio > 10, False, ratio > 10)
 
 
 def conv2d(
@@ -120,7 +119,8 @@ class HeldProducts:
             grad: Of its output, shape ``(N, O, H', W')``, channels-last.
             stride: Of the convolution.
         """
-        self._products.append((input, grad, stride))
+        # detached: what autograd saved would keep its whole graph alive
+        self._products.append((input.detach(), grad.detach(), stride))
         self._bytes += input.nbytes + grad.nbytes
 
     def product(self, weight: Tensor) -> Tensor | None:

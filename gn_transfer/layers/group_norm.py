@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gn_transfer.config import ConfigError
-
-Array = npt.NDArray[Any]
 
 
 def group_count(channels: int, *, num_groups: int = 32, group_size: int | None = None, layer: str = "the layer") -> int:
@@ -179,12 +173,10 @@ def _native_is_slow(input: Tensor, num_groups: int) -> bool:
 
 
 class _ChannelsLastGroupNorm(torch.autograd.Function):
-    """Group norm with narrow groups in channels-last, from torch's batch-norm kernels, which are fast there.
+    """Group norm with narrow groups in channels-last. Not twice differentiable.
 
-    Sums over positions are taken per channel and combined over the channels of a group; what is left is per channel
-    ``a * x + b`` forward and ``a * dy + b * x + c`` backward, as torch's own kernel computes it. The N x C numbers in
-    between are numpy's: some twenty operations on a few hundred values, for which torch's dispatch takes longer than
-    the kernels for the pictures. Not twice differentiable.
+    Small maps are normalized in NCHW: two or three transposes and torch's fast kernel. Large ones take torch's
+    channels-last kernel forward, which is fast from 1,024 positions, and its batch-norm kernels backward.
     """
 
     @staticmethod
@@ -192,104 +184,67 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
         ctx: Any, input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
         N, C, H, W = input.shape
-        if H * W >= 1024:  # torch's forward kernel is the fast one here
-            output, mean, rstd = torch.native_group_norm(input, weight, bias, N, C, H * W, num_groups, eps)
-            ctx.mean, ctx.rstd = mean.numpy()[..., None], rstd.numpy()[..., None]
-        else:
-            # Running statistics are given for their dtype alone: without them bf16 input has bf16 statistics.
-            zero, one = _zero_and_one(C, torch.float32 if input.dtype in _HALF else input.dtype)
-            statistics = [torch.batch_norm_update_stats(x, zero, one, 0.0) for x in _each(input)]
-            means, variances = (_grouped([s[i] for s in statistics], num_groups) for i in (0, 1))
-            share = num_groups / C
-            ctx.mean = _sum_over_groups(means) * share
-            variance = _sum_over_groups(variances + (means - ctx.mean) ** 2) * share
-            ctx.rstd = 1 / np.sqrt(variance + eps)
-            scale = ctx.rstd * _affine(weight, num_groups, 1)
-            output = _scale_and_shift(input, scale, _affine(bias, num_groups, 0) - scale * ctx.mean)
-        ctx.save_for_backward(input, weight)
-        return output
+        fast = input if H * W >= 1024 else input.contiguous()
+        output, mean, rstd = torch.native_group_norm(fast, weight, bias, N, C, H * W, num_groups, eps)
+        ctx.save_for_backward(input, weight, mean, rstd)
+        return output.contiguous(memory_format=torch.channels_last)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
-        input, weight = ctx.saved_tensors
-        mean, rstd = ctx.mean, ctx.rstd
+        input, weight, mean, rstd = ctx.saved_tensors
         N, C, H, W = input.shape
-        G = mean.shape[1]
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        zero, one = _zero_and_one(C, torch.float32 if input.dtype in _HALF else input.dtype)
-        backward = torch.ops.aten.native_batch_norm_backward
-        sums = [
-            backward(dy, x, None, zero, one, None, None, False, 0.0, (False, True, True))
-            for dy, x in zip(_each(grad), _each(input), strict=True)
-        ]
-        dy_x, dy = (_grouped([s[i] for s in sums], G) for i in (1, 2))  # sums over positions
-        grad_input = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            gamma, share = _affine(weight, G, 1), 1 / (C // G * H * W)
-            group_dy_x, group_dy = _sum_over_groups(gamma * dy_x) * share, _sum_over_groups(gamma * dy) * share
-            of_x = (group_dy * mean - group_dy_x) * (rstd * rstd * rstd)
-            grad_input = _scale_and_shift(input, of_x, -of_x * mean - group_dy * rstd)
-            grad_input.addcmul_(grad, _per_channel(rstd * gamma, N, C)[:, :, None, None].to(grad.dtype))
-        if ctx.needs_input_grad[2]:
-            grad_weight = torch.from_numpy(((dy_x - dy * mean) * rstd).sum(0)).view(C)
-        if ctx.needs_input_grad[3]:
-            grad_bias = torch.from_numpy(dy.sum(0)).view(C)
+        mask = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
+        if C * H * W >= 400_000:
+            gradients = _backward_by_channel_sums(
+                grad.contiguous(memory_format=torch.channels_last), input, weight, mean, rstd
+            )
+            grad_input, grad_weight, grad_bias = (g if m else None for g, m in zip(gradients, mask, strict=True))
+        else:
+            grad_input, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
+                grad.contiguous(), input.contiguous(), mean, rstd, weight, N, C, H * W, mean.shape[1], mask
+            )
+            grad_input = grad_input.contiguous(memory_format=torch.channels_last) if mask[0] else None
         return grad_input, None, grad_weight, grad_bias, None
 
 
-_HALF = (torch.bfloat16, torch.float16)
+def _backward_by_channel_sums(
+    grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of group norm by torch's batch-norm kernels, picture by picture.
 
-
-@functools.cache
-def _zero_and_one(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Statistics that change nothing."""
-    return torch.zeros(channels, dtype=dtype), torch.ones(channels, dtype=dtype)
-
-
-def _each(images: Tensor) -> tuple[Tensor, ...]:
-    return (images,) if len(images) == 1 else torch.split(images, 1)
-
-
-def _grouped(rows: Sequence[Tensor], num_groups: int) -> Array:
-    """Rows of ``(C,)`` as ``(N, G, C / G)``."""
-    array: Array = rows[0].numpy() if len(rows) == 1 else torch.stack(tuple(rows)).numpy()
-    return array.reshape(len(rows), num_groups, -1)
-
-
-def _affine(parameter: Tensor | None, num_groups: int, default: float) -> Array | float:
-    """Scale or shift as ``(G, C / G)``; ``default`` where there is none."""
-    return default if parameter is None else parameter.detach().numpy().reshape(num_groups, -1)
-
-
-def _per_channel(values: Array, batch_size: int, channels: int) -> Tensor:
-    """``(N, G, C / G)`` or ``(N, G, 1)`` as ``(N, C)``."""
-    if values.size < batch_size * channels:
-        values = values * np.ones((1, 1, channels // values.shape[1]), dtype=values.dtype)
-    return torch.from_numpy(values).view(batch_size, channels)
-
-
-def _sum_over_groups(values: Array) -> Array:
-    return np.add.reduce(values, 2, keepdims=True)
-
-
-def _scale_and_shift(input: Tensor, scale: Array, shift: Array) -> Tensor:
-    """``input * scale + shift`` in float32, by the batch-norm kernel.
+    Sums over positions are taken per channel and combined over the channels of a group; what is left is
+    ``a * dy + b * x + c`` with numbers per picture and channel, as torch's own kernel computes it.
 
     Args:
-        input: Shape ``(N, C, H, W)``.
-        scale: Shape ``(N, G, C / G)`` or ``(N, G, 1)``.
-        shift: As ``scale``.
+        grad: Of the output, shape ``(N, C, H, W)``, channels-last.
+        input: Of the layer, as ``grad``.
+        weight: gamma, shape ``(C,)``; None is 1.
+        mean: Of the groups, shape ``(N, G)``.
+        rstd: As ``mean``.
 
     Returns:
-        Shape, dtype and memory format of ``input``.
+        Gradients of input, weight and bias.
     """
-    N, C = input.shape[:2]
-    scales, shifts = _per_channel(scale, N, C), _per_channel(shift, N, C)
-    zero, one = _zero_and_one(C, scales.dtype)
-    if N == 1:
-        return torch.native_batch_norm(input, scales[0], shifts[0], zero, one, False, 0.0, 0.0)[0]
-    output, unused = torch.empty_like(input), (torch.empty(0), torch.empty(0))
-    for x, scale_C, shift_C, y in zip(_each(input), scales, shifts, _each(output), strict=True):
-        torch.native_batch_norm(x, scale_C, shift_C, zero, one, False, 0.0, 0.0, out=(y, *unused))
-    return output
+    N, C, H, W = input.shape
+    G = mean.shape[1]
+    zero, one = torch.zeros(C, dtype=mean.dtype), torch.ones(C, dtype=mean.dtype)
+    sums = [
+        torch.ops.aten.native_batch_norm_backward(dy, x, None, zero, one, None, None, False, 0.0, (False, True, True))
+        for dy, x in zip(torch.split(grad, 1), torch.split(input, 1), strict=True)
+    ]
+    dy_x, dy = (torch.stack([s[i] for s in sums]).view(N, G, -1) for i in (1, 2))  # sums over positions
+    gamma = one.view(G, -1) if weight is None else weight.view(G, -1)
+    mean, rstd = mean[..., None], rstd[..., None]
+    group_dy_x, group_dy = ((gamma * s).sum(2, keepdim=True) / (C // G * H * W) for s in (dy_x, dy))
+    of_x = (group_dy * mean - group_dy_x) * rstd**3
+    of_one = -of_x * mean - group_dy * rstd
+    of_x, of_one, of_dy = (t.expand(N, G, C // G).reshape(N, C) for t in (of_x, of_one, rstd * gamma))
+
+    grad_input, unused = torch.empty_like(input), (torch.empty(0), torch.empty(0))
+    for n in range(N):  # in evaluation batch norm computes x * weight + bias here, in float32
+        out = (grad_input[n : n + 1], *unused)
+        torch.native_batch_norm(input[n : n + 1], of_x[n], of_one[n], zero, one, False, 0.0, 0.0, out=out)
+    grad_input.addcmul_(grad, of_dy[:, :, None, None].to(grad.dtype))
+    grad_weight = ((dy_x - dy * mean) * rstd).sum(0).view(C)
+    return grad_input, grad_weight, dy.sum(0).view(C)

@@ -213,9 +213,11 @@ class WindowWeight:
         memory_format = torch.preserve_format
         if weight.ndim == 4 and input is not None and not input.is_contiguous():
             memory_format = torch.channels_last
-        if self._copy is not None and self._copy.dtype == dtype:
-            if memory_format == torch.preserve_format or self._copy.is_contiguous(memory_format=memory_format):
-                return self._copy
+        old = self._copy
+        if old is not None and old.dtype == dtype:
+            fits = memory_format == torch.preserve_format or old.is_contiguous(memory_format=memory_format)
+            if fits:
+                return old
         with torch.no_grad():
             self._key = key
             new = weight.detach()
@@ -371,8 +373,16 @@ def _conv(layer: nn.Conv2d, input: Tensor, weight: Tensor, held: HeldProducts | 
     if layer.padding_mode != "zeros":
         output: Tensor = layer._conv_forward(input, weight, layer.bias)
         return output
-    geometry: Any = layer.stride, layer.padding, layer.dilation, layer.groups
-    return conv2d(input, weight, layer.bias, *geometry, held)
+    return conv2d(
+        input,
+        weight,
+        layer.bias,
+        layer.stride,  # type: ignore[arg-type]  # torch types pairs as tuple[int, ...]
+        layer.padding,  # type: ignore[arg-type]
+        layer.dilation,  # type: ignore[arg-type]
+        layer.groups,
+        held,
+    )
 
 
 _WINDOWED: dict[type[nn.Module], type[_InWindow]] = {
