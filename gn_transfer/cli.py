@@ -38,7 +38,7 @@ from gn_transfer.callbacks import (
 )
 from gn_transfer.classifier import TransferClassifier
 from gn_transfer.config import ConfigError
-from gn_transfer.data import Folder, Pets, PictureData, Sample
+from gn_transfer.data import Folder, Pets, PictureData, Sample, TinyImageNet
 from gn_transfer.data.base import core_count
 from gn_transfer.files import write_json
 from gn_transfer.loggers import (
@@ -61,7 +61,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data's own sampler knows ranks and resumes inside an epoch
 }
 
-DATA = (Sample, Pets, Folder)
+DATA = (Sample, Pets, Folder, TinyImageNet)
 """What ``--data NAME`` offers; jsonargparse finds subclasses of PictureData that are imported."""
 
 # What decides the course of a training: a resumed run must not change it. The number of epochs may grow.

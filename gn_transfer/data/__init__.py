@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gn_transfer.data.preprocess import preprocess_image
     from gn_transfer.data.sample import Sample
     from gn_transfer.data.sampler import EpochSampler
+    from gn_transfer.data.tiny_imagenet import TinyImageNet
 
 __all__ = [
     "BadImageError",
@@ -24,6 +25,7 @@ __all__ = [
     "Pets",
     "PictureData",
     "Sample",
+    "TinyImageNet",
     "decode_image",
     "preprocess_image",
 ]
@@ -35,6 +37,7 @@ _HOMES = {
     "Pets": "pets",
     "PictureData": "base",
     "Sample": "sample",
+    "TinyImageNet": "tiny_imagenet",
     "decode_image": "decode",
     "preprocess_image": "preprocess",
 }
