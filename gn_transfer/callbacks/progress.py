@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,9 @@ def peak_memory_mib(device: torch.device) -> float:
     """Read the peak memory so far, in MiB: allocated on a CUDA device, else resident of this process."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device) / 2**20)
+    with contextlib.suppress(OSError, StopIteration):  # Linux; getrusage there starts from the parent's peak
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) / 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 

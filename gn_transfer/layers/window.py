@@ -249,6 +249,7 @@ class WindowWeight:
         if self._gradient is not None:
             self._add(gradient)
             gradient, self._gradient = self._gradient, None
+        self._copy = None  # its memory serves the gradients of the layers before; another forward makes it anew
         return self._to_weight(gradient)
 
     def _add(self, gradient: Tensor) -> None:

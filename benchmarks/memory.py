@@ -1,0 +1,95 @@
+"""Peak memory of training by backbone, norm, batch size, resolution and gradient checkpointing.
+
+Each cell runs a window of two micro-batches and an SGD step, twice, in a process of its own, and reports the peak
+resident memory of that process less what it held once torch and the package were imported.
+
+    python benchmarks/memory.py --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from gn_transfer.callbacks import peak_memory_mib
+from gn_transfer.classifier import TransferClassifier
+from gn_transfer.layers import OncePerWindow
+from gn_transfer.loggers import environment
+from gn_transfer.optim import create_optimizer, parameter_groups
+
+
+def cell(cell: dict[str, Any]) -> dict[str, float]:
+    """Train two windows of two micro-batches; memory in MiB."""
+    cpu = torch.device("cpu")
+    before = peak_memory_mib(cpu)
+    model = TransferClassifier(
+        backbone=cell["backbone"], norm=cell["norm"], gradient_checkpointing=cell["checkpointing"]
+    )
+    model.build([f"class{index}" for index in range(37)])
+    assert model.net is not None
+    memory_format = model.memory_format("cpu", cell["batch"])
+    net = model.net.to(memory_format=memory_format).train()
+    engine = OncePerWindow(net)
+    optimizer = create_optimizer(
+        "sgd", parameter_groups(net.named_parameters(), lr=1e-4, head=model.head), momentum=0.9
+    )
+    pixels = torch.randn(cell["batch"], 3, cell["img_size"], cell["img_size"]).contiguous(memory_format=memory_format)
+    targets = torch.arange(cell["batch"]) % 37
+    for index in range(4):
+        engine.micro_batch(first=index % 2 == 0, last=index % 2 == 1)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cell["precision"] == "bf16"):
+            loss = F.cross_entropy(net(pixels).float(), targets)
+        loss.backward()
+        if index % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    peak = peak_memory_mib(cpu)
+    return {"peak_mib": round(peak - before, 1), "process_mib": round(peak, 1)}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", nargs="+", default=["resnetv2_18", "resnetv2_50"])
+    parser.add_argument("--norm", nargs="+", default=["bn", "gn_ws"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--img_size", nargs="+", type=int, default=[224])
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.cell:
+        print(json.dumps(cell(json.loads(options.cell))))
+        return
+    rows = []
+    for backbone, norm, batch, img_size, checkpointing in itertools.product(
+        options.backbone, options.norm, options.batch, options.img_size, (False, True)
+    ):
+        wanted: dict[str, Any] = {
+            "backbone": backbone,
+            "norm": norm,
+            "batch": batch,
+            "img_size": img_size,
+            "precision": options.precision,
+            "checkpointing": checkpointing,
+        }
+        done = subprocess.run(
+            [sys.executable, __file__, "--cell", json.dumps(wanted)], check=True, capture_output=True, text=True
+        )
+        rows.append({**wanted, **json.loads(done.stdout.strip().splitlines()[-1])})
+        if not options.json:
+            print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    if options.json:
+        print(json.dumps({"rows": rows, "cores": os.cpu_count(), **environment()}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Images per second and peak memory of a training step: ours against plain torch loops with timm's nets.
+
+A step is a window of accumulated micro-batches and one fused SGD update. The arms take turns in one process (A B A B),
+each in its faster memory layout, which is found first; the second window of a turn is timed. Medians over the rounds,
+and ratios within a round. The floor is
+the time that the convolutions of the net take alone, forward and backward, on the shapes of the step. Peak memory is
+what a process that runs one arm alone takes beyond its imports.
+
+    python benchmarks/train_step.py --backbone resnetv2_50 --batch 1 --accumulate 16 --precision bf16 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import GroupNormAct
+from timm.layers import StdConv2d as TimmStdConv2d
+from torch import Tensor, nn
+
+from gn_transfer.backbones import create_backbone
+from gn_transfer.callbacks import peak_memory_mib
+from gn_transfer.layers import OncePerWindow, preferred_memory_format
+from gn_transfer.loggers import environment
+
+ARMS = ("ours gn_ws", "ours gn", "ours bn", "timm gn_ws", "timm bn")
+CLASSES = 37
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+def build(arm: str, backbone: str) -> nn.Module:
+    """Build an arm's net, from scratch."""
+    torch.manual_seed(0)
+    side, norm = arm.split()
+    if side == "ours":
+        return create_backbone(backbone, norm=norm, num_classes=CLASSES).net
+    if norm == "bn":
+        return timm.create_model(backbone, num_classes=CLASSES)
+    return timm.create_model(
+        backbone,
+        num_classes=CLASSES,
+        norm_layer=partial(GroupNormAct, num_groups=32),
+        conv_layer=partial(TimmStdConv2d, eps=1e-8),
+    )
+
+
+class Arm:
+    """A net with its optimizer and a batch, ready to run windows."""
+
+    def __init__(self, arm: str, layout: str, options: argparse.Namespace) -> None:
+        self.options = options
+        self.net = build(arm, options.backbone).train().to(memory_format=LAYOUTS[layout])
+        self.engine = OncePerWindow(self.net) if arm.startswith("ours") else None
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-4, momentum=0.9, fused=True)
+        size = options.img_size
+        images = torch.randn(options.batch, 3, size, size)
+        self.images = images.contiguous(memory_format=LAYOUTS[layout])
+        self.targets = torch.arange(options.batch) % CLASSES
+
+    def window(self) -> float:
+        """Run one window; images per second."""
+        count = self.options.accumulate
+        began = time.perf_counter()
+        for index in range(count):
+            if self.engine is not None:
+                self.engine.micro_batch(first=index == 0, last=index == count - 1)
+            with autocast(self.options):
+                loss = F.cross_entropy(self.net(self.images).float(), self.targets) / count
+            loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self.options.batch * count / (time.perf_counter() - began)
+
+
+def autocast(options: argparse.Namespace) -> torch.autocast:
+    """Autocast of the chosen precision."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.precision == "bf16")
+
+
+def best_layout(arm: str, options: argparse.Namespace) -> str:
+    """Find the faster layout of an arm: ours takes its own rule, the others are tried."""
+    if arm.startswith("ours"):
+        format_ = preferred_memory_format(arm.split()[1], "cpu", batch_size=options.batch)  # type: ignore[arg-type]
+        return next(name for name, value in LAYOUTS.items() if value == format_)
+    speeds = {}
+    for layout in LAYOUTS:
+        trial = Arm(arm, layout, options)
+        trial.window()
+        speeds[layout] = max(trial.window() for _ in range(2))
+    return max(speeds, key=lambda layout: speeds[layout])
+
+
+def floor_seconds(options: argparse.Namespace) -> float:
+    """Time the net's convolutions alone, forward and backward of a micro-batch, weights cast beforehand."""
+    net = timm.create_model(options.backbone, num_classes=CLASSES)
+    calls: list[tuple[nn.Conv2d, Tensor]] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
+        assert isinstance(module, nn.Conv2d)
+        calls.append((module, inputs[0]))
+
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(note)
+    size = options.img_size
+    with torch.no_grad():
+        net.train()(torch.randn(max(2, options.batch), 3, size, size))
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    work = []
+    for index, (module, example) in enumerate(calls):
+        shape = (options.batch, *example.shape[1:])
+        x = torch.randn(shape).to(dtype, memory_format=torch.channels_last).requires_grad_(index > 0)
+        w = module.weight.detach().to(dtype, memory_format=torch.channels_last).requires_grad_()
+        y = F.conv2d(x, w, None, module.stride, module.padding)
+        work.append((x, w, module, torch.randn_like(y)))
+    times = []
+    for _ in range(options.rounds + 1):
+        began = time.perf_counter()
+        for x, w, module, gradient in work:
+            y = F.conv2d(x, w, None, module.stride, module.padding)
+            torch.autograd.grad(y, [x, w] if x.requires_grad else [w], gradient)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:])
+
+
+def peak_mib(arm: str, layout: str, arguments: list[str]) -> float:
+    """Peak resident memory of a process that runs one arm alone, beyond what the imports took: median of three."""
+    command = [sys.executable, __file__, *arguments, "--alone", arm, "--layout", layout]
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(3)]
+    return statistics.median(float(run.stdout.strip().splitlines()[-1]) for run in runs)
+
+
+def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
+    """Measure all arms in turn."""
+    layouts = {arm: best_layout(arm, options) for arm in options.arms}
+    arms = {arm: Arm(arm, layouts[arm], options) for arm in options.arms}
+    for arm in arms.values():
+        arm.window()
+    speeds: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(options.rounds):
+        for name, arm in arms.items():
+            arm.window()  # the arm before has left its data in caches and heap
+            speeds[name].append(arm.window())
+    floor = options.batch / floor_seconds(options)
+    rows = []
+    for name, values in speeds.items():
+        row: dict[str, Any] = {
+            "arm": name,
+            "layout": layouts[name],
+            "images_per_sec": round(statistics.median(values), 3),
+            "min": round(min(values), 3),
+            "max": round(max(values), 3),
+            "of_floor": round(statistics.median(values) / floor, 3),
+            "peak_mib": round(peak_mib(name, layouts[name], arguments), 1),
+        }
+        for other in ("timm gn_ws", "timm bn"):
+            if other in speeds:
+                ratios = [ours / theirs for ours, theirs in zip(values, speeds[other], strict=True)]
+                row[f"ratio to {other}"] = round(statistics.median(ratios), 3)
+        rows.append(row)
+    keys = ("backbone", "batch", "accumulate", "precision", "img_size", "rounds")
+    return {
+        **{key: getattr(options, key) for key in keys},
+        "floor_images_per_sec": round(floor, 3),
+        "rows": rows,
+        "cores": os.cpu_count(),
+        **environment(),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="resnetv2_50")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--accumulate", type=int, default=16)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--img_size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--layout", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.alone:
+        before = peak_memory_mib(torch.device("cpu"))
+        arm = Arm(options.alone, options.layout, options)
+        for _ in range(3):  # the second is the first with the optimizer's momentum
+            arm.window()
+        print(peak_memory_mib(torch.device("cpu")) - before)
+        return
+    result = measure(options, [word for word in sys.argv[1:] if word != "--json"])
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(f"floor {result['floor_images_per_sec']:.2f} images/s")
+    for row in result["rows"]:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    main()
