@@ -2,9 +2,8 @@
 
 A step is a window of accumulated micro-batches and one fused SGD update. The arms take turns in one process (A B A B),
 each in its faster memory layout, which is found first; the second window of a turn is timed. Medians over the rounds,
-and ratios within a round. The floor is
-the time that the convolutions of the net take alone, forward and backward, on the shapes of the step. Peak memory is
-what a process that runs one arm alone takes beyond its imports.
+and ratios within a round. The floor is the time that the convolutions of the net take alone, forward and backward, on
+the shapes of the step. Peak memory is what a process that runs one arm alone takes beyond its imports.
 
     python benchmarks/train_step.py --backbone resnetv2_50 --batch 1 --accumulate 16 --precision bf16 --json
 """

@@ -329,7 +329,7 @@ class TransferClassifier(LightningModule):
         """Attach the once-per-window engine, and compile."""
         assert self.net is not None
         if self.once_per_window:
-            self._engine = OncePerWindow(self.net)
+            self._engine = OncePerWindow(self.net, compiled=self.compile_net)
         if self.compile_net:
             self.net.compile()
 
@@ -339,10 +339,12 @@ class TransferClassifier(LightningModule):
             self._engine.reset()
 
     def on_fit_end(self) -> None:
-        """Detach the once-per-window engine."""
+        """Detach the once-per-window engine; what is evaluated next runs as it is written."""
         if self._engine is not None:
             self._engine.remove()
             self._engine = None
+        if self.net is not None:
+            self.net._compiled_call_impl = None
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 

@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from gn_transfer.layers import GroupNormAct, OncePerWindow, StdConv2d
 
 CHANNELS_LAST = torch.channels_last
+COMPILER_WARNINGS = pytest.mark.filterwarnings(  # torch's own, while it traces
+    "ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
 
 
 class Net(nn.Module):
@@ -489,3 +492,47 @@ def test_hooks_on_the_parameter_see_the_whole_gradient_once():
         backward_all(net, batches(4), engine)
     assert len(seen) == 1
     assert (seen[0] - nets[1].stem.weight.grad).norm() <= 1e-5 * seen[0].norm()
+
+
+def compiled_window(net, engine, window, dtype=None, middle=lambda net: None):
+    for i, batch in enumerate(window):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            engine.micro_batch(first=i == 0, last=i == len(window) - 1)
+            loss = loss_of(net, batch)
+        (loss * (i + 1) / len(window)).backward()
+        if i == 0:
+            middle(net)
+
+
+@COMPILER_WARNINGS
+def test_a_compiled_net_over_windows_of_several_lengths_with_evaluation_in_between():
+    compiled, plain = make_net(), make_net()
+    engine = OncePerWindow(compiled, compiled=True)
+    compiled.compile(backend="aot_eager")
+
+    def evaluate(net):
+        with torch.no_grad():
+            torch.testing.assert_close(net.eval()(batches(1)[0][0]), plain.eval()(batches(1)[0][0]))
+        net.train(), plain.train()
+
+    for n in (3, 1, 2):
+        compiled_window(compiled, engine, batches(n), middle=evaluate)
+        backward_all(plain, batches(n))
+        assert_equal_gradients(gradients(compiled), gradients(plain))
+        for net in (compiled, plain):
+            torch.optim.SGD(net.parameters(), lr=0.1, fused=True).step()
+            net.zero_grad()
+
+
+@COMPILER_WARNINGS
+def test_a_compiled_net_in_bfloat16_is_not_worse_than_plain_autocast():
+    compiled, plain, exact = make_net(), make_net(), make_net().double()
+    compiled.compile(backend="aot_eager")
+    compiled_window(compiled, OncePerWindow(compiled, compiled=True), batches(4), torch.bfloat16)
+    backward_all(plain, batches(4), dtype=torch.bfloat16)
+    backward_all(exact, [(images.double(), targets) for images, targets in batches(4)])
+    ours, theirs = (
+        sum((mine.grad - true.grad).norm() / true.grad.norm() for mine, true in zip(*nets, strict=True))
+        for nets in ((compiled.parameters(), exact.parameters()), (plain.parameters(), exact.parameters()))
+    )
+    assert ours <= 1.05 * theirs
