@@ -168,7 +168,6 @@ class WindowWeight:
         self._mean: Tensor | None = None  # of the filters, for the backward of the standardization
         self._rstd: Tensor | None = None
         self._gradient: Tensor | None = None  # of the copy, summed over the window
-        self._owns_gradient = False  # the first one belongs to autograd
         self.ready: Tensor | None = None  # for a compiled forward
         self.held.clear()
 
@@ -254,12 +253,9 @@ class WindowWeight:
 
     def _add(self, gradient: Tensor) -> None:
         if self._gradient is None:
-            self._owns_gradient = gradient.dtype != self.weight.dtype
             self._gradient = gradient.to(self.weight.dtype)
-        elif self._owns_gradient:
+        else:  # in place: a convolution's or product's weight gradient is a new tensor that nobody else holds
             self._gradient.add_(gradient)
-        else:
-            self._gradient, self._owns_gradient = self._gradient + gradient, True
 
     def deliver(self) -> None:
         """Add what was gathered to ``weight.grad``."""
