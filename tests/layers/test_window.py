@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gn_transfer.layers import GroupNormAct, OncePerWindow, StdConv2d
+from gn_transfer.layers.conv import HeldProducts
 
 CHANNELS_LAST = torch.channels_last
 COMPILER_WARNINGS = pytest.mark.filterwarnings(  # torch's own, while it traces
@@ -357,6 +358,21 @@ def test_evaluation_in_mid_window(context):
     assert_equal_gradients(gradients(nets[0]), gradients(nets[1]))
 
 
+def test_evaluation_in_float32_leaves_a_bfloat16_window_its_copies(count_standardizations):
+    net = make_net()
+    engine = OncePerWindow(net)
+    for i, batch in enumerate(batches(3)):
+        engine.micro_batch(first=i == 0, last=i == 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(net, batch)
+        loss.backward()
+        net.eval()
+        with torch.no_grad():
+            net(batch[0])
+        net.train()
+    assert count_standardizations["forward"] == 3  # stem, narrow and shared, once each
+
+
 def test_training_mode_without_gradient_after_inference_mode():
     """As when batch statistics are re-estimated: no tensor of inference mode may get into the window."""
     net = make_net()
@@ -492,6 +508,37 @@ def test_hooks_on_the_parameter_see_the_whole_gradient_once():
         backward_all(net, batches(4), engine)
     assert len(seen) == 1
     assert (seen[0] - nets[1].stem.weight.grad).norm() <= 1e-5 * seen[0].norm()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_weight_gradients_of_few_positions_are_held_and_computed_together(monkeypatch, dtype):
+    held = []
+    product = HeldProducts.product
+
+    def counted(self, weight):
+        pairs, result = len(self._products), product(self, weight)
+        held.append((pairs, result is not None))
+        return result
+
+    monkeypatch.setattr(HeldProducts, "product", counted)
+    torch.manual_seed(0)
+    ours = nn.Sequential(StdConv2d(64, 256, 1, bias=False), GroupNormAct(256), nn.Conv2d(256, 64, 1, bias=False))
+    ours = ours.to(memory_format=CHANNELS_LAST)
+    plain, exact = copy.deepcopy(ours), copy.deepcopy(ours).double()
+    window = [(torch.randn(1, 64, 3, 3).contiguous(memory_format=CHANNELS_LAST), None) for _ in range(8)]
+    seen = []
+    ours[0].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    forward = lambda net, batch: net(batch[0].to(net[0].weight.dtype)).square().mean()  # noqa: E731
+    backward_all(ours, window, OncePerWindow(ours), dtype, forward)
+    assert max(pairs for pairs, computed in held if computed) > 1, "nothing was held"
+    assert (1, False) in held
+    backward_all(plain, window, None, dtype, forward)
+    backward_all(exact, window, None, None, forward)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], ours[0].weight.grad)
+    for mine, theirs, true in zip(ours.parameters(), plain.parameters(), exact.parameters(), strict=True):
+        errors = [(p.grad - true.grad).norm() / true.grad.norm() for p in (mine, theirs)]
+        assert errors[0] <= (1e-5 if dtype is None else 1.2 * errors[1])
 
 
 def compiled_window(net, engine, window, dtype=None, middle=lambda net: None):
