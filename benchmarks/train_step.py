@@ -33,6 +33,7 @@ from gn_transfer.layers import OncePerWindow, preferred_memory_format
 from gn_transfer.loggers import environment
 
 ARMS = ("ours gn_ws", "ours gn", "ours bn", "timm gn_ws", "timm bn")
+COMPILED = "ours gn_ws compiled"
 CLASSES = 37
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
@@ -40,7 +41,7 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 def build(arm: str, backbone: str) -> nn.Module:
     """Build an arm's net, from scratch."""
     torch.manual_seed(0)
-    side, norm = arm.split()
+    side, norm = arm.split()[:2]
     if side == "ours":
         return create_backbone(backbone, norm=norm, num_classes=CLASSES).net
     if norm == "bn":
@@ -59,7 +60,9 @@ class Arm:
     def __init__(self, arm: str, layout: str, options: argparse.Namespace) -> None:
         self.options = options
         self.net = build(arm, options.backbone).train().to(memory_format=LAYOUTS[layout])
-        self.engine = OncePerWindow(self.net) if arm.startswith("ours") else None
+        self.engine = OncePerWindow(self.net, compiled=arm == COMPILED) if arm.startswith("ours") else None
+        if arm == COMPILED:
+            self.net.compile()
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-4, momentum=0.9, fused=True)
         size = options.img_size
         images = torch.randn(options.batch, 3, size, size)
@@ -71,9 +74,9 @@ class Arm:
         count = self.options.accumulate
         began = time.perf_counter()
         for index in range(count):
-            if self.engine is not None:
-                self.engine.micro_batch(first=index == 0, last=index == count - 1)
             with autocast(self.options):
+                if self.engine is not None:
+                    self.engine.micro_batch(first=index == 0, last=index == count - 1)
                 loss = F.cross_entropy(self.net(self.images).float(), self.targets) / count
             loss.backward()
         self.optimizer.step()
@@ -186,7 +189,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--img_size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, COMPILED], default=list(ARMS))
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--layout", help=argparse.SUPPRESS)

@@ -135,3 +135,16 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_numbers_out_of_range(key, value):
     with pytest.raises(ConfigError, match=rf"model.{key}={value} is out of range; use a number in"):
         TransferClassifier(**{key: value})
+
+
+def test_compiling_takes_the_weights_of_the_window_as_inputs(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    model = build("gn_ws", compile=True)
+    model.on_fit_start()
+    assert compiled == [model.net]
+    model._engine.micro_batch(first=True, last=True)
+    assert all(weight.ready is not None for weight in model._engine._weights if weight._eps is not None)
+    model.on_fit_end()
+    assert model._engine is None
+    assert model.net._compiled_call_impl is None
