@@ -556,6 +556,8 @@ def test_a_compiled_net_over_windows_of_several_lengths_with_evaluation_in_betwe
     compiled, plain = make_net(), make_net()
     engine = OncePerWindow(compiled, compiled=True)
     compiled.compile(backend="aot_eager")
+    seen = []
+    compiled.stem.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
 
     def evaluate(net):
         with torch.no_grad():
@@ -566,6 +568,8 @@ def test_a_compiled_net_over_windows_of_several_lengths_with_evaluation_in_betwe
         compiled_window(compiled, engine, batches(n), middle=evaluate)
         backward_all(plain, batches(n))
         assert_equal_gradients(gradients(compiled), gradients(plain))
+        assert len(seen) == 1  # as DDP's hooks need it
+        assert torch.equal(seen.pop(), compiled.stem.weight.grad)
         for net in (compiled, plain):
             torch.optim.SGD(net.parameters(), lr=0.1, fused=True).step()
             net.zero_grad()
