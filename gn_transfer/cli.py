@@ -38,7 +38,7 @@ from gn_transfer.callbacks import (
 )
 from gn_transfer.classifier import TransferClassifier
 from gn_transfer.config import ConfigError
-from gn_transfer.data import Folder, Pets, PictureData, Sample, TinyImageNet
+from gn_transfer.data import Digits, Folder, Pets, PictureData, Sample, TinyImageNet
 from gn_transfer.data.base import core_count
 from gn_transfer.files import write_json
 from gn_transfer.loggers import (
@@ -61,7 +61,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data's own sampler knows ranks and resumes inside an epoch
 }
 
-DATA = (Sample, Pets, Folder, TinyImageNet)
+DATA = (Sample, Pets, Folder, TinyImageNet, Digits)
 """What ``--data NAME`` offers; jsonargparse finds subclasses of PictureData that are imported."""
 
 # What decides the course of a training: a resumed run must not change it. The number of epochs may grow.
@@ -70,6 +70,8 @@ _FREE_ON_RESUME = {
     "data.init_args.root",
     "data.init_args.num_workers",
     "data.init_args.download",
+    "data.init_args.cache",
+    "data.init_args.cache_dir",
     "model.compile",
     "model.channels_last",
     "model.pretrained",
@@ -254,6 +256,7 @@ class Command(LightningCLI):
         """Prepare everything that can fail, print the plan, claim the run's folder, train, say what comes next."""
         config, model, data, trainer = self._section(), self.model, self.datamodule, self.trainer
         resumed = self.arguments.stored
+        data.channels = model.in_chans
         data.prepare_data()
         data.setup("fit")
         if resumed is not None:
@@ -384,6 +387,7 @@ class Command(LightningCLI):
         assert stored is not None
         assert checkpoint is not None
         self.model.restore(stored)
+        self.datamodule.channels = self.model.in_chans
         self.datamodule.prepare_data()
         self.datamodule.setup(stage)
         _check_classes(stored["classes"], self.datamodule.classes)
@@ -445,7 +449,14 @@ def _known_keys() -> list[str]:
         ("early_stopping", OptionalEarlyStopping),
         ("trainer", Trainer),
     ]
-    keys = [f"{group}.{name}" for group, kind in groups for name in inspect.signature(kind).parameters]
+    keys = [
+        f"{group}.{name}"
+        for group, kind in groups
+        for part in kind.__mro__[:-1]  # data modules pass what they do not name themselves on to their base
+        if part.__module__.startswith("gn_transfer") or part is Trainer
+        for name, parameter in inspect.signature(part).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
     return ["seed_everything", *dict.fromkeys(keys), "ckpt_path", "dry_run"]
 
 

@@ -102,6 +102,18 @@ def epoch_order(
     return [int(index) for index in padded[rank::world_size]]
 
 
-def sample_seed(seed: int, epoch: int, index: int) -> int:
-    """Mix (seed, epoch, index) into the 32-bit seed of one sample's draws."""
-    return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1)[0])
+def sample_uniforms(seed: int, epoch: int, index: int, count: int) -> list[float]:
+    """Draw the random numbers of one sample: a function of (seed, epoch, index), by the counter-based Philox.
+
+    Args:
+        seed: Seed of the run, >= 0.
+        epoch: Number of the epoch, below 2**24.
+        index: Number of the picture, below 2**40.
+        count: How many numbers.
+
+    Returns:
+        Numbers in [0, 1).
+    """
+    key = np.array([seed & 0xFFFFFFFFFFFFFFFF, epoch << 40 | index], dtype=np.uint64)
+    numbers: list[float] = np.random.Generator(np.random.Philox(key=key)).random(count).tolist()
+    return numbers

@@ -61,7 +61,7 @@ def test_batches(pets_root: Path) -> None:
     assert [len(targets) for _, targets in data.val_dataloader()] == [6]  # larger than the training batch
 
 
-@pytest.mark.parametrize("recipe", ["none", "light", "crop_flip"])
+@pytest.mark.parametrize("recipe", ["none", "light", "crop_flip", "bit", "strong"])
 def test_any_number_of_workers_gives_the_same_pictures(pets_root: Path, recipe: str) -> None:
     epochs = [
         [epoch_batches(pets(pets_root, recipe=recipe, num_workers=workers), epoch) for epoch in (0, 1)]
@@ -145,11 +145,11 @@ def test_undecodable_picture_stops_the_loader_with_one_clear_line(pets_root: Pat
     data = pets(pets_root, num_workers=workers)
     path = pets_root / data.split()["train"][5]
     spoil_inside(path)
-    iterator: Any = iter(data.train_dataloader())
+    loader: Any = data.train_dataloader()
     with pytest.raises(BadImageError) as raised:
-        list(iterator)
+        list(loader)
     if workers:
-        iterator._shutdown_workers()  # as Lightning does; torch's own clean-up waits 5 s for each worker
+        loader._iterator._shutdown_workers()  # as Lightning does; torch's own clean-up waits 5 s for each worker
     message = str(raised.value)
     assert message.startswith(f"{path}: cannot be decoded")
     assert message.endswith("set data.on_bad_image to skip.")
