@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from gn_transfer.callbacks import (
     ProgressBar,
     RunRecord,
     Throughput,
+    TrainingPictures,
     ValidationFigures,
     device_type,
     resolve_precision,
@@ -79,12 +80,13 @@ _FREE_ON_RESUME = {
 }
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
+def run(verb: str, arguments: Sequence[str], kind: Callable[[Arguments], Command] | None = None) -> int:
     """Run ``fit``, ``validate`` or ``test``.
 
     Args:
         verb: The verb.
         arguments: What stands behind it.
+        kind: What to run in place of :class:`Command`; it reads the same configuration.
 
     Returns:
         Exit code.
@@ -98,7 +100,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     prepared = Arguments(verb, arguments)
     with prepared.files() as argv, _quiet_warnings(), _own_argv(argv):
         try:
-            command = Command(prepared)
+            command = (kind or Command)(prepared)
         except ArgumentError as error:
             raise ConfigError(explain(str(error), _known_keys(), [kind.__name__ for kind in DATA])) from error
         except SystemExit as error:
@@ -232,7 +234,7 @@ class Command(LightningCLI):
         if interactive and self.subcommand == "fit":
             callbacks.append(ProgressBar(leave=False))
         if self.subcommand == "fit":
-            callbacks.append(self.best)
+            callbacks += [self.best, TrainingPictures()]
         self.extra_loggers = self._loggers()
         trainer_config = {
             **self._get(self.config_init, "trainer", default={}),

@@ -30,7 +30,7 @@ from gn_transfer.data.cache import (
     free_disk_bytes,
     mib,
 )
-from gn_transfer.data.dataset import Picture, PictureDataset, find_bad_images, with_remedy
+from gn_transfer.data.dataset import SUFFIXES, Picture, PictureDataset, find_bad_images, with_remedy
 from gn_transfer.data.loader import PictureLoader
 from gn_transfer.data.progress import progress_bar
 from gn_transfer.data.sampler import EpochSampler
@@ -88,6 +88,7 @@ class PictureData(lightning.LightningDataModule, ABC):
         test_dataset: Set by ``setup("test")``.
         train_sampler: Order of training, set by ``setup("fit")``; its ``resume_at`` goes on within an epoch.
         bad_images: Path and reason of each picture that was left out.
+        cache_plan: Which cache is used, and why; set by ``setup``.
     """
 
     classes: list[str]
@@ -128,7 +129,7 @@ class PictureData(lightning.LightningDataModule, ABC):
         self.class_weights = class_weights
         self.seed = seed
         self.bad_images: list[tuple[str, str]] = []
-        self._cache_plan: CachePlan | None = None
+        self.cache_plan = CachePlan("none", "", 0)
         for key, value, least in (
             ("img_size", img_size, 1),
             ("batch_size", batch_size, 1),
@@ -156,6 +157,35 @@ class PictureData(lightning.LightningDataModule, ABC):
             ConfigError: They are not there, or not as they should be.
         """
 
+    def list_all(self) -> tuple[dict[str, list[Picture]], list[str]]:
+        """List the pictures of all splits, and those beside them that are in none, without opening any.
+
+        Returns:
+            Pictures by split, ``train`` (``trainval`` where validation is cut from it) first, ``unlisted`` last, the
+            latter with target 0; and what there is to say about it.
+
+        Raises:
+            ConfigError: They are not there, or not as they should be.
+        """
+        self.classes, train, val = self.list_fit()
+        splits, notes = {"trainval": train} if val is None else {"train": train, "val": val}, []
+        try:
+            splits["test"] = self.list_test()
+        except ConfigError as error:
+            notes.append(f"test is not checked: {error}")
+        root = Path(self.root)
+        listed = {picture.path for some in splits.values() for picture in some}
+        beside = {
+            path.relative_to(root).as_posix()
+            for folder in {(root / path).parent for path in listed}
+            if folder.is_dir()
+            for path in folder.iterdir()
+            if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
+        }
+        if beside - listed:
+            splits["unlisted"] = [Picture(path, 0) for path in sorted(beside - listed)]
+        return splits, notes
+
     def setup(self, stage: str) -> None:
         """List, verify and split the pictures; Lightning calls it in every process.
 
@@ -169,6 +199,7 @@ class PictureData(lightning.LightningDataModule, ABC):
         if stage == "test":
             self.classes, _, _ = self.list_fit()
             self.test_dataset = self._dataset(self._sound(self.list_test()))
+            self.cache_plan = self._plan_cache()
             return
         self.classes, train, val = self.list_fit()
         train = self._sound(train)
@@ -194,7 +225,7 @@ class PictureData(lightning.LightningDataModule, ABC):
             augmentation = Augmentation(self.recipe, self.img_size, self.backend)
             self.train_dataset = self._dataset(train, augmentation)
             self.train_sampler = self._sampler(self.train_dataset, self.batch_size, shuffle=True)
-        self._cache_plan = self._plan_cache()
+        self.cache_plan = self._plan_cache()
 
     def train_dataloader(self) -> PictureLoader:
         """Batches of the training split in the order of :attr:`train_sampler`."""
@@ -315,7 +346,7 @@ class PictureData(lightning.LightningDataModule, ABC):
         Returns:
             What became of it; None without a cache, or where it stands already.
         """
-        mode = self._cache_plan.mode if self._cache_plan is not None else "none"
+        mode = self.cache_plan.mode
         if mode == "none" or dataset.store is not None:
             return None
         store = self._disk_store(dataset) if mode == "disk" else RamStore(shared=self.worker_count() > 0)
@@ -347,9 +378,9 @@ class PictureData(lightning.LightningDataModule, ABC):
         return DiskStore(folder, dataset.root, [picture.path for picture in dataset.pictures])
 
     def _describe_cache(self) -> str:
-        plan = self._cache_plan
-        if plan is None or plan.mode == "none":
-            return "none" + (f": {plan.reason}" if plan is not None and plan.reason else "")
+        plan = self.cache_plan
+        if plan.mode == "none":
+            return f"none{plan.reason and ': '}{plan.reason}"
         why = f" (auto: {plan.reason})" if plan.reason else ""
         size = f", about {mib(plan.bytes_needed)} to decode first" if plan.bytes_needed else ", all there"
         row = f"{plan.mode}{why}" + (f" in {self.cache_dir}" if plan.mode == "disk" else "") + size

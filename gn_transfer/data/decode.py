@@ -24,6 +24,16 @@ MAX_PIXELS = 89_478_485
 _JPEG = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 _PNG = b"\x89PNG\r\n\x1a\n"
+_SUFFIX_FORMATS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".gif": "GIF",
+    ".bmp": "BMP",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
 _STANDALONE_MARKERS = {0x01, *range(0xD0, 0xD8)}  # TEM and RSTn carry no length
 _OPENCV_FLAGS = {
     1: cv2.IMREAD_COLOR,
@@ -178,6 +188,49 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
             return image.height, image.width
     except Exception as error:  # a damaged header surfaces as whatever its parser ran into
         raise BadImageError(path, f"cannot be opened: {error}") from error
+
+
+class FileKind(NamedTuple):
+    """What a file is, whatever its name says.
+
+    Attributes:
+        format: Pillow's name: JPEG, PNG, GIF, ...
+        mode: Pillow's name of its channels: RGB, L, CMYK, ...
+        warning: What is odd about it, or empty.
+    """
+
+    format: str
+    mode: str
+    warning: str
+
+
+def describe_file(path: str | os.PathLike[str]) -> FileKind:
+    """Tell what a file is, and what is odd about it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its kind. A warning where the name promises another format, and where a JPEG's data are faulty, which decoders
+        pass over with a message or none.
+
+    Raises:
+        BadImageError: Missing, empty or no picture.
+    """
+    data = _read(path)
+    with _open_with_pillow(data, path) as image:
+        kind, mode = str(image.format), image.mode
+    kind = "JPEG" if kind == "MPO" else kind  # a JPEG with further pictures behind it
+    warnings = []
+    promised = _SUFFIX_FORMATS.get(Path(path).suffix.lower())
+    if promised is not None and promised != kind:
+        warnings.append(f"a {kind} by content")
+    if kind == "JPEG":
+        try:
+            simplejpeg.decode_jpeg(data, "CMYK" if mode == "CMYK" else "RGB", strict=True)
+        except ValueError as error:
+            warnings.append(f"faulty JPEG data ({error})")
+    return FileKind(kind, mode, "; ".join(warnings))
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader | None:
