@@ -62,8 +62,8 @@ class PictureData(lightning.LightningDataModule, ABC):
         root: Folder of the pictures.
         img_size: Side of the square that the net sees, in pixels.
         batch_size: Pictures per forward and device; what BatchNorm sees.
-        num_workers: Data worker processes; None: as many as fit, so that compute threads and workers do not exceed the
-            cores (on a CPU that is usually 0).
+        num_workers: Threads that fetch pictures ahead; None: as many as fit, so that compute threads and they do not
+            exceed the cores (on a CPU that is usually 0).
         val_fraction: Share of the training pictures that is held out for validation, stratified by class, where
             the data has no validation split of its own.
         recipe: Augmentation of the training pictures: none, light (squash, flip, cutout), crop_flip (random resized
@@ -284,7 +284,7 @@ class PictureData(lightning.LightningDataModule, ABC):
         return rows
 
     def worker_count(self) -> int:
-        """Tell how many data workers a loader starts: ``num_workers``, or what fits."""
+        """Tell how many threads fetch pictures ahead: ``num_workers``, or what fits."""
         if self.num_workers is not None:
             return self.num_workers
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
@@ -349,7 +349,7 @@ class PictureData(lightning.LightningDataModule, ABC):
         mode = self.cache_plan.mode
         if mode == "none" or dataset.store is not None:
             return None
-        store = self._disk_store(dataset) if mode == "disk" else RamStore(shared=self.worker_count() > 0)
+        store = self._disk_store(dataset) if mode == "disk" else RamStore()
         paths = [picture.path for picture in dataset.pictures]
         with progress_bar("decoding into the cache", len(paths)) as advance:
             filled = fill(store, dataset.view, dataset.root, paths, threads=core_count(), advance=advance)
@@ -391,19 +391,19 @@ class PictureData(lightning.LightningDataModule, ABC):
 
 
 def choose_num_workers(cores: int, compute_threads: int, *, on_gpu: bool, processes: int = 1) -> int:
-    """Choose how many data workers fit.
+    """Choose how many data threads fit.
 
-    On a CPU a worker beside a full set of compute threads makes every barrier wait: workers take only the
-    cores that are left. Beside a GPU the main process needs one core, and more than 8 workers do not help.
+    On a CPU a data thread beside a full set of compute threads makes every barrier wait: they take only the
+    cores that are left. Beside a GPU the main thread needs one core, and more than 8 do not help.
 
     Args:
         cores: Cores that this machine gives us.
         compute_threads: torch's threads per process; not counted on a GPU.
         on_gpu: Whether the net runs on an accelerator.
-        processes: Training processes on this machine, each with its own workers.
+        processes: Training processes on this machine, each with its own data threads.
 
     Returns:
-        Workers per training process, >= 0.
+        Data threads per training process, >= 0.
 
     Example:
         >>> choose_num_workers(2, 2, on_gpu=False), choose_num_workers(16, 16, on_gpu=True)

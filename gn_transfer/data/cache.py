@@ -7,7 +7,6 @@ very picture that is there now; anything else is decoded anew.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import mmap
 import os
@@ -26,7 +25,6 @@ import numpy as np
 import numpy.typing as npt
 import PIL
 import simplejpeg
-import torch
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.decode import BadImageError, read_size
@@ -39,7 +37,6 @@ _VERSION = 1  # raise it with every change of how a view is computed
 _HEADER = struct.Struct("<4s3I4QQ8x")  # magic, height, width, channels, fingerprint, checksum
 _MAGIC = b"GNTX"
 _MOST_MAPS = 16_384  # Linux allows 65,530 per process
-_SLAB_BYTES = 64 * 2**20
 _STALE_SECONDS = 600.0
 _RAM_SHARE = 0.25
 
@@ -56,11 +53,11 @@ class PixelStore(Protocol):
         """Keep a view. Raises OSError where there is no room."""
 
     def has(self, index: int) -> bool:
-        """Tell whether a view is kept; quick."""
+        """Tell whether a view is kept."""
 
 
 class DiskStore:
-    """Views in files, memory-mapped, so that workers and runs at the same time share one copy in memory.
+    """Views in files, memory-mapped, so that threads and runs at the same time share one copy in memory.
 
     A file counts only while the picture has the path, size, modification time, change time and inode that it had when
     it was decoded; a content that changes behind all of these is not noticed. Its folder names the view, and the
@@ -110,7 +107,9 @@ class DiskStore:
             partial.unlink(missing_ok=True)
 
     def has(self, index: int) -> bool:
-        """See :meth:`PixelStore.has`; the pixels are not looked at."""
+        """See :meth:`PixelStore.has`; of very many pictures, the pixels are not looked at."""
+        if len(self.paths) <= _MOST_MAPS:
+            return self.get(index) is not None
         try:
             with self.place(index).open("rb") as file:
                 return self._fits(index, file.read(_HEADER.size), os.fstat(file.fileno()).st_size)
@@ -173,56 +172,22 @@ class DiskStore:
 
 
 class RamStore:
-    """Views in memory that data workers share, gone with the process.
+    """Views in this process's memory."""
 
-    Args:
-        shared: Whether other processes will read it; shared memory may be scarcer than memory (64 MiB in a container).
-    """
-
-    def __init__(self, *, shared: bool) -> None:
-        self.shared = shared
-        self._slabs: list[torch.Tensor] = []
-        self._used = 0
-        self._places: dict[int, tuple[int, int, tuple[int, ...]]] = {}
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+    def __init__(self) -> None:
+        self._views: dict[int, Pixels] = {}
 
     def get(self, index: int) -> Pixels | None:
         """See :meth:`PixelStore.get`."""
-        place = self._places.get(index)
-        if place is None:
-            return None
-        slab, start, shape = place
-        pixels: Pixels = self._slabs[slab].numpy()[start : start + int(np.prod(shape))].reshape(shape)
-        pixels.flags.writeable = False
-        return pixels
+        return self._views.get(index)
 
     def put(self, index: int, pixels_HWC: Pixels) -> None:
         """See :meth:`PixelStore.put`."""
-        with self._lock:
-            if not self._slabs or self._used + pixels_HWC.size > len(self._slabs[-1]):
-                try:
-                    slab = torch.empty(max(_SLAB_BYTES, pixels_HWC.size), dtype=torch.uint8)
-                    self._slabs.append(slab.share_memory_() if self.shared else slab)  # type: ignore[no-untyped-call]
-                except RuntimeError as error:
-                    raise OSError(
-                        errno.ENOSPC, "no room in shared memory" if self.shared else "out of memory"
-                    ) from error
-                self._used = 0
-            start = self._used
-            self._used += pixels_HWC.size
-            place = (len(self._slabs) - 1, start, pixels_HWC.shape)
-            self._slabs[-1].numpy()[start : start + pixels_HWC.size] = pixels_HWC.reshape(-1)
-            self._places[index] = place
+        self._views[index] = pixels_HWC
 
     def has(self, index: int) -> bool:
         """See :meth:`PixelStore.has`."""
-        return index in self._places
+        return index in self._views
 
 
 class Filled(NamedTuple):

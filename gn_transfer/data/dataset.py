@@ -100,9 +100,9 @@ class PictureDataset(Dataset[tuple[Tensor, int]]):
         Raises:
             BadImageError: A file cannot be decoded.
         """
-        images = np.empty((len(keys), self.channels, self.img_size, self.img_size), np.uint8)
-        targets = np.empty(len(keys), np.int64)
-        for image_CHW, (place, key) in zip(images, enumerate(keys), strict=True):
+        images = torch.empty((len(keys), self.channels, self.img_size, self.img_size), dtype=torch.uint8)
+        targets = torch.empty(len(keys), dtype=torch.int64)
+        for image_CHW, (place, key) in zip(images.numpy(), enumerate(keys), strict=True):
             epoch, index = (0, key) if isinstance(key, int) else key
             pixels_HWC = self._view_of(index)
             if self.augmentation is not None:
@@ -113,7 +113,7 @@ class PictureDataset(Dataset[tuple[Tensor, int]]):
             else:
                 cv2.split(pixels_HWC, list(image_CHW))  # into place: six times as fast as a transposed copy
             targets[place] = self.pictures[index].target
-        return torch.from_numpy(images), torch.from_numpy(targets)
+        return images, targets
 
     def _view_of(self, index: int) -> npt.NDArray[np.uint8]:
         pixels_HWC = None if self.store is None else self.store.get(index)

@@ -1,14 +1,19 @@
-"""Batches from a data set, several of them at a time, so that a batch of one costs no trip to a worker of its own."""
+"""Batches from a data set, fetched by threads of this process.
+
+Reading, decoding and resizing release Python's lock, so threads keep the cores busy, and nothing is pickled, copied or
+queued between processes: with batches of one picture that would cost more than the picture.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from typing import Any, cast
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 
 import cv2
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from gn_transfer.data.dataset import PictureDataset
 from gn_transfer.data.sampler import EpochSampler, Key
@@ -16,65 +21,57 @@ from gn_transfer.data.sampler import EpochSampler, Key
 Batch = tuple[Tensor, Tensor]
 
 CHUNK = 16
-"""Pictures that a worker hands over at once, at least: 2.4 MB at 224 px, so that 8 workers with two chunks each fit
-into the 64 MiB of shared memory that a container has."""
+"""Pictures that are fetched at once, at least: a batch of one does not pay for a call of its own."""
+
+_AHEAD = 2
+"""Chunks per thread that are fetched before they are asked for."""
 
 
-class PictureLoader(DataLoader[Batch]):
-    """Batches ``(images uint8 (B, C, H, W), targets int64 (B,))`` in a sampler's order.
-
-    A chunk of at least :data:`CHUNK` pictures is fetched and handed over at once, and cut into batches here.
+class PictureLoader:
+    """Batches ``(images uint8 (B, C, H, W), targets int64 (B,))`` in a sampler's order, whatever the threads.
 
     Args:
         dataset: The pictures.
         sampler: Their order, and the size of a batch.
-        num_workers: Data worker processes; 0 fetches here.
+        num_workers: Threads that fetch ahead; 0 fetches when a batch is asked for.
         pin_memory: Page-locked memory, for copies to a CUDA device beside computation.
     """
 
     def __init__(self, dataset: PictureDataset, sampler: EpochSampler, *, num_workers: int, pin_memory: bool) -> None:
-        self.sampler_batch_size = sampler.batch_size
-        cv2.setNumThreads(0)  # pictures go in parallel over workers, not each over threads that compete with torch's
-        batches = -(-CHUNK // sampler.batch_size)
-        super().__init__(
-            _Chunks(dataset),
-            batch_sampler=BatchSampler(cast(Any, sampler), sampler.batch_size * batches, drop_last=False),
-            num_workers=num_workers,
-            collate_fn=_as_is,
-            worker_init_fn=init_worker,
-            persistent_workers=num_workers > 0,
-            prefetch_factor=2 if num_workers > 0 else None,
-            pin_memory=pin_memory,
-            generator=torch.Generator(),  # of its own: torch's global one belongs to the net
-        )
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        size = self.sampler_batch_size
-        for images, targets in super().__iter__():
-            yield from zip(images.split(size), targets.split(size), strict=True)
-
-    def __len__(self) -> int:
-        sampler: EpochSampler = self.batch_sampler.sampler  # type: ignore[union-attr]
-        return -(-len(sampler) // self.sampler_batch_size)
-
-
-class _Chunks(Dataset[Batch]):
-    """A data set that answers to many keys with one batch."""
-
-    def __init__(self, dataset: PictureDataset) -> None:
         self.dataset = dataset
+        self.sampler = sampler  # Lightning sets its epoch
+        self.batch_size = sampler.batch_size
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        cv2.setNumThreads(0)  # pictures go over threads; those of OpenCV, within a picture, would be in the way
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return -(-len(self.sampler) // self.batch_size)
 
-    def __getitems__(self, keys: list[Key]) -> Batch:
-        return self.dataset.batch(keys)
+    def __iter__(self) -> Iterator[Batch]:
+        size = self.batch_size
+        for images, targets in self._chunks():
+            yield from zip(torch.split(images, size), torch.split(targets, size), strict=True)
 
+    def _chunks(self) -> Iterator[Batch]:
+        keys = iter(self.sampler)
+        size = self.batch_size * -(-CHUNK // self.batch_size)
+        parts = iter(lambda: list(islice(keys, size)), [])
+        if self.num_workers == 0:
+            yield from map(self._fetch, parts)
+            return
+        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="pictures")
+        try:
+            waiting: deque[Future[Batch]] = deque()
+            for part in parts:
+                waiting.append(pool.submit(self._fetch, part))
+                if len(waiting) >= _AHEAD * self.num_workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-def init_worker(worker_id: int) -> None:
-    """Keep OpenCV to one thread in a data worker: its pool does not survive a fork, and the cores are spoken for."""
-    cv2.setNumThreads(0)
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
+    def _fetch(self, keys: list[Key]) -> Batch:
+        images, targets = self.dataset.batch(keys)
+        return (images.pin_memory(), targets.pin_memory()) if self.pin_memory else (images, targets)

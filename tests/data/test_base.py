@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from torch.utils.data import DataLoader
 from gn_transfer.config import ConfigError
 from gn_transfer.data import BadImageError, Folder, Pets, PictureData
 from gn_transfer.data.base import choose_num_workers
-
-pytestmark = pytest.mark.skipif(multiprocessing.get_start_method() == "spawn", reason="starts workers, slow by spawn")
 
 
 def pets(root: Path, **options: Any) -> Pets:
@@ -148,8 +145,6 @@ def test_undecodable_picture_stops_the_loader_with_one_clear_line(pets_root: Pat
     loader: Any = data.train_dataloader()
     with pytest.raises(BadImageError) as raised:
         list(loader)
-    if workers:
-        loader._iterator._shutdown_workers()  # as Lightning does; torch's own clean-up waits 5 s for each worker
     message = str(raised.value)
     assert message.startswith(f"{path}: cannot be decoded")
     assert message.endswith("set data.on_bad_image to skip.")
