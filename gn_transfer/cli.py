@@ -163,7 +163,6 @@ class Command(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add our keys in the order of the data's path."""
         parser.add_lightning_class_args(PictureData, "data", subclass_mode=True)
-        parser.set_defaults({"data": {"class_path": "Sample"}})
         parser.add_lightning_class_args(TransferClassifier, "model")
         parser.add_lightning_class_args(GradientAccumulation, "accumulation")
         parser.add_lightning_class_args(MixedPrecision, "mixed_precision")

@@ -386,7 +386,9 @@ class PictureData(lightning.LightningDataModule, ABC):
         row = f"{plan.mode}{why}" + (f" in {self.cache_dir}" if plan.mode == "disk" else "") + size
         view = next(iter(self._datasets().values())).view
         if view.kind == "short":
-            row += f"; larger pictures are kept with a short side of {view.side} px, which no crop falls below"
+            row += (
+                f"; large pictures with a short side of {view.side} px, so that no crop has less than {self.img_size}"
+            )
         return row
 
 

@@ -252,7 +252,7 @@ def nearly_alike(files: Sequence[Inspected], most_apart: float = _ALIKE) -> list
     if len(some) > _MOST_ALIKE:
         return []
     pairs = []
-    vectors = np.array([file.thumbnail for file in some], dtype=np.float32).reshape(len(some), -1)
+    vectors = np.array([file.thumbnail for file in some], dtype=np.float32).reshape(len(some), _THUMBNAIL**2)
     squares = (vectors**2).sum(axis=1)
     for start in range(0, len(some), 1024):
         block = slice(start, start + 1024)

@@ -39,7 +39,8 @@ class PictureLoader:
 
     def __init__(self, dataset: PictureDataset, sampler: EpochSampler, *, num_workers: int, pin_memory: bool) -> None:
         self.dataset = dataset
-        self.sampler = sampler  # Lightning sets its epoch
+        self.sampler = sampler  # Lightning sets its epoch,
+        self.batch_sampler = None  # and asks for this one beside it
         self.batch_size = sampler.batch_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import TypeAlias
 
@@ -103,17 +104,18 @@ def epoch_order(
 
 
 def sample_uniforms(seed: int, epoch: int, index: int, count: int) -> list[float]:
-    """Draw the random numbers of one sample: a function of (seed, epoch, index), by the counter-based Philox.
+    """Draw the random numbers of one sample: a function of (seed, epoch, index).
+
+    Python's generator, since it is ready in 5 us; numpy's ask the system for entropy even where they are given a key.
 
     Args:
         seed: Seed of the run, >= 0.
-        epoch: Number of the epoch, below 2**24.
-        index: Number of the picture, below 2**40.
+        epoch: Number of the epoch, below 2**32.
+        index: Number of the picture, below 2**64.
         count: How many numbers.
 
     Returns:
         Numbers in [0, 1).
     """
-    key = np.array([seed & 0xFFFFFFFFFFFFFFFF, epoch << 40 | index], dtype=np.uint64)
-    numbers: list[float] = np.random.Generator(np.random.Philox(key=key)).random(count).tolist()
-    return numbers
+    generator = random.Random((seed << 32 | epoch) << 64 | index)
+    return [generator.random() for _ in range(count)]

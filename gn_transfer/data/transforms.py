@@ -106,9 +106,9 @@ class Augmentation:
 def recipe_view(recipe: Recipe, img_size: int) -> View:
     """Choose the view that a recipe needs.
 
-    A random crop gets pictures whose short side is at most ``img_size / sqrt(least area * least aspect)``, 437 pixels
-    for ``crop_flip`` at 224: the narrowest crop that can be drawn still covers ``img_size`` of them, so nothing is
-    magnified that the file had in more detail.
+    For a random crop, large pictures are reduced to a short side of ``img_size / sqrt(least area * least aspect)``, 438
+    pixels for ``crop_flip`` at 224: the narrowest crop that can be drawn still covers ``img_size`` of them, so nothing
+    is magnified that the file had in more detail.
 
     Args:
         recipe: The recipe.

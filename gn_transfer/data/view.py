@@ -16,6 +16,8 @@ import numpy.typing as npt
 from gn_transfer.data.decode import decode_image
 from gn_transfer.data.preprocess import preprocess_image
 
+_SLACK = 4 / 3  # a reduction by less saves little room, and would cost as much time as decoding
+
 
 @dataclass(frozen=True)
 class View:
@@ -23,7 +25,7 @@ class View:
 
     Attributes:
         kind: ``eval`` is the centre square of evaluation; ``square`` the whole picture, squashed; ``short`` the picture
-            as it is, but with a short side of at most ``side``.
+            as it is, but with a short side of ``side`` where it is more than a third longer.
         side: In pixels.
     """
 
@@ -55,7 +57,7 @@ class View:
         height, width = pixels_HWC.shape[:2]
         size = (self.side, self.side)
         if self.kind == "short":
-            if min(height, width) <= self.side:
+            if min(height, width) <= _SLACK * self.side:
                 return pixels_HWC
             scale = self.side / min(height, width)
             size = (max(self.side, round(width * scale)), max(self.side, round(height * scale)))
@@ -75,5 +77,5 @@ class View:
         """
         if self.kind != "short":
             return self.side, self.side
-        scale = min(1.0, self.side / min(height, width))
+        scale = self.side / min(height, width) if min(height, width) > _SLACK * self.side else 1.0
         return max(1, round(height * scale)), max(1, round(width * scale))

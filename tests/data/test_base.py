@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,30 @@ def test_split_is_plain_disjoint_and_repeats(pets_root: Path) -> None:
     assert pets(pets_root, seed=1).split() != split
 
 
+def test_few_shots_leave_validation_as_it_is_and_are_stored(pets_root: Path) -> None:
+    few, every = pets(pets_root, shots_per_class=2), pets(pets_root)
+    assert few.split()["val"] == every.split()["val"]
+    assert len(few.split()["train"]) == 6
+    assert set(few.split()["train"]) < set(every.split()["train"])
+    assert pets(pets_root, shots_per_class=2).split() == few.split()
+
+
+def test_grey_batches(pets_root: Path) -> None:
+    data = Pets(pets_root, img_size=32)
+    data.channels = 1
+    data.setup("fit")
+    assert next(iter(data.train_dataloader()))[0].shape == (1, 1, 32, 32)
+
+
+def test_a_dropped_iterator_stops_its_threads(pets_root: Path) -> None:
+    data = pets(pets_root, num_workers=2, batch_size=1)
+    iterator = iter(data.train_dataloader())
+    next(iterator)
+    assert any(thread.name.startswith("pictures") for thread in threading.enumerate())
+    del iterator
+    assert not any(thread.name.startswith("pictures") for thread in threading.enumerate())
+
+
 def test_validate_sets_up_the_same_validation_pictures_only(pets_root: Path) -> None:
     data = Pets(pets_root)
     data.setup("validate")
@@ -210,6 +235,7 @@ def test_class_weights(folder_root: Path) -> None:
         ({"img_size": 0}, r"data\.img_size=0 is out of range"),
         ({"batch_size": -1}, r"data\.batch_size=-1 is out of range"),
         ({"seed": -1}, r"data\.seed=-1 is out of range"),
+        ({"shots_per_class": 0}, r"data\.shots_per_class=0 is out of range"),
         ({"num_workers": -1}, r"data\.num_workers=-1 is out of range"),
     ],
 )
