@@ -59,12 +59,22 @@ class Arguments:
     def files(self) -> Iterator[list[str]]:
         """Give the arguments; without a config, the checkpoint's own configuration stands in front of them."""
         if self.stored is None or self.has_config:
-            yield [self.verb, *self.argv]
+            yield [self.verb, *self._default_data(), *self.argv]
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "config.yaml"
             path.write_text(yaml.safe_dump(self.stored["config"], sort_keys=False), encoding="utf-8")
             yield [self.verb, "--config", str(path), *self.argv]
+
+    def _default_data(self) -> list[str]:
+        """Choose the sample where nothing else is chosen.
+
+        A default of the parser would hand its own arguments down to the data that is chosen instead.
+        """
+        chosen = bool(self._values_of("--data")) or any(
+            _names_data(Path(self._get(index))) for index in self._values_of("--config", "-c")
+        )
+        return [] if chosen else ["--data", "Sample"]
 
     def _checkpoint(self, value: str, root: Path, has_config: bool) -> Path:
         if value != "last":
@@ -97,3 +107,11 @@ class Arguments:
         option, equals, _ = self.argv[index].partition("=")
         self.argv[index] = f"{option}={value}" if option.startswith("--") and equals else value
         return value
+
+
+def _names_data(config: Path) -> bool:
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return True  # the parser will say what is wrong with it
+    return isinstance(content, dict) and "data" in content

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from gn_transfer.config import ConfigError, Norm, did_you_mean
 from gn_transfer.layers import convert_norm
+from gn_transfer.small_cnn import SmallCnn
 
 Conversion = Literal["refuse", "copy"]
 
@@ -33,6 +34,9 @@ BN_FAMILY: frozenset[Norm] = frozenset({"bn", "bn_frozen", "bn_sync", "bn_ws"})
 
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {"resnetv2_26": ("resnetv2_50", {"layers": [2, 2, 2, 2]})}
 """Our names for nets that timm builds only with arguments: name -> (timm architecture, its arguments)."""
+
+OWN: dict[str, type[SmallCnn]] = {"cnn_mnist": SmallCnn}
+"""Nets that timm does not have; without pretrained weights, and grey unless asked otherwise."""
 
 # (backbone, norm) -> timm's "architecture.tag" for `pretrained: auto`. Only pairs whose weights were trained with that
 # very norm stand here; bn_frozen and bn_sync compute what bn computed, so they share its weights.
@@ -139,7 +143,7 @@ def create_backbone(
     convolution at zero, so that an unnormalized net begins as the identity (after Zhang et al. 2019, arXiv:1901.09321).
 
     Args:
-        name: timm architecture without a tag (``resnet18``, ``resnetv2_50``), or ``resnetv2_26``.
+        name: timm architecture without a tag (``resnet18``, ``resnetv2_50``), ``resnetv2_26`` or ``cnn_mnist``.
         norm: The switch.
         num_classes: Width of the new head, at least 2.
         pretrained: ``None`` for none, ``"auto"`` for the tag that fits (name, norm), a timm tag
@@ -251,11 +255,12 @@ def resolve_pretrained(name: str, norm: Norm, pretrained: str | None) -> tuple[s
     if "." in name:
         base, tag = name.split(".", 1)
         raise ConfigError(f"model.backbone={name}: write model.backbone={base} and model.pretrained={tag}.")
-    if name not in ALIASES and not timm.is_model(name):
-        near = did_you_mean(name, [*ALIASES, *timm.list_models("resnet*")]).split("Allowed")[0]
+    if name not in (*ALIASES, *OWN) and not timm.is_model(name):
+        near = did_you_mean(name, [*ALIASES, *OWN, *timm.list_models("resnet*")]).split("Allowed")[0]
         raise ConfigError(
             f"model.backbone={name} is not a net that timm knows; {near}use resnet18, resnet26, resnet34, resnet50, "
-            "resnet101, resnetv2_18, resnetv2_34, resnetv2_50, resnetv2_101, or another convolutional net of timm."
+            "resnet101, resnetv2_18, resnetv2_34, resnetv2_50, resnetv2_101, cnn_mnist, or another "
+            "convolutional net of timm."
         )
     if pretrained is None or Path(pretrained).is_file():
         return name, None
@@ -273,6 +278,8 @@ def resolve_pretrained(name: str, norm: Norm, pretrained: str | None) -> tuple[s
         return architecture, tag
     if "/" in pretrained or Path(pretrained).suffix in (".safetensors", ".pth", ".pt", ".bin", ".npz", ".ckpt"):
         raise ConfigError(f"model.pretrained={pretrained}: no such file; give an existing weights file, a tag or auto.")
+    if name in OWN:
+        raise ConfigError(f"model.pretrained={pretrained}: there are no weights for {name}; give null or a file.")
     architecture, _, tag = pretrained.rpartition(".")
     architecture = architecture or name
     tags = [full.split(".", 1)[1] for full in timm.list_pretrained(f"{architecture}.*")]
@@ -466,7 +473,14 @@ def _read_file(path: Path, architecture: str) -> Mapping[str, Tensor]:
     return {key.removeprefix("net."): value for key, value in content.items()}
 
 
+def default_channels(name: str) -> int:
+    """Tell how many channels of a picture a net takes unless it is told otherwise: 1 for ``cnn_mnist``, else 3."""
+    return 1 if name in OWN else 3
+
+
 def _build(architecture: str, *, num_classes: int, in_chans: int) -> nn.Module:
+    if architecture in OWN:
+        return OWN[architecture](num_classes, in_chans)
     base, arguments = ALIASES.get(architecture, (architecture, {}))
     net: nn.Module = timm.create_model(base, num_classes=num_classes, in_chans=in_chans, **arguments)
     return net

@@ -21,11 +21,13 @@ from gn_transfer.backbones import (
     TransferReport,
     check_input,
     create_backbone,
+    default_channels,
     parameter_depths,
     rebuild,
 )
 from gn_transfer.config import ConfigError, Norm
 from gn_transfer.layers import OncePerWindow, preferred_memory_format
+from gn_transfer.mixing import WindowMixer
 from gn_transfer.optim import SCHEDULES, OptimizerName, ScheduleName, create_optimizer, parameter_groups
 
 CHECKPOINT_VERSION = 1
@@ -39,11 +41,15 @@ class MicroBatch:
         first: It opens the window.
         last: The optimizer steps after it.
         loss_scale: Factor on its mean loss that makes every picture of the window weigh alike.
+        window: Number of the window since the run began.
+        offset: Pictures of the window before it, on this device.
     """
 
     first: bool = True
     last: bool = True
     loss_scale: float = 1.0
+    window: int = 0
+    offset: int = 0
 
 
 class TransferClassifier(LightningModule):
@@ -59,6 +65,7 @@ class TransferClassifier(LightningModule):
         group_size: Channels per group, instead of num_groups.
         pretrained: null from scratch, auto for the weights that fit backbone and norm, a timm tag, or a file.
         conversion: What to do with weights trained under BN when the net has none: refuse, or copy the affine part.
+        in_chans: Channels of the pictures, 3 or 1 (grey); null: 1 for cnn_mnist, else 3.
         once_per_window: Standardize and cast weights once per accumulation window instead of once per micro-batch.
         channels_last: Memory layout of the pictures; auto takes what measured faster for the norm and device.
         compile: Compile the net with torch.compile.
@@ -72,6 +79,8 @@ class TransferClassifier(LightningModule):
         schedule: cosine to zero or constant, after the warm-up.
         warmup_fraction: Part of all optimizer steps in which the learning rate rises, in [0, 1).
         label_smoothing: Weight of the uniform distribution in the training target, in [0, 1).
+        mixup: alpha of Mixup with the picture before in the window of accumulated gradients; 0 disables it.
+        cutmix: alpha of CutMix with that picture; 0 disables it, with both a coin decides.
     """
 
     mean: Tensor
@@ -86,6 +95,7 @@ class TransferClassifier(LightningModule):
         group_size: int | None = None,
         pretrained: str | None = None,
         conversion: Conversion = "refuse",
+        in_chans: Literal[1, 3] | None = None,
         once_per_window: bool = True,
         channels_last: bool | Literal["auto"] = "auto",
         compile: bool = False,
@@ -99,6 +109,8 @@ class TransferClassifier(LightningModule):
         schedule: ScheduleName = "cosine",
         warmup_fraction: float = 0.1,
         label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
     ) -> None:
         super().__init__()
         _check_range("model.lr", lr, low=0.0, open_low=True)
@@ -109,12 +121,15 @@ class TransferClassifier(LightningModule):
         _check_range("model.layer_decay", layer_decay, low=0.0, high=1.0, open_low=True, open_high=False)
         _check_range("model.warmup_fraction", warmup_fraction, low=0.0, high=1.0)
         _check_range("model.label_smoothing", label_smoothing, low=0.0, high=1.0)
+        _check_range("model.mixup", mixup, low=0.0)
+        _check_range("model.cutmix", cutmix, low=0.0)
         self.backbone = backbone
         self.norm: Norm = norm
         self.num_groups = num_groups
         self.group_size = group_size
         self.pretrained = pretrained
         self.conversion: Conversion = conversion
+        self.in_chans = default_channels(backbone) if in_chans is None else in_chans
         self.once_per_window = once_per_window
         self.channels_last = channels_last
         self.compile_net = compile
@@ -128,6 +143,8 @@ class TransferClassifier(LightningModule):
         self.schedule: ScheduleName = schedule
         self.warmup_fraction = warmup_fraction
         self.label_smoothing = label_smoothing
+        self.mixup = mixup
+        self.cutmix = cutmix
 
         self.micro_batch = MicroBatch()
         self.evaluation_precision: torch.dtype | None = None
@@ -136,6 +153,7 @@ class TransferClassifier(LightningModule):
         self.report: TransferReport | None = None
         self.net: nn.Module | None = None
         self._engine: OncePerWindow | None = None
+        self._mixer: WindowMixer | None = None
         self._memory_format = torch.contiguous_format
         self._restored: dict[str, Any] | None = None
         self.run_config: dict[str, Any] = {}
@@ -164,6 +182,7 @@ class TransferClassifier(LightningModule):
                 head=architecture["head"],
                 num_groups=self.num_groups,
                 group_size=self.group_size,
+                in_chans=self.in_chans,
             )
             self.head = architecture["head"]
             self.report = TransferReport(**{k: _frozen(v) for k, v in stored["transfer_report"].items()})
@@ -177,6 +196,7 @@ class TransferClassifier(LightningModule):
                 num_groups=self.num_groups,
                 group_size=self.group_size,
                 conversion=self.conversion,
+                in_chans=self.in_chans,
             )
             self.net, self.head, self.report = built.net, built.head, built.report
             mean, std = list(built.mean), list(built.std)
@@ -219,7 +239,27 @@ class TransferClassifier(LightningModule):
     def check_batch(self, *, batch_size: int, img_size: int) -> None:
         """Refuse a batch that the net cannot train on; see :func:`gn_transfer.backbones.check_input`."""
         assert self.net is not None
-        check_input(self.net, self.norm, batch_size=batch_size, img_size=img_size)
+        check_input(self.net, self.norm, batch_size=batch_size, img_size=img_size, in_chans=self.in_chans)
+
+    def check_window(self, pictures: int) -> None:
+        """Refuse Mixup and CutMix where a window has nothing to mix.
+
+        Args:
+            pictures: In a window of accumulated gradients, on one device.
+
+        Raises:
+            ConfigError: There is only one.
+        """
+        if pictures < 2 and (self.mixup > 0 or self.cutmix > 0):
+            raise ConfigError(
+                f"model.mixup={self.mixup:g}, model.cutmix={self.cutmix:g}: pictures are mixed within the window of "
+                "accumulated gradients, and this one has a single picture; set accumulation.effective_batch_size to 2 "
+                "or more, or both to 0."
+            )
+
+    def create_mixer(self, seed: int, rank: int) -> WindowMixer | None:
+        """Build what mixes training pictures; None with ``model.mixup`` and ``model.cutmix`` at 0."""
+        return WindowMixer(self.mixup, self.cutmix, (seed, rank)) if self.mixup > 0 or self.cutmix > 0 else None
 
     @property
     def normalizes_over_batch(self) -> bool:
@@ -232,13 +272,19 @@ class TransferClassifier(LightningModule):
         """Compute logits.
 
         Args:
-            images: Pixels, uint8, shape ``(B, 3, H, W)``.
+            images: Pixels, uint8, shape ``(B, in_chans, H, W)``.
 
         Returns:
             Logits, shape ``(B, num_classes)``, float32 unless autocast says otherwise.
         """
+        return self._logits(self.normalize(images))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Bring uint8 pixels to the mean and standard deviation that the weights expect, float32."""
+        return (images.float() - self.mean) / self.std
+
+    def _logits(self, pixels: Tensor) -> Tensor:
         assert self.net is not None
-        pixels = (images.float() - self.mean) / self.std
         logits: Tensor = self.net(pixels.contiguous(memory_format=self._memory_format))
         return logits
 
@@ -247,20 +293,31 @@ class TransferClassifier(LightningModule):
 
         Args:
             batch: Pixels uint8 ``(B, 3, H, W)`` and targets int64 ``(B,)``.
-            training: Apply label smoothing and class weights.
+            training: Mix, and apply label smoothing and class weights.
 
         Returns:
             Mean loss (scalar, float32) and detached logits ``(B, num_classes)``, float32.
         """
         images, targets = batch
-        logits = self(images).float()
-        loss = F.cross_entropy(
-            logits,
-            targets,
-            weight=self.class_weight if training else None,
-            label_smoothing=self.label_smoothing if training else 0.0,
-            reduction="none",
-        ).mean()
+        pixels = self.normalize(images)
+        mixed = None
+        if training and self._mixer is not None:
+            mixed = self._mixer(pixels, targets, window=self.micro_batch.window, offset=self.micro_batch.offset)
+            pixels = mixed.pixels
+        logits = self._logits(pixels).float()
+
+        def losses(labels: Tensor) -> Tensor:
+            return F.cross_entropy(
+                logits,
+                labels,
+                weight=self.class_weight if training else None,
+                label_smoothing=self.label_smoothing if training else 0.0,
+                reduction="none",
+            )
+
+        if mixed is None:
+            return losses(targets).mean(), logits.detach()
+        loss = torch.lerp(losses(mixed.partners), losses(targets), mixed.weights).mean()
         return loss, logits.detach()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
@@ -330,6 +387,7 @@ class TransferClassifier(LightningModule):
         assert self.net is not None
         if self.once_per_window:
             self._engine = OncePerWindow(self.net, compiled=self.compile_net)
+        self._mixer = self.create_mixer(self._data().seed, self.global_rank)
         if self.compile_net:
             self.net.compile()
 
@@ -358,6 +416,7 @@ class TransferClassifier(LightningModule):
             "num_groups": self.num_groups,
             "group_size": self.group_size,
             "head": self.head,
+            "in_chans": self.in_chans,
             "mean": (self.mean.flatten() / 255.0).tolist(),
             "std": (self.std.flatten() / 255.0).tolist(),
         }

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,14 @@ from gn_transfer.callbacks import (
     ProgressBar,
     RunRecord,
     Throughput,
+    TrainingPictures,
     ValidationFigures,
     device_type,
     resolve_precision,
 )
 from gn_transfer.classifier import TransferClassifier
 from gn_transfer.config import ConfigError
-from gn_transfer.data import Folder, Pets, PictureData, Sample, TinyImageNet
+from gn_transfer.data import Digits, Folder, Pets, PictureData, Sample, TinyImageNet
 from gn_transfer.data.base import core_count
 from gn_transfer.files import write_json
 from gn_transfer.loggers import (
@@ -61,7 +62,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data's own sampler knows ranks and resumes inside an epoch
 }
 
-DATA = (Sample, Pets, Folder, TinyImageNet)
+DATA = (Sample, Pets, Folder, TinyImageNet, Digits)
 """What ``--data NAME`` offers; jsonargparse finds subclasses of PictureData that are imported."""
 
 # What decides the course of a training: a resumed run must not change it. The number of epochs may grow.
@@ -70,6 +71,8 @@ _FREE_ON_RESUME = {
     "data.init_args.root",
     "data.init_args.num_workers",
     "data.init_args.download",
+    "data.init_args.cache",
+    "data.init_args.cache_dir",
     "model.compile",
     "model.channels_last",
     "model.pretrained",
@@ -77,12 +80,13 @@ _FREE_ON_RESUME = {
 }
 
 
-def run(verb: str, arguments: Sequence[str]) -> int:
+def run(verb: str, arguments: Sequence[str], kind: Callable[[Arguments], Command] | None = None) -> int:
     """Run ``fit``, ``validate`` or ``test``.
 
     Args:
         verb: The verb.
         arguments: What stands behind it.
+        kind: What to run in place of :class:`Command`; it reads the same configuration.
 
     Returns:
         Exit code.
@@ -96,7 +100,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     prepared = Arguments(verb, arguments)
     with prepared.files() as argv, _quiet_warnings(), _own_argv(argv):
         try:
-            command = Command(prepared)
+            command = (kind or Command)(prepared)
         except ArgumentError as error:
             raise ConfigError(explain(str(error), _known_keys(), [kind.__name__ for kind in DATA])) from error
         except SystemExit as error:
@@ -159,7 +163,6 @@ class Command(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add our keys in the order of the data's path."""
         parser.add_lightning_class_args(PictureData, "data", subclass_mode=True)
-        parser.set_defaults({"data": {"class_path": "Sample"}})
         parser.add_lightning_class_args(TransferClassifier, "model")
         parser.add_lightning_class_args(GradientAccumulation, "accumulation")
         parser.add_lightning_class_args(MixedPrecision, "mixed_precision")
@@ -230,7 +233,7 @@ class Command(LightningCLI):
         if interactive and self.subcommand == "fit":
             callbacks.append(ProgressBar(leave=False))
         if self.subcommand == "fit":
-            callbacks.append(self.best)
+            callbacks += [self.best, TrainingPictures()]
         self.extra_loggers = self._loggers()
         trainer_config = {
             **self._get(self.config_init, "trainer", default={}),
@@ -254,6 +257,7 @@ class Command(LightningCLI):
         """Prepare everything that can fail, print the plan, claim the run's folder, train, say what comes next."""
         config, model, data, trainer = self._section(), self.model, self.datamodule, self.trainer
         resumed = self.arguments.stored
+        data.channels = model.in_chans
         data.prepare_data()
         data.setup("fit")
         if resumed is not None:
@@ -384,6 +388,7 @@ class Command(LightningCLI):
         assert stored is not None
         assert checkpoint is not None
         self.model.restore(stored)
+        self.datamodule.channels = self.model.in_chans
         self.datamodule.prepare_data()
         self.datamodule.setup(stage)
         _check_classes(stored["classes"], self.datamodule.classes)
@@ -445,7 +450,14 @@ def _known_keys() -> list[str]:
         ("early_stopping", OptionalEarlyStopping),
         ("trainer", Trainer),
     ]
-    keys = [f"{group}.{name}" for group, kind in groups for name in inspect.signature(kind).parameters]
+    keys = [
+        f"{group}.{name}"
+        for group, kind in groups
+        for part in kind.__mro__[:-1]  # data modules pass what they do not name themselves on to their base
+        if part.__module__.startswith("gn_transfer") or part is Trainer
+        for name, parameter in inspect.signature(part).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
     return ["seed_everything", *dict.fromkeys(keys), "ckpt_path", "dry_run"]
 
 

@@ -29,13 +29,15 @@ def explain(message: str, known_keys: Sequence[str], data_modules: Sequence[str]
         return _unknown_key(found[1], known_keys)
     if found := re.search(r"Option '(\w+)' is not accepted", flat):
         return _unknown_key(f"data.{found[1]}", known_keys)
+    flat = flat.split(" Given value type: ")[0] if "Problem with given class_path" in flat else flat
+    section = "data." if "Problem with given class_path" in flat else ""
     if found := re.search(r"""Parser key "([\w.]+)": Expected a typing\.Literal\[(.+?)\]\. Got value: (.*)""", flat):
         key, choices, value = found.groups()
-        return f"{key}={value} is not allowed; {did_you_mean(value, _words(choices))}."
+        return f"{section}{key}={value} is not allowed; {did_you_mean(value, _words(choices))}."
     if found := re.search(r"""Parser key "data":.*Given value: (\w+)$""", flat):
         return f"data={found[1]} is not a data module; {did_you_mean(found[1], data_modules)}."
     if found := re.search(r"""Parser key "([\w.]+)": Expected an? <class '(\w+)'>\. Got value: (.*)""", flat):
-        return f"{found[1]}={found[3]} is not of type {found[2]}."
+        return f"{section}{found[1]}={found[3]} is not of type {found[2]}."
     return flat
 
 

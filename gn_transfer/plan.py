@@ -71,6 +71,7 @@ def make_plan(
         ConfigError: The effective batch cannot be made of micro-batches.
     """
     micro_batches = micro_batches_per_window(effective_batch_size, data.batch_size, num_devices)
+    model.check_window(micro_batches * data.batch_size)
     effective = micro_batches * data.batch_size * num_devices
     per_device = -(-len(data.train_dataset) // num_devices)
     batches = -(-per_device // data.batch_size)
@@ -96,6 +97,7 @@ def make_plan(
     )
     if micro_batches > 1 and last != micro_batches:
         window += f"; the last window of an epoch has {last} micro-batches"
+    mixes = model.mixup > 0 or model.cutmix > 0
     rows = [
         *data.describe(),
         ("net", f"{net}, {parameters:.1f} M parameters"),
@@ -104,6 +106,7 @@ def make_plan(
         ("window", window),
         ("steps", f"{epochs} epochs x {windows:,} optimizer steps = {steps:,}"),
         ("optimizer", f"{model.optimizer_name}, lr {model.lr:g}, {model.schedule}, decay {model.weight_decay:g}"),
+        *([("mixing", f"mixup {model.mixup:g}, cutmix {model.cutmix:g}, with the picture before")] if mixes else []),
         ("precision", f"{precision} on {device}"),
         (
             "memory",

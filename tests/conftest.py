@@ -19,6 +19,12 @@ def make_pixels(height: int, width: int, seed: int) -> np.ndarray:
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded pictures of a test go away with it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg_cache"))
+
+
 @pytest.fixture
 def write_picture() -> WritePicture:
     """Write a small JPEG of random colours."""

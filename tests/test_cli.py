@@ -42,7 +42,7 @@ def failure(capsys, *arguments: str) -> str:
 
 
 def test_the_public_surface():
-    assert list(VERBS) == ["fit", "validate", "test"]
+    assert list(VERBS) == ["fit", "validate", "test", "data"]
 
 
 def test_help_imports_no_torch_and_is_quick():
@@ -107,7 +107,7 @@ def test_tensorboard_holds_curves_figures_and_a_row_of_hparams(pets_root):
     events.Reload()
     tags = events.Tags()
     assert {"train/loss", "train/images_per_sec", "val/acc1", "val/loss"} <= set(tags["scalars"])
-    assert {"val/confusion", "val/worst_predictions"} <= set(tags["images"])
+    assert {"train/pictures", "val/confusion", "val/worst_predictions"} <= set(tags["images"])
     plugins = events.PluginTagToContent("hparams")
     assert {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"} <= set(plugins)
 
@@ -160,6 +160,13 @@ def test_a_finished_run_goes_on_with_more_epochs_in_its_own_folder(pets_root):
         (["--data", "Petz"], "data=Petz is not a data module; did you mean 'Pets'"),
         (["--ckpt_path", "nowhere.ckpt"], "no such file"),
         (["--data.root", "nowhere"], "nowhere"),
+        (["--data.cahce", "ram"], "did you mean 'data.cache'"),
+        (["--data.cache", "rom"], "data.cache=rom is not allowed; did you mean 'ram'"),
+        (["--data.shots_per_class", "50"], "data.shots_per_class=50: 3 classes have fewer training pictures"),
+        (
+            ["--model.mixup", "0.2", "--accumulation.effective_batch_size", "1"],
+            "set accumulation.effective_batch_size to 2 or more",
+        ),
         (["--model.backbone", "resnet81"], "resnet81 is not a net"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -35,6 +35,8 @@ def config(**model):
         "lr": 0.1,
         "weight_decay": 0,
         "label_smoothing": 0,
+        "mixup": 0,
+        "cutmix": 0,
     }
     return {
         "seed_everything": 3,

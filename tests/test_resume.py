@@ -22,6 +22,8 @@ OPTIONS = {
     "accumulation.effective_batch_size": "4",
     "mixed_precision.mode": "fp32",
     "trainer.max_epochs": "3",
+    "model.mixup": "0.3",
+    "data.num_workers": "1",
     "checkpoint.every_minutes": "0",
 }
 

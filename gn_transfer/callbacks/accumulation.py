@@ -11,7 +11,7 @@ from gn_transfer.config import ConfigError
 
 
 def micro_batch(
-    batch_idx: int, *, num_batches: int, micro_batches: int, batch_size: int, num_samples: int
+    batch_idx: int, *, num_batches: int, micro_batches: int, batch_size: int, num_samples: int, window: int = 0
 ) -> MicroBatch:
     """Place a micro-batch in its window.
 
@@ -24,6 +24,7 @@ def micro_batch(
         micro_batches: Micro-batches in a full window.
         batch_size: Pictures in a full micro-batch, on one device.
         num_samples: Pictures in the epoch, on one device; the last micro-batch holds what remains.
+        window: Number of the window since the run began.
 
     Returns:
         Whether it opens and closes its window, and the factor on its mean loss.
@@ -32,14 +33,18 @@ def micro_batch(
         Five pictures, one at a time, in windows of four: the fifth is a window of its own.
 
         >>> micro_batch(4, num_batches=5, micro_batches=4, batch_size=1, num_samples=5)
-        MicroBatch(first=True, last=True, loss_scale=4.0)
+        MicroBatch(first=True, last=True, loss_scale=4.0, window=0, offset=0)
     """
     start = batch_idx - batch_idx % micro_batches
     end = min(start + micro_batches, num_batches)
     pictures = min(batch_size, num_samples - batch_idx * batch_size)
     in_window = min(end * batch_size, num_samples) - start * batch_size
     return MicroBatch(
-        first=batch_idx == start, last=batch_idx + 1 == end, loss_scale=pictures * micro_batches / in_window
+        first=batch_idx == start,
+        last=batch_idx + 1 == end,
+        loss_scale=pictures * micro_batches / in_window,
+        window=window,
+        offset=(batch_idx - start) * batch_size,
     )
 
 
@@ -100,6 +105,7 @@ class GradientAccumulation(Callback):
             micro_batches=trainer.accumulate_grad_batches,
             batch_size=data.batch_size,
             num_samples=len(data.train_sampler),
+            window=trainer.global_step,
         )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gn_transfer.data.base import PictureData
     from gn_transfer.data.decode import BadImageError, decode_image
+    from gn_transfer.data.digits import Digits
     from gn_transfer.data.folder import Folder
     from gn_transfer.data.pets import Pets
     from gn_transfer.data.preprocess import preprocess_image
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BadImageError",
+    "Digits",
     "EpochSampler",
     "Folder",
     "Pets",
@@ -32,6 +34,7 @@ __all__ = [
 
 _HOMES = {
     "BadImageError": "decode",
+    "Digits": "digits",
     "EpochSampler": "sampler",
     "Folder": "folder",
     "Pets": "pets",

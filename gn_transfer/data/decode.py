@@ -13,6 +13,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gn_transfer.config import ConfigError
@@ -21,8 +22,25 @@ MAX_PIXELS = 89_478_485
 """Larger pictures are refused before they are decoded: Pillow's own bound, 256 MiB of RGB pixels."""
 
 _JPEG = b"\xff\xd8\xff"
+_JPEG_END = b"\xff\xd9"
 _PNG = b"\x89PNG\r\n\x1a\n"
+_SUFFIX_FORMATS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".gif": "GIF",
+    ".bmp": "BMP",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
 _STANDALONE_MARKERS = {0x01, *range(0xD0, 0xD8)}  # TEM and RSTn carry no length
+_OPENCV_FLAGS = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
 _FRAME_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOFn; the three others are DHT, JPG and DAC
 
 
@@ -61,6 +79,7 @@ class JpegHeader(NamedTuple):
         components: 1 grey, 3 colour, 4 CMYK.
         precision: Bits per component.
         scan_start: Byte offset of the first start-of-scan marker.
+        has_exif: Whether there is an EXIF segment, which may ask for a rotation.
     """
 
     width: int
@@ -68,18 +87,22 @@ class JpegHeader(NamedTuple):
     components: int
     precision: int
     scan_start: int
+    has_exif: bool
 
 
-def decode_image(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
+def decode_image(path: str | os.PathLike[str], *, least_side: int | None = None) -> npt.NDArray[np.uint8]:
     """Decode any picture to upright 8-bit RGB.
 
-    Ordinary JPEGs go through OpenCV (fast, releases the GIL), everything else through Pillow: the first frame of a GIF,
+    Ordinary JPEGs go through libjpeg-turbo (simplejpeg, or OpenCV where there is EXIF rotation or a fault in the data),
+    everything else through Pillow: the first frame of a GIF,
     alpha laid over white, grey, palette, CMYK, 16 bits per channel (its upper 8). EXIF rotation is applied.
     A JPEG that lacks its end marker is refused: decoders fill what is missing with grey and only warn. Faulty
     data *before* the end marker is tolerated as every reader of Pets does (beagle_116, chihuahua_121).
 
     Args:
         path: The file; its extension is not looked at.
+        least_side: None decodes at full scale. Otherwise a JPEG is decoded at 1/2, 1/4 or 1/8 of its scale where its
+            short side still has at least so many pixels.
 
     Returns:
         Pixels, shape ``(H, W, 3)``, RGB, contiguous.
@@ -91,10 +114,30 @@ def decode_image(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
     if data.startswith(_JPEG):
         header = _whole_jpeg_header(data, path)
         if header.components != 4 and header.precision == 8:
-            pixels_BGR = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)  # applies EXIF rotation
-            if pixels_BGR is not None:
-                return np.asarray(cv2.cvtColor(pixels_BGR, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+            pixels = _decode_jpeg(data, header, jpeg_reduction(header, least_side))
+            if pixels is not None:
+                return pixels
     return _decode_with_pillow(data, path)
+
+
+def jpeg_reduction(header: JpegHeader, least_side: int | None) -> int:
+    """Choose the divisor of a JPEG's scale.
+
+    Args:
+        header: Its header.
+        least_side: See :func:`decode_image`.
+
+    Returns:
+        1, 2, 4 or 8.
+
+    Example:
+        >>> jpeg_reduction(JpegHeader(500, 375, 3, 8, 0, False), 64)
+        4
+    """
+    if least_side is None:
+        return 1
+    short = min(header.width, header.height)
+    return next((divisor for divisor in (8, 4, 2) if short // divisor >= least_side), 1)
 
 
 def check_image(path: str | os.PathLike[str]) -> None:
@@ -116,7 +159,7 @@ def check_image(path: str | os.PathLike[str]) -> None:
             tail = file.read()
     except OSError as error:
         raise BadImageError(path, _os_reason(error)) from error
-    if (head.startswith(_JPEG) and tail.endswith(b"\xff\xd9")) or (head.startswith(_PNG) and b"IEND" in tail):
+    if (head.startswith(_JPEG) and tail.endswith(_JPEG_END)) or (head.startswith(_PNG) and b"IEND" in tail):
         return
     data = _read(path)  # the rare rest pays for a closer look
     if data.startswith(_JPEG):
@@ -126,6 +169,68 @@ def check_image(path: str | os.PathLike[str]) -> None:
     else:
         with _open_with_pillow(data, path):
             pass
+
+
+def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Read a picture's size from its header.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Height and width in pixels; those of a picture that EXIF rotates may be exchanged.
+
+    Raises:
+        BadImageError: Missing, or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception as error:  # a damaged header surfaces as whatever its parser ran into
+        raise BadImageError(path, f"cannot be opened: {error}") from error
+
+
+class FileKind(NamedTuple):
+    """What a file is, whatever its name says.
+
+    Attributes:
+        format: Pillow's name: JPEG, PNG, GIF, ...
+        mode: Pillow's name of its channels: RGB, L, CMYK, ...
+        warning: What is odd about it, or empty.
+    """
+
+    format: str
+    mode: str
+    warning: str
+
+
+def describe_file(path: str | os.PathLike[str]) -> FileKind:
+    """Tell what a file is, and what is odd about it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its kind. A warning where the name promises another format, and where a JPEG's data are faulty, which decoders
+        pass over with a message or none.
+
+    Raises:
+        BadImageError: Missing, empty or no picture.
+    """
+    data = _read(path)
+    with _open_with_pillow(data, path) as image:
+        kind, mode = str(image.format), image.mode
+    kind = "JPEG" if kind == "MPO" else kind  # a JPEG with further pictures behind it
+    warnings = []
+    promised = _SUFFIX_FORMATS.get(Path(path).suffix.lower())
+    if promised is not None and promised != kind:
+        warnings.append(f"a {kind} by content")
+    if kind == "JPEG":
+        try:
+            simplejpeg.decode_jpeg(data, "CMYK" if mode == "CMYK" else "RGB", strict=True)
+        except ValueError as error:
+            warnings.append(f"faulty JPEG data ({error})")
+    return FileKind(kind, mode, "; ".join(warnings))
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader | None:
@@ -139,7 +244,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
     Returns:
         The header, or None where the segments do not lead to a frame and a scan.
     """
-    position = 2
+    position, has_exif = 2, False
     frame: tuple[int, int, int, int] | None = None
     while position + 4 <= len(data):
         if data[position] != 0xFF:
@@ -156,8 +261,10 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
             height = int.from_bytes(data[position + 5 : position + 7], "big")
             width = int.from_bytes(data[position + 7 : position + 9], "big")
             frame = (width, height, data[position + 9], data[position + 4])
+        if marker == 0xE1 and data[position + 4 : position + 8] == b"Exif":
+            has_exif = True
         if marker == 0xDA:
-            return JpegHeader(*frame, scan_start=position) if frame is not None else None
+            return None if frame is None else JpegHeader(*frame, scan_start=position, has_exif=has_exif)
         position += 2 + length
     return None
 
@@ -182,10 +289,20 @@ def _whole_jpeg_header(data: bytes, path: str | os.PathLike[str]) -> JpegHeader:
     # the real one; one before it belongs to the EXIF thumbnail.
     if header is None:
         raise BadImageError(path, f"damaged JPEG: {len(data):,} bytes, but no pixel data behind its header")
-    if data.find(b"\xff\xd9", header.scan_start) < 0:
+    if not data.endswith(_JPEG_END) and data.find(_JPEG_END, header.scan_start) < 0:
         raise BadImageError(path, f"truncated JPEG: {len(data):,} bytes without an end marker")
     _check_size(header.width, header.height, path)
     return header
+
+
+def _decode_jpeg(data: bytes, header: JpegHeader, divisor: int) -> npt.NDArray[np.uint8] | None:
+    if divisor == 1 and not header.has_exif:
+        try:
+            return np.asarray(simplejpeg.decode_jpeg(data, "RGB"), dtype=np.uint8)
+        except ValueError:  # faulty data, which OpenCV tolerates, or a kind of JPEG that it does not know
+            pass
+    pixels_BGR = cv2.imdecode(np.frombuffer(data, np.uint8), _OPENCV_FLAGS[divisor])  # applies EXIF rotation
+    return None if pixels_BGR is None else np.asarray(cv2.cvtColor(pixels_BGR, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
 def _check_size(width: int, height: int, path: str | os.PathLike[str]) -> None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.base import FitPictures, PictureData
-from gn_transfer.data.dataset import Picture
+from gn_transfer.data.dataset import SUFFIXES, Picture
 from gn_transfer.data.splits import stratified_split
-from gn_transfer.data.transforms import Recipe
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"})
-"""Endings, in any case, of the files that count as pictures; others, and hidden ones, are left alone."""
 
 _VAL_NAMES = ("val", "valid", "validation")
 
@@ -25,38 +21,15 @@ class Folder(PictureData):
 
     Args:
         root: Folder of the class folders, or of train, val and test.
-        img_size: Side of the square that the net sees, in pixels.
-        batch_size: Pictures per forward and device; what BatchNorm sees.
-        num_workers: Data worker processes; None: as many as fit, so that compute threads and workers do not exceed the
-            cores (on a CPU that is usually 0).
         val_fraction: Share of the training pictures that is held out for validation, stratified by class; not used
             where there is a folder val, valid or validation.
-        recipe: Augmentation of the training pictures: none, light (squash, flip, cutout) or crop_flip (random
-            resized crop and flip).
-        on_bad_image: A picture that cannot be decoded: stop with its path, or decode all at the start and skip
-            those.
-        class_weights: Weights of the classes in the loss: none, or balanced (inverse frequency).
-        seed: Seed of the split, the order and the augmentation.
         test_fraction: Share of the pictures that is held out for ``test`` before validation is; 0 disables. Not used
             where there is a folder test.
+        **options: Those of :class:`gn_transfer.data.PictureData`.
     """
 
-    def __init__(
-        self,
-        root: Path | str,
-        img_size: int = 224,
-        batch_size: int = 1,
-        num_workers: int | None = None,
-        val_fraction: float = 0.2,
-        recipe: Recipe = "crop_flip",
-        on_bad_image: Literal["stop", "skip"] = "stop",
-        class_weights: Literal["none", "balanced"] = "none",
-        seed: int = 0,
-        test_fraction: float = 0.0,
-    ) -> None:
-        super().__init__(
-            root, img_size, batch_size, num_workers, val_fraction, recipe, on_bad_image, class_weights, seed
-        )
+    def __init__(self, root: Path | str, val_fraction: float = 0.2, test_fraction: float = 0.0, **options: Any) -> None:
+        super().__init__(root, val_fraction=val_fraction, **options)
         self.test_fraction = test_fraction
 
     def list_fit(self) -> FitPictures:

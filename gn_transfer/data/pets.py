@@ -8,12 +8,11 @@ import tempfile
 import threading
 import urllib.request
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.base import FitPictures, PictureData
 from gn_transfer.data.dataset import Picture
-from gn_transfer.data.transforms import Recipe
 
 FOLDER = "oxford-iiit-pet"
 """Name of the data set's folder, as torchvision gives it."""
@@ -44,36 +43,12 @@ class Pets(PictureData):
 
     Args:
         root: Folder that holds ``oxford-iiit-pet``, or that folder itself.
-        img_size: Side of the square that the net sees, in pixels.
-        batch_size: Pictures per forward and device; what BatchNorm sees.
-        num_workers: Data worker processes; None: as many as fit, so that compute threads and workers do not exceed the
-            cores (on a CPU that is usually 0).
-        val_fraction: Share of trainval that is held out for validation, stratified by breed.
-        recipe: Augmentation of the training pictures: none, light (squash, flip, cutout) or crop_flip (random
-            resized crop and flip).
-        on_bad_image: A picture that cannot be decoded: stop with its path, or decode all at the start and skip
-            those.
-        class_weights: Weights of the classes in the loss: none, or balanced (inverse frequency).
-        seed: Seed of the split, the order and the augmentation.
         download: Fetch the data set (800 MB) if it is not there.
+        **options: Those of :class:`gn_transfer.data.PictureData`.
     """
 
-    def __init__(
-        self,
-        root: Path | str = "data",
-        img_size: int = 224,
-        batch_size: int = 1,
-        num_workers: int | None = None,
-        val_fraction: float = 0.2,
-        recipe: Recipe = "crop_flip",
-        on_bad_image: Literal["stop", "skip"] = "stop",
-        class_weights: Literal["none", "balanced"] = "none",
-        seed: int = 0,
-        download: bool = False,
-    ) -> None:
-        super().__init__(
-            root, img_size, batch_size, num_workers, val_fraction, recipe, on_bad_image, class_weights, seed
-        )
+    def __init__(self, root: Path | str = "data", download: bool = False, **options: Any) -> None:
+        super().__init__(root, **options)
         self.download = download
 
     def prepare_data(self) -> None:

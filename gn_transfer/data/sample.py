@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,7 +13,6 @@ import numpy as np
 from gn_transfer.config import ConfigError
 from gn_transfer.data.draw import BREEDS, draw_animal
 from gn_transfer.data.pets import FOLDER, Pets
-from gn_transfer.data.transforms import Recipe
 
 TRAINVAL_PER_BREED = 130
 TEST_PER_BREED = 20
@@ -37,34 +36,11 @@ class Sample(Pets):
 
     Args:
         root: Folder that the pictures are written to.
-        img_size: Side of the square that the net sees, in pixels; the pictures have 80.
-        batch_size: Pictures per forward and device; what BatchNorm sees.
-        num_workers: Data worker processes; None: as many as fit, so that compute threads and workers do not exceed the
-            cores (on a CPU that is usually 0).
-        val_fraction: Share of trainval that is held out for validation, stratified by breed.
-        recipe: Augmentation of the training pictures: none, light (squash, flip, cutout) or crop_flip (random
-            resized crop and flip).
-        on_bad_image: A picture that cannot be decoded: stop with its path, or decode all at the start and skip
-            those.
-        class_weights: Weights of the classes in the loss: none, or balanced (inverse frequency).
-        seed: Seed of the split, the order and the augmentation; the pictures are always the same.
+        **options: Those of :class:`gn_transfer.data.PictureData`; the pictures (80 px) do not depend on the seed.
     """
 
-    def __init__(
-        self,
-        root: Path | str = "data_sample",
-        img_size: int = 224,
-        batch_size: int = 1,
-        num_workers: int | None = None,
-        val_fraction: float = 0.2,
-        recipe: Recipe = "crop_flip",
-        on_bad_image: Literal["stop", "skip"] = "stop",
-        class_weights: Literal["none", "balanced"] = "none",
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            root, img_size, batch_size, num_workers, val_fraction, recipe, on_bad_image, class_weights, seed
-        )
+    def __init__(self, root: Path | str = "data_sample", **options: Any) -> None:
+        super().__init__(root, download=False, **options)
 
     def prepare_data(self) -> None:
         """Draw the pictures unless they are there; Lightning calls it once per machine."""

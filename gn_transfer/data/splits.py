@@ -9,6 +9,8 @@ import numpy as np
 
 from gn_transfer.config import ConfigError
 
+_FEW_SHOTS = 1  # keeps the choice of shots apart from the shuffle that holds out validation
+
 
 def stratified_split(
     names: Sequence[str], targets: Sequence[int], fraction: float, seed: int, *, key: str = "data.val_fraction"
@@ -53,6 +55,45 @@ def stratified_split(
         second.extend(positions[place] for place in order[:count])
     taken = set(second)
     return [position for position in range(len(names)) if position not in taken], sorted(second)
+
+
+def few_shots(
+    names: Sequence[str], targets: Sequence[int], shots: int, seed: int, *, names_of: Sequence[str]
+) -> list[int]:
+    """Choose equally many pictures of every class; more shots contain fewer ones of the same seed.
+
+    Args:
+        names: One name per picture, all different.
+        targets: Class index per picture.
+        shots: Pictures per class, at least 1.
+        seed: Seed of the choice, >= 0.
+        names_of: Names of the classes, for the message.
+
+    Returns:
+        Positions in ``names``, in ascending order.
+
+    Raises:
+        ConfigError: A class has fewer pictures.
+
+    Example:
+        >>> few_shots(["a", "b", "c", "d"], [0, 0, 1, 1], 1, seed=0, names_of=["cat", "dog"])
+        [1, 3]
+    """
+    by_class: dict[int, list[int]] = {}
+    for position in sorted(range(len(names)), key=lambda position: names[position]):
+        by_class.setdefault(targets[position], []).append(position)
+    poor = {names_of[target]: len(positions) for target, positions in by_class.items() if len(positions) < shots}
+    if poor:
+        fewest = min(poor, key=poor.__getitem__)
+        raise ConfigError(
+            f"data.shots_per_class={shots}: {len(poor)} classes have fewer training pictures, {fewest} only "
+            f"{poor[fewest]}; use at most {poor[fewest]}, or null for all."
+        )
+    chosen = []
+    for target, positions in by_class.items():
+        order = np.random.default_rng([seed, target, _FEW_SHOTS]).permutation(len(positions))
+        chosen += [positions[place] for place in order[:shots]]
+    return sorted(chosen)
 
 
 def balanced_weights(targets: Sequence[int], num_classes: int) -> list[float]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.base import FitPictures, PictureData
 from gn_transfer.data.dataset import Picture
-from gn_transfer.data.transforms import Recipe
 
 FOLDER = "tiny-imagenet-200"
 """Name of the data set's folder inside its archive."""
@@ -25,33 +24,14 @@ class TinyImageNet(PictureData):
     Args:
         root: Folder that holds ``tiny-imagenet-200``, or that folder itself.
         img_size: Side of the square that the net sees, in pixels.
-        batch_size: Pictures per forward and device; what BatchNorm sees.
-        num_workers: Data worker processes; None: as many as fit, so that compute threads and workers do not exceed the
-            cores (on a CPU that is usually 0).
         val_fraction: Not used: the data set has a validation split of its own.
-        recipe: Augmentation of the training pictures: none, light (squash, flip, cutout) or crop_flip (random
-            resized crop and flip).
-        on_bad_image: A picture that cannot be decoded: stop with its path, or decode all at the start and skip
-            those.
-        class_weights: Weights of the classes in the loss: none, or balanced (inverse frequency).
-        seed: Seed of the order and the augmentation.
+        **options: Those of :class:`gn_transfer.data.PictureData`.
     """
 
     def __init__(
-        self,
-        root: Path | str = "data",
-        img_size: int = 64,
-        batch_size: int = 1,
-        num_workers: int | None = None,
-        val_fraction: float = 0.2,
-        recipe: Recipe = "crop_flip",
-        on_bad_image: Literal["stop", "skip"] = "stop",
-        class_weights: Literal["none", "balanced"] = "none",
-        seed: int = 0,
+        self, root: Path | str = "data", img_size: int = 64, val_fraction: float = 0.2, **options: Any
     ) -> None:
-        super().__init__(
-            root, img_size, batch_size, num_workers, val_fraction, recipe, on_bad_image, class_weights, seed
-        )
+        super().__init__(root, img_size=img_size, val_fraction=val_fraction, **options)
 
     def list_fit(self) -> FitPictures:
         """List ``train/<wnid>/images`` and what ``val/val_annotations.txt`` names."""

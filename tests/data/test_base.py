@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ from torch.utils.data import DataLoader
 from gn_transfer.config import ConfigError
 from gn_transfer.data import BadImageError, Folder, Pets, PictureData
 from gn_transfer.data.base import choose_num_workers
-
-pytestmark = pytest.mark.skipif(multiprocessing.get_start_method() == "spawn", reason="starts workers, slow by spawn")
 
 
 def pets(root: Path, **options: Any) -> Pets:
@@ -61,7 +59,7 @@ def test_batches(pets_root: Path) -> None:
     assert [len(targets) for _, targets in data.val_dataloader()] == [6]  # larger than the training batch
 
 
-@pytest.mark.parametrize("recipe", ["none", "light", "crop_flip"])
+@pytest.mark.parametrize("recipe", ["none", "light", "crop_flip", "bit", "strong"])
 def test_any_number_of_workers_gives_the_same_pictures(pets_root: Path, recipe: str) -> None:
     epochs = [
         [epoch_batches(pets(pets_root, recipe=recipe, num_workers=workers), epoch) for epoch in (0, 1)]
@@ -145,11 +143,9 @@ def test_undecodable_picture_stops_the_loader_with_one_clear_line(pets_root: Pat
     data = pets(pets_root, num_workers=workers)
     path = pets_root / data.split()["train"][5]
     spoil_inside(path)
-    iterator: Any = iter(data.train_dataloader())
+    loader: Any = data.train_dataloader()
     with pytest.raises(BadImageError) as raised:
-        list(iterator)
-    if workers:
-        iterator._shutdown_workers()  # as Lightning does; torch's own clean-up waits 5 s for each worker
+        list(loader)
     message = str(raised.value)
     assert message.startswith(f"{path}: cannot be decoded")
     assert message.endswith("set data.on_bad_image to skip.")
@@ -184,6 +180,30 @@ def test_split_is_plain_disjoint_and_repeats(pets_root: Path) -> None:
     assert pets(pets_root, seed=1).split() != split
 
 
+def test_few_shots_leave_validation_as_it_is_and_are_stored(pets_root: Path) -> None:
+    few, every = pets(pets_root, shots_per_class=2), pets(pets_root)
+    assert few.split()["val"] == every.split()["val"]
+    assert len(few.split()["train"]) == 6
+    assert set(few.split()["train"]) < set(every.split()["train"])
+    assert pets(pets_root, shots_per_class=2).split() == few.split()
+
+
+def test_grey_batches(pets_root: Path) -> None:
+    data = Pets(pets_root, img_size=32)
+    data.channels = 1
+    data.setup("fit")
+    assert next(iter(data.train_dataloader()))[0].shape == (1, 1, 32, 32)
+
+
+def test_a_dropped_iterator_stops_its_threads(pets_root: Path) -> None:
+    data = pets(pets_root, num_workers=2, batch_size=1)
+    iterator = iter(data.train_dataloader())
+    next(iterator)
+    assert any(thread.name.startswith("pictures") for thread in threading.enumerate())
+    del iterator
+    assert not any(thread.name.startswith("pictures") for thread in threading.enumerate())
+
+
 def test_validate_sets_up_the_same_validation_pictures_only(pets_root: Path) -> None:
     data = Pets(pets_root)
     data.setup("validate")
@@ -215,6 +235,7 @@ def test_class_weights(folder_root: Path) -> None:
         ({"img_size": 0}, r"data\.img_size=0 is out of range"),
         ({"batch_size": -1}, r"data\.batch_size=-1 is out of range"),
         ({"seed": -1}, r"data\.seed=-1 is out of range"),
+        ({"shots_per_class": 0}, r"data\.shots_per_class=0 is out of range"),
         ({"num_workers": -1}, r"data\.num_workers=-1 is out of range"),
     ],
 )

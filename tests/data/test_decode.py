@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -243,3 +244,26 @@ def test_all_original_pets_decode_as_pillow_does(real_data: Path) -> None:
     for path in files[::6]:
         expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
         assert np.abs(decode_image(path) - expected).max() <= 4, path
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_reduced_scale_is_near_the_whole_and_upright(tmp_path: Path, orientation: int) -> None:
+    coarse = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "large.jpg"
+    path.write_bytes(
+        encode(Image.fromarray(coarse).resize((480, 320), Image.Resampling.BICUBIC), "JPEG", exif=exif, quality=95)
+    )
+    whole = decode_image(path)
+    for least, divisor in ((320, 1), (161, 1), (160, 2), (80, 4), (40, 8), (5, 8)):
+        pixels = decode_image(path, least_side=least)
+        assert pixels.shape == (whole.shape[0] // divisor, whole.shape[1] // divisor, 3)
+        expected = np.asarray(Image.fromarray(whole).resize(pixels.shape[1::-1], Image.Resampling.BOX)).astype(int)
+        assert np.abs(pixels - expected).mean() < 1.0
+
+
+def test_the_fast_decoder_gives_the_pixels_of_opencv(real_data: Path) -> None:
+    for path in sorted((real_data / "pet_originals").glob("*.jpg"))[::7]:
+        expected = cv2.cvtColor(cv2.imread(str(path), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        np.testing.assert_array_equal(decode_image(path), expected)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from gn_transfer.config import ConfigError
-from gn_transfer.data.splits import balanced_weights, stratified_split
+from gn_transfer.data.splits import balanced_weights, few_shots, stratified_split
 
 NAMES = [f"{breed}_{number}" for breed, count in (("a", 10), ("b", 4), ("c", 2)) for number in range(count)]
 TARGETS = [0] * 10 + [1] * 4 + [2] * 2
@@ -54,3 +56,21 @@ def test_balanced_weights_by_hand() -> None:
     weights = balanced_weights(TARGETS, 3)
     assert weights == pytest.approx([16 / 30, 16 / 12, 16 / 6])
     assert sum(weights[target] for target in TARGETS) / 16 == pytest.approx(1.0)
+
+
+def test_few_shots_are_seeded_nested_and_equal() -> None:
+    names = [f"{number:03}" for number in range(40)]
+    targets = [number % 4 for number in range(40)]
+    few = {shots: few_shots(names, targets, shots, 3, names_of="abcd") for shots in (1, 4, 10)}
+    assert few[10] == list(range(40))
+    assert set(few[1]) < set(few[4])
+    assert Counter(targets[position] for position in few[4]) == dict.fromkeys(range(4), 4)
+    assert few_shots(names, targets, 4, 4, names_of="abcd") != few[4]
+    shuffled = list(reversed(range(40)))
+    again = few_shots([names[p] for p in shuffled], [targets[p] for p in shuffled], 4, 3, names_of="abcd")
+    assert {shuffled[position] for position in again} == set(few[4])  # names count, not their order
+
+
+def test_more_shots_than_pictures() -> None:
+    with pytest.raises(ConfigError, match=r"data\.shots_per_class=3: 1 classes have fewer .*, b only 2; use at most 2"):
+        few_shots(list("vwxyz"), [0, 0, 0, 1, 1], 3, 0, names_of="ab")

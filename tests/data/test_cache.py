@@ -1,0 +1,303 @@
+"""The cache changes speed and not a pixel, whatever happens to it or to the pictures."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gn_transfer.config import ConfigError
+from gn_transfer.data import Folder
+from gn_transfer.data import cache as cache_module
+from gn_transfer.data.cache import (
+    DiskStore,
+    RamStore,
+    available_ram_bytes,
+    cache_folder,
+    choose_cache,
+    estimate_bytes,
+    fill,
+    fingerprint,
+    free_disk_bytes,
+)
+from gn_transfer.data.view import View
+
+VIEW = View("short", 30)
+GIB = 2**30
+
+
+@pytest.fixture
+def root(tmp_path: Path, write_picture: Any) -> Path:
+    for number in range(12):
+        write_picture(tmp_path / "pictures" / f"{number}.jpg", seed=number, size=(40 + number, 60))
+    return tmp_path / "pictures"
+
+
+def epoch_batches(data: Folder, epoch: int = 0) -> list[Any]:
+    data.train_sampler.set_epoch(epoch)
+    return list(data.train_dataloader())
+
+
+def paths(root: Path) -> list[str]:
+    return sorted(path.name for path in root.glob("*.jpg"))
+
+
+def store(root: Path, view: View = VIEW) -> DiskStore:
+    return DiskStore(cache_folder(root.parent / "cache", root, view), root, paths(root))
+
+
+def build(root: Path, into: Any = None, threads: int = 2) -> Any:
+    target = store(root) if into is None else into
+    return fill(target, VIEW, root, paths(root), threads=threads, advance=lambda: None)
+
+
+def assert_right(root: Path, kept: Any, *, complete: bool = True) -> None:
+    """What is kept equals direct decoding."""
+    for index, path in enumerate(paths(root)):
+        pixels = kept.get(index)
+        assert pixels is not None or not complete
+        if pixels is not None:
+            np.testing.assert_array_equal(pixels, VIEW.load(root / path))
+
+
+@pytest.mark.parametrize("kind", ["disk", "ram"])
+def test_what_goes_in_comes_out(root: Path, kind: str) -> None:
+    kept: Any = store(root) if kind == "disk" else RamStore()
+    assert kept.get(0) is None
+    assert build(root, kept) == (12, 12, 0, None)
+    assert_right(root, kept)
+    assert build(root, kept) == (12, 0, 0, None)  # nothing is decoded twice
+
+
+def test_later_runs_find_it(root: Path) -> None:
+    build(root)
+    later = store(root)
+    assert later.count() == 12
+    assert_right(root, later)
+    assert not later.get(0).flags.writeable  # type: ignore[union-attr]
+    assert store(root, View("short", 29)).get(0) is None  # another setting
+
+
+def test_a_changed_picture_is_decoded_anew(root: Path, write_picture: Any) -> None:
+    build(root)
+    size, times = (root / "3.jpg").stat().st_size, (root / "3.jpg").stat()
+    write_picture(root / "3.jpg", seed=99, size=(43, 60))
+    content = (root / "3.jpg").read_bytes()
+    if len(content) < size:  # the same size and modification time, as a careless tool leaves them
+        (root / "3.jpg").write_bytes(content + bytes(size - len(content)))
+    os.utime(root / "3.jpg", ns=(times.st_atime_ns, times.st_mtime_ns))
+    later = store(root)
+    assert later.get(paths(root).index("3.jpg")) is None
+    assert_right(root, later, complete=False)
+    assert build(root, later)[:2] == (12, 1)
+    assert_right(root, later)
+
+
+def test_a_change_within_a_clock_tick_is_noticed(root: Path) -> None:
+    picture = root / "0.jpg"
+    first = picture.read_bytes()
+    seen = set()
+    for number in range(8):
+        picture.write_bytes(first + bytes([number]))  # the same length each time
+        seen.add(fingerprint(picture))
+    assert len(seen) == 8
+
+
+def test_a_picture_put_in_its_place_is_noticed(root: Path) -> None:
+    build(root)
+    (root / "4.jpg").replace(root / "5.jpg")
+    assert store(root).get(store(root).paths.index("5.jpg")) is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flip", "header", "other"])
+def test_a_damaged_file_is_never_used(root: Path, damage: str) -> None:
+    build(root)
+    place = store(root).place(2)
+    data = bytearray(place.read_bytes())
+    if damage == "cut":
+        data = data[:-9]
+    elif damage == "empty":
+        data = bytearray()
+    elif damage == "flip":
+        data[-100] ^= 1
+    elif damage == "header":
+        data[0] ^= 1
+    else:
+        data = bytearray(store(root).place(1).read_bytes())
+    place.write_bytes(bytes(data))
+    later = store(root)
+    assert later.get(2) is None
+    assert build(root, later)[:2] == (12, 1)
+    assert_right(root, later)
+
+
+def test_a_full_disk_leaves_the_rest_to_decoding(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, written = DiskStore.put, []
+
+    def put(self: DiskStore, index: int, pixels: Any) -> None:
+        if len(written) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(index)
+        own(self, index, pixels)
+
+    monkeypatch.setattr(DiskStore, "put", put)
+    kept = store(root)
+    filled = build(root, kept, threads=1)
+    assert filled == (5, 5, 0, "No space left on device")
+    assert_right(root, kept, complete=False)
+    assert list(kept.folder.glob("*/.*")) == []
+
+
+def test_what_a_killed_builder_left_is_swept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(root)
+    partial = store(root).place(0).with_name(".half.px.1-1.part")
+    partial.write_bytes(b"half")
+    build(root)
+    assert partial.exists()  # it may be another builder's
+    monkeypatch.setattr(cache_module, "_STALE_SECONDS", -1.0)
+    build(root)
+    assert not partial.exists()
+
+
+def test_a_bad_picture_is_counted(root: Path) -> None:
+    (root / "1.jpg").write_bytes(b"no picture")
+    assert build(root) == (11, 11, 1, None)
+
+
+BUILDER = """
+import sys
+from pathlib import Path
+from gn_transfer.data.cache import DiskStore, cache_folder, fill
+from gn_transfer.data.view import View
+root = Path(sys.argv[1])
+paths = sorted(path.name for path in root.glob("*.jpg"))
+view = View("short", 30)
+store = DiskStore(cache_folder(root.parent / "cache", root, view), root, paths)
+print("ready", flush=True)
+sys.stdin.readline()
+print(fill(store, view, root, paths, threads=2, advance=lambda: None))
+"""
+
+
+def builder(root: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUILDER, str(root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_two_builders_at_once(root: Path) -> None:
+    builders = [builder(root), builder(root)]
+    for process in builders:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=60)[0] for process in builders]
+    assert all("present=12" in line and "problem=None" in line for line in said)
+    assert store(root).count() == len(list(store(root).folder.glob("*/*"))) == 12
+    assert_right(root, store(root))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(root: Path, write_picture: Any) -> None:
+    for number in range(12, 300):
+        write_picture(root / f"{number}.jpg", seed=number, size=(200, 300))
+    interrupted = 0
+    for _ in range(20):
+        process = builder(root)
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        time.sleep(random.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        interrupted += store(root).count() < 300
+        assert_right(root, store(root), complete=False)
+    build(root)
+    assert_right(root, store(root))
+    assert interrupted
+
+
+@pytest.mark.parametrize(
+    ("needed", "disk", "ram", "mode"),
+    [
+        (GIB, 2 * GIB, None, "disk"),
+        (GIB, 2 * GIB - 1, 4 * GIB, "ram"),
+        (GIB, 0, 4 * GIB - 1, "none"),
+        (GIB, 0, None, "none"),
+        (0, 0, 0, "disk"),
+    ],
+)
+def test_the_rule(needed: int, disk: int, ram: int | None, mode: str) -> None:
+    plan = choose_cache("auto", needed, free_disk=disk, available_ram=ram)
+    assert plan.mode == mode
+    assert plan.reason
+
+
+def test_memory_is_not_taken_blindly() -> None:
+    with pytest.raises(ConfigError, match=r"data\.cache=ram: the decoded pictures take about 5\.0 GiB, 3\.0 GiB"):
+        choose_cache("ram", 5 * GIB, free_disk=0, available_ram=3 * GIB)
+    assert choose_cache("ram", 5 * GIB, free_disk=0, available_ram=6 * GIB).mode == "ram"
+
+
+def test_what_the_machine_has(tmp_path: Path) -> None:
+    assert free_disk_bytes(tmp_path / "not" / "there") > 0
+    (tmp_path / "file").touch()
+    assert free_disk_bytes(tmp_path / "file" / "below") == 0
+    ram = available_ram_bytes()
+    assert ram is None or ram > 0
+
+
+def test_the_estimate(root: Path) -> None:
+    exact = sum(VIEW.load(root / path).size for path in paths(root))
+    assert estimate_bytes(VIEW, root, paths(root)) == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.parametrize("recipe", ["none", "light", "crop_flip", "bit", "strong"])
+def test_a_run_sees_the_same_pictures_with_and_without(tmp_path: Path, recipe: str) -> None:
+    for name in ("a", "b"):
+        for number in range(4):
+            folder = tmp_path / "two" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(number).integers(
+                0, 256, (150, 210, 3), dtype=np.uint8
+            )  # larger than the view
+            Image.fromarray(noise).save(folder / f"{number}.jpg")
+    batches = []
+    for cache in ("none", "ram", "disk", "disk"):
+        data = Folder(
+            tmp_path / "two", img_size=32, recipe=recipe, cache=cache, cache_dir=tmp_path / "c", num_workers=1
+        )
+        data.setup("fit")
+        batches.append([*epoch_batches(data, 0), *epoch_batches(data, 3), *data.val_dataloader()])
+        assert (data.train_dataset.store is None) == (cache == "none")
+    for other in batches[1:]:
+        for (images, targets), (expected, labels) in zip(other, batches[0], strict=True):
+            assert torch.equal(images, expected)
+            assert torch.equal(targets, labels)
+    assert "all there" in dict(data.describe())["cache"]
+
+
+def test_a_cache_that_cannot_be_written_is_reported_and_done_without(
+    folder_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    data = Folder(folder_root, img_size=32, cache="disk", cache_dir=tmp_path / "file" / "cache")
+    data.setup("fit")
+    assert len(epoch_batches(data)) == 9
+    said = capsys.readouterr().err
+    assert said.startswith("warning: the cache could not be completed")
+    assert "0 of 9 pictures are in it" in said
