@@ -8,11 +8,9 @@ from typing import Literal
 from gn_transfer.config import ConfigError
 from gn_transfer.data.base import FitPictures, PictureData
 from gn_transfer.data.dataset import Picture
+from gn_transfer.data.decode import SUFFIXES
 from gn_transfer.data.splits import stratified_split
 from gn_transfer.data.transforms import Recipe
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"})
-"""Endings, in any case, of the files that count as pictures; others, and hidden ones, are left alone."""
 
 _VAL_NAMES = ("val", "valid", "validation")
 
