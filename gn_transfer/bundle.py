@@ -228,17 +228,30 @@ def load_bundle(folder: str | os.PathLike[str], *, threads: int | None = None) -
             f"{folder} wants a crop of {metadata['crop_fraction']} of the short side, this gn-transfer cuts "
             f"{CROP_FRACTION}; use the version that wrote it, {metadata.get('versions', {}).get('gn-transfer')}."
         )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or thread_count()
-    options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(folder / GRAPH, options, providers=["CPUExecutionProvider"])
+        session = open_graph(folder / GRAPH, threads)
     except Exception as error:  # onnxruntime's errors share no base class but this
         raise ConfigError(
             f"{folder / GRAPH}: onnxruntime {onnxruntime.__version__} cannot run it ({error}); it needs a version that "
             f"knows opset {metadata.get('opset')}. Update onnxruntime, or export the checkpoint again."
         ) from error
     return Bundle(folder, metadata, session)
+
+
+def open_graph(path: Path, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """Open a graph for the CPU.
+
+    Args:
+        path: An ONNX file.
+        threads: See :func:`load_bundle`.
+
+    Returns:
+        onnxruntime's session.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or thread_count()
+    options.log_severity_level = 3  # errors come as exceptions
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

@@ -320,7 +320,7 @@ def validation_data(config: Mapping[str, Any], classes: Sequence[str], root: str
     class_path, arguments = config["data"]["class_path"], dict(config["data"]["init_args"])
     package, _, name = class_path.rpartition(".")
     kind = getattr(data_modules, name, None) if name in data_modules.__all__ else None
-    if package not in ("", "gn_transfer.data") or kind is None or not issubclass(kind, PictureData):
+    if package not in ("", "gn_transfer.data") or not (isinstance(kind, type) and issubclass(kind, PictureData)):
         raise ConfigError(f"the run was trained on {class_path}, and export runs only data modules of gn_transfer.")
     arguments["seed"] = config["seed_everything"]
     if root is not None:

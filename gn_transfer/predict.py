@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -74,7 +75,9 @@ def run(arguments: Sequence[str]) -> int:
     bundle = load_bundle(options.bundle, threads=options.threads)
     paths = find_pictures(options.pictures)
     try:
-        failed = _predict(bundle, paths, options.top_k, options.batch_size, FORMATS[options.format])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what decoders warn of is either read, or refused and listed
+            failed = _predict(bundle, paths, options.top_k, options.batch_size, FORMATS[options.format])
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
