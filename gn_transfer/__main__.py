@@ -72,6 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"gn-transfer: error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("gn_transfer"):
+            raise
+        print(
+            f"gn-transfer: error: {verb} needs {error.name}, which is not installed; install gn-transfer with what it "
+            "depends on (without it, only predict works).",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("gn-transfer: interrupted", file=sys.stderr)
         return 130

@@ -96,7 +96,7 @@ class Bundle:
         """Classify pictures.
 
         Args:
-            pictures: Paths, uint8 RGB arrays ``(H, W, 3)`` of any size, or Pillow images.
+            pictures: A list of paths, uint8 RGB arrays ``(H, W, 3)`` of any size, or Pillow images, mixed as you like.
             top_k: How many classes to name per picture, at least 1.
             batch_size: Pictures per run of the graph; no result depends on it but by rounding.
 
@@ -130,6 +130,8 @@ class Bundle:
         Raises:
             ConfigError: See :meth:`predict`.
         """
+        if isinstance(pictures, str | os.PathLike | Image.Image):
+            raise ConfigError("predict takes several pictures: give a list, if of one.")
         for name, value in (("top_k", top_k), ("batch_size", batch_size)):
             if value < 1:
                 raise ConfigError(f"{name}={value} is out of range; give an integer of at least 1.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -163,7 +164,12 @@ def run(arguments: Sequence[str]) -> int:
     )
     options = parser.parse_args(arguments)
     path = find_checkpoint(options.checkpoint)
-    parity = export_bundle(path, options.output, data_root=options.root, archive=options.format == "pt2", say=print)
+    try:
+        parity = export_bundle(path, options.output, data_root=options.root, archive=options.format == "pt2", say=print)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST):
+            raise
+        raise ConfigError(f"--output {options.output} cannot be written: {error}; name another folder.") from error
     size = sum(file.stat().st_size for file in options.output.iterdir()) / 2**20
     print(f"parity      {parity.summary()}")
     print(
@@ -270,6 +276,12 @@ def export_bundle(
         }
         _seal(folder, metadata)  # the comparison goes the user's way, through a bundle that loads
         parity = _compare(model, load_bundle(folder), data, metadata)
+        metadata["validation"]["same_pictures_as_the_run"] = same = _same_split(checkpoint, data)
+        if same is False:
+            say(
+                "warning     the validation pictures are not those of the run (see its split.json); some may have been "
+                "trained on, so that accuracies here may be too high"
+            )
         if not parity.holds:
             raise ParityError(f"the bundle differs from {checkpoint}: {parity.summary()}. No bundle was written.")
         (folder / CARD).write_text(model_card(metadata), encoding="utf-8")
@@ -360,7 +372,10 @@ def rebuild_model(content: Mapping[str, Any], checkpoint: Path) -> TransferClass
     """
     stored = content["gn_transfer"]
     try:
-        model = TransferClassifier(**stored["config"]["model"])
+        arguments = dict(stored["config"]["model"])
+        if arguments["norm"] == "bn_sync":  # computes what bn computes, without CUDA
+            arguments["norm"] = "bn"
+        model = TransferClassifier(**arguments)
         model.restore(stored)
         model.build(stored["classes"])
         model.load_state_dict(content["state_dict"])
@@ -461,6 +476,13 @@ def _compare(model: TransferClassifier, bundle: Bundle, data: PictureData, metad
         "confused": confused_pairs(targets, theirs.argmax(1), bundle.classes),
     }
     return parity
+
+
+def _same_split(checkpoint: Path, data: PictureData) -> bool | None:
+    """Say whether the validation pictures are the run's; None where its split.json is gone."""
+    run_folder = run_of_checkpoint(checkpoint)
+    recorded = _read_json(None if run_folder is None else run_folder.logs / "split.json").get("val")
+    return None if recorded is None else sorted(recorded) == sorted(data.split()["val"])
 
 
 def _seal(folder: Path, metadata: dict[str, Any]) -> None:

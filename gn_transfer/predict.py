@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import importlib.util
 import json
 import os
 import sys
@@ -229,9 +230,12 @@ def _progress(total: int) -> Iterator[Callable[[], None]]:
     if total < _MANY or not sys.stderr.isatty():
         yield lambda: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    except ModuleNotFoundError:  # installed for prediction alone
+        yield lambda: None
+        return
     columns = (BarColumn(), MofNCompleteColumn(), "pictures", TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
@@ -243,6 +247,8 @@ def _check_figure(path: Path) -> None:
         raise ConfigError(f"--figure {path}: give a file ending in .png, .pdf, .svg or .jpg.")
     if not path.parent.is_dir():
         raise ConfigError(f"--figure {path}: there is no folder {path.parent}; create it first.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--figure needs matplotlib, which is not installed; pip install matplotlib.")
 
 
 def _draw(bundle: Bundle, paths: Sequence[str], target: Path) -> None:

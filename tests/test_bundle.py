@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,6 +72,12 @@ def test_a_bad_picture_raises_or_is_handed_out(bundle_dir, tmp_path):
 def test_arrays_that_are_no_pictures(bundle_dir, array):
     with pytest.raises(ConfigError, match="give uint8 RGB"):
         load_bundle(bundle_dir).predict([array])
+
+
+@pytest.mark.parametrize("one", ["cat.jpg", Path("cat.jpg"), Image.new("RGB", (4, 4))])
+def test_one_picture_is_given_as_a_list(bundle_dir, one):
+    with pytest.raises(ConfigError, match="give a list"):
+        load_bundle(bundle_dir).predict(one)
 
 
 @pytest.mark.parametrize("key", ["top_k", "batch_size"])

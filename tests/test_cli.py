@@ -53,6 +53,16 @@ def test_help_imports_no_torch_and_is_quick():
     assert "pets_gnws.yaml" in done.stdout
 
 
+def test_an_installation_for_prediction_alone(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gn_transfer.export", None)  # importing it fails as without torch
+    with pytest.raises(ModuleNotFoundError):  # a fault of ours is not the user's
+        main(["export"])
+    monkeypatch.delitem(sys.modules, "gn_transfer.export")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.delitem(sys.modules, "gn_transfer.inference_graph", raising=False)
+    assert "export needs onnx, which is not installed" in failure(capsys, "export")
+
+
 def test_an_unknown_verb(capsys):
     assert "did you mean 'fit'" in failure(capsys, "fti")
 

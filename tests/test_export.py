@@ -72,6 +72,7 @@ def test_a_bundle_holds_what_was_promised(bundle):
     expected = {"norm": "gn_ws", "backbone": BACKBONE, "img_size": SIZE, "weights": "raw", "format_version": 1}
     assert expected.items() <= metadata.items()
     assert metadata["parity"]["pictures"] == sum(metadata["validation"]["pictures"].values()) == 6
+    assert metadata["validation"]["same_pictures_as_the_run"] is True
     assert metadata["parity"]["max_difference"] < 1e-4
     assert metadata["parity"]["same_class"] >= metadata["parity"]["decided_same_class"] == metadata["parity"]["decided"]
     assert metadata["metrics"]["val/acc1"] == pytest.approx(metadata["parity"]["accuracy_bundle"])
@@ -179,6 +180,21 @@ def test_where_a_run_lies(in_root):
         find_checkpoint(Path("gone"))
     with pytest.raises(ConfigError, match=r"has no best.ckpt or last.ckpt"):
         find_checkpoint(Path("runs"))
+
+
+def test_other_validation_pictures_than_the_runs_are_told(in_root, bundle, monkeypatch, capsys):
+    shutil.copytree("pictures", "more")
+    held_out = Path("more") / json.loads(Path("runs/folder/gn_ws-bs4-seed0/split.json").read_text())["val"][0]
+    held_out.rename(held_out.with_name("renamed.png"))
+    monkeypatch.setattr(export, "write_onnx", lambda net, size, path: shutil.copy(bundle / "model.onnx", path))
+    assert main(["export", str(CHECKPOINT), "--output", "more_bundle", "--data.root", "more"]) == 0
+    assert "the validation pictures are not those of the run" in capsys.readouterr().out
+
+
+def test_an_output_that_cannot_be_written(in_root, capsys):
+    Path("file").write_text("x")
+    assert main(["export", str(CHECKPOINT), "--output", "file/bundle"]) == 2
+    assert "--output file/bundle cannot be written" in capsys.readouterr().err
 
 
 def bad_checkpoint(root: Path, **changes: object) -> str:
