@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,8 @@ VERBS = {
     "validate": "evaluate a checkpoint on the validation split: gn-transfer validate --ckpt_path CKPT",
     "test": "evaluate a checkpoint on the test split, once all choices are made: gn-transfer test --ckpt_path CKPT",
     "data": "know the pictures before training: gn-transfer data check|sample|cache|show --config pets_gnws.yaml",
+    "export": "write a checkpoint as a bundle for inference: gn-transfer export CKPT --output BUNDLE",
+    "predict": "classify pictures with a bundle: gn-transfer predict BUNDLE PICTURES",
 }
 
 _HELP = """\
@@ -28,7 +31,8 @@ built-in configs, for --config:
   {configs}
 
 gn-transfer VERB --help lists the options of a verb. gn-transfer --version prints the version.
-Exit codes: 0 done, 2 a mistake in the input (one message), 1 a fault of the program, 130 interrupted.
+Exit codes: 0 done, 2 a mistake in the input (one message), 3 done but for some inputs (listed), 1 a fault of the
+program, 130 interrupted.
 """
 
 
@@ -46,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; ``None`` takes those of the process.
 
     Returns:
-        Exit code: 0 done, 2 the user's mistake, 130 interrupted. A fault of the program raises.
+        Exit code: 0 done, 2 the user's mistake, 3 some inputs failed, 130 interrupted. A fault of the program raises.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -59,15 +63,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise ConfigError(f"{verb!r} is not a verb; {did_you_mean(verb, VERBS)}. See gn-transfer --help.")
-        if verb == "data":
-            from gn_transfer import data_cli
-
-            return data_cli.run(rest)
+        if verb in ("data", "export", "predict"):
+            module = "data_cli" if verb == "data" else verb
+            return int(importlib.import_module(f"gn_transfer.{module}").run(rest))
         from gn_transfer import cli
 
         return cli.run(verb, rest)
+    except SystemExit as leaving:  # argparse, after printing help
+        return int(leaving.code or 0)
     except ConfigError as error:
         print(f"gn-transfer: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("gn_transfer"):
+            raise
+        print(
+            f"gn-transfer: error: {verb} needs {error.name}, which is not installed; install gn-transfer with what it "
+            "depends on (without it, only predict works).",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("gn-transfer: interrupted", file=sys.stderr)

@@ -1,10 +1,12 @@
-"""Files that are whole or absent, never half-written."""
+"""Files and folders that are whole or absent, never half-written."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,3 +21,31 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Fill a folder beside the target, and rename it when the block ends without an error.
+
+    Args:
+        target: Folder to write; one that is there is replaced. The folder it lies in exists.
+
+    Yields:
+        An empty folder to fill; removed after an error, which leaves the target as it was.
+    """
+    target = target.resolve()
+    partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    partial.mkdir()
+    try:
+        yield partial
+        if target.exists():
+            target.rename(old)
+        try:
+            partial.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

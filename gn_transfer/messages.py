@@ -1,12 +1,25 @@
-"""The parser's messages in our words: what is wrong, the value got, what is allowed."""
+"""The parsers' messages in our words: what is wrong, the value got, what is allowed."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 from collections.abc import Sequence
+from typing import NoReturn
 
-from gn_transfer.config import did_you_mean
+from gn_transfer.config import ConfigError, did_you_mean
+
+
+class Parser(argparse.ArgumentParser):
+    """Python's parser, for the verbs that are not Lightning's; options are never guessed from a beginning."""
+
+    def __init__(self, *, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of leaving the process."""
+        raise ConfigError(f"{message}. See {self.prog} --help.")
 
 
 def explain(message: str, known_keys: Sequence[str], data_modules: Sequence[str]) -> str:

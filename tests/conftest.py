@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 from PIL import Image
 
+from gn_transfer.bundle import FORMAT, FORMAT_VERSION, GRAPH, METADATA, metadata_sha256, sha256
+
 WritePicture = Callable[..., Path]
+BUNDLE_CLASSES = ["red", "green", "blue"]
+BUNDLE_SIZE = 8
 
 
 def make_pixels(height: int, width: int, seed: int) -> np.ndarray:
@@ -69,3 +76,56 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("GN_TRANSFER_TEST_DATA is not set: no real pictures to test on")
     return Path(folder)
+
+
+def _write_graph(path: Path) -> None:
+    """Logits are the mean of each channel / 10: the brightest channel is the class."""
+    nodes = [
+        helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["pixels", "axes"], ["means"], keepdims=0),
+        helper.make_node("Div", ["means", "ten"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["probs"], axis=1),
+    ]
+    constants = [
+        helper.make_tensor("axes", TensorProto.INT64, [2], [1, 2]),
+        helper.make_tensor("ten", TensorProto.FLOAT, [], [10.0]),
+    ]
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", BUNDLE_SIZE, BUNDLE_SIZE, 3])
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in ("logits", "probs")]
+    graph = helper.make_graph(nodes, "brightest", [images], outputs, constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+
+
+def _seal(folder: Path, **changes: object) -> None:
+    """Write bundle.json as export would, with changes."""
+    metadata: dict[str, object] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "classes": BUNDLE_CLASSES,
+        "img_size": BUNDLE_SIZE,
+        "crop_fraction": 0.875,
+        "norm": "gn",
+        "backbone": "none",
+        "weights": "raw",
+        "files": {path.name: sha256(path) for path in folder.iterdir() if path.name != METADATA},
+        **changes,
+    }
+    metadata["sha256"] = metadata_sha256(metadata)
+    (folder / METADATA).write_text(json.dumps(metadata))
+
+
+@pytest.fixture
+def bundle_dir(tmp_path: Path) -> Path:
+    """A bundle whose class is the brightest of three channels."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    _write_graph(folder / GRAPH)
+    (folder / "README.md").write_text("a card")
+    _seal(folder)
+    return folder
+
+
+@pytest.fixture
+def seal() -> Callable[..., None]:
+    """Write the bundle.json of a folder anew, with changes."""
+    return _seal

@@ -42,7 +42,7 @@ def failure(capsys, *arguments: str) -> str:
 
 
 def test_the_public_surface():
-    assert list(VERBS) == ["fit", "validate", "test", "data"]
+    assert list(VERBS) == ["fit", "validate", "test", "data", "export", "predict"]
 
 
 def test_help_imports_no_torch_and_is_quick():
@@ -51,6 +51,16 @@ def test_help_imports_no_torch_and_is_quick():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert time.monotonic() - began < 2.0  # 0.3 s on a quiet machine
     assert "pets_gnws.yaml" in done.stdout
+
+
+def test_an_installation_for_prediction_alone(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gn_transfer.export", None)  # importing it fails as without torch
+    with pytest.raises(ModuleNotFoundError):  # a fault of ours is not the user's
+        main(["export"])
+    monkeypatch.delitem(sys.modules, "gn_transfer.export")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.delitem(sys.modules, "gn_transfer.inference_graph", raising=False)
+    assert "export needs onnx, which is not installed" in failure(capsys, "export")
 
 
 def test_an_unknown_verb(capsys):

@@ -47,11 +47,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, argument: str = "--ckpt_path") -> dict[str, Any]:
     """Read a checkpoint of ours from a local file, without running any code in it.
 
     Args:
         path: Local path.
+        argument: What the user gave it to, for messages.
 
     Returns:
         The checkpoint; its tensors on the CPU.
@@ -62,19 +63,19 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(
-            f"--ckpt_path {path}: no such file; give a checkpoint, such as checkpoints/pets_gnws/RUN/best.ckpt, or "
+            f"{argument} {path}: no such file; give a checkpoint, such as checkpoints/pets_gnws/RUN/best.ckpt, or "
             "`last` for the newest run of this config."
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever a damaged file leads it to
         raise ConfigError(
-            f"--ckpt_path {path} cannot be read ({type(error).__name__}); it is damaged or holds more than plain "
+            f"{argument} {path} cannot be read ({type(error).__name__}); it is damaged or holds more than plain "
             "values and tensors. Use another checkpoint of the run, such as best.ckpt."
         ) from error
     if not isinstance(content, dict) or "gn_transfer" not in content:
         raise ConfigError(
-            f"--ckpt_path {path} is not a checkpoint of gn-transfer; to start from other weights set model.pretrained."
+            f"{argument} {path} is not a checkpoint of gn-transfer; to start from other weights set model.pretrained."
         )
     checkpoint: dict[str, Any] = content
     return checkpoint

@@ -30,7 +30,8 @@ from gn_transfer.data.cache import (
     free_disk_bytes,
     mib,
 )
-from gn_transfer.data.dataset import SUFFIXES, Picture, PictureDataset, find_bad_images, with_remedy
+from gn_transfer.data.dataset import Picture, PictureDataset, find_bad_images, with_remedy
+from gn_transfer.data.decode import SUFFIXES
 from gn_transfer.data.loader import PictureLoader
 from gn_transfer.data.progress import progress_bar
 from gn_transfer.data.sampler import EpochSampler

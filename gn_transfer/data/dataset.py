@@ -20,9 +20,6 @@ from gn_transfer.data.sampler import Key, sample_uniforms
 from gn_transfer.data.transforms import NUM_UNIFORMS, Augmentation
 from gn_transfer.data.view import View
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"})
-"""Endings, in any case, of the files that count as pictures; others, and hidden ones, are left alone."""
-
 
 class Picture(NamedTuple):
     """One labelled file.

@@ -18,8 +18,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gn_transfer.config import ConfigError
 
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"})
+"""Endings, in any case, of the files that count as pictures; others, and hidden ones, are left alone."""
+
 MAX_PIXELS = 89_478_485
 """Larger pictures are refused before they are decoded: Pillow's own bound, 256 MiB of RGB pixels."""
+
+MAX_BYTES = 2**30
+"""Larger files are refused before they are read: more than 16-bit RGBA of :data:`MAX_PIXELS`, uncompressed."""
 
 _JPEG = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
@@ -34,6 +40,7 @@ _SUFFIX_FORMATS = {
     ".tif": "TIFF",
     ".tiff": "TIFF",
 }
+_PICTURE_BRANDS = {b"avif", b"avis", b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
 _STANDALONE_MARKERS = {0x01, *range(0xD0, 0xD8)}  # TEM and RSTn carry no length
 _OPENCV_FLAGS = {
     1: cv2.IMREAD_COLOR,
@@ -140,6 +147,28 @@ def jpeg_reduction(header: JpegHeader, least_side: int | None) -> int:
     return next((divisor for divisor in (8, 4, 2) if short // divisor >= least_side), 1)
 
 
+def pillow_to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
+    """Give a Pillow image's first frame as upright 8-bit RGB; see :func:`decode_image`.
+
+    Args:
+        image: Of any mode.
+        path: What to call it in messages.
+
+    Returns:
+        Pixels, shape ``(H, W, 3)``, RGB.
+
+    Raises:
+        BadImageError: It cannot be decoded, is too large, or holds floating-point pixels.
+    """
+    _check_size(*image.size, path)
+    if image.mode == "F":
+        raise BadImageError(path, "holds floating-point pixels, whose range is unknown; save it with 8 or 16 bits")
+    try:
+        return np.array(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+        raise BadImageError(path, f"cannot be decoded: {error}") from error
+
+
 def check_image(path: str | os.PathLike[str]) -> None:
     """Look at a file's two ends: finds what is missing, empty, truncated or no picture, in some 50 us.
 
@@ -233,6 +262,31 @@ def describe_file(path: str | os.PathLike[str]) -> FileKind:
     return FileKind(kind, mode, "; ".join(warnings))
 
 
+def video_kind(head: bytes) -> str | None:
+    """Recognize a video by its first bytes.
+
+    Args:
+        head: At least 12 bytes of the file.
+
+    Returns:
+        Name of the container, or None for anything that is no video; AVIF and HEIC pictures share MP4's container and
+        are none.
+
+    Example:
+        >>> video_kind(b"\\x00\\x00\\x00\\x20ftypisom")
+        'an MP4'
+    """
+    if head[4:8] == b"ftyp":
+        return None if head[8:12] in _PICTURE_BRANDS else "an MP4"
+    if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
+        return "an AVI"
+    if head.startswith(b"\x1a\x45\xdf\xa3"):
+        return "a Matroska or WebM"
+    if head.startswith((b"\x00\x00\x01\xba", b"\x00\x00\x01\xb3")):
+        return "an MPEG"
+    return None
+
+
 def read_jpeg_header(data: bytes) -> JpegHeader | None:
     """Walk the segments of a JPEG up to its pixel data.
 
@@ -271,7 +325,13 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
 
 def _read(path: str | os.PathLike[str]) -> bytes:
     try:
-        data = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            data = file.read(16)
+            if kind := video_kind(data):
+                raise BadImageError(path, f"{kind} video, not a picture; extract its frames first")
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise BadImageError(path, f"larger than {MAX_BYTES / 2**20:.0f} MiB")
+            data += file.read()
     except OSError as error:
         raise BadImageError(path, _os_reason(error)) from error
     if not data:
@@ -321,18 +381,13 @@ def _open_with_pillow(data: bytes, path: str | os.PathLike[str]) -> Image.Image:
         raise BadImageError(path, f"more than {MAX_PIXELS / 1e6:.0f} megapixels: {error}") from error
     except Exception as error:  # a damaged header surfaces as whatever its parser ran into
         raise BadImageError(path, f"cannot be opened: {error}") from error
-    _check_size(*image.size, path)
+    _check_size(*image.size, path)  # before a pixel is decoded
     return image
 
 
 def _decode_with_pillow(data: bytes, path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
     with _open_with_pillow(data, path) as image:
-        if image.mode == "F":
-            raise BadImageError(path, "holds floating-point pixels, whose range is unknown; save it with 8 or 16 bits")
-        try:
-            return np.array(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
-        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-            raise BadImageError(path, f"cannot be decoded: {error}") from error
+        return pillow_to_rgb(image, path)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -7,7 +7,8 @@ from typing import Any
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.base import FitPictures, PictureData
-from gn_transfer.data.dataset import SUFFIXES, Picture
+from gn_transfer.data.dataset import Picture
+from gn_transfer.data.decode import SUFFIXES
 from gn_transfer.data.splits import stratified_split
 
 _VAL_NAMES = ("val", "valid", "validation")

@@ -211,9 +211,9 @@ def _convert_conv(conv: nn.Conv2d, name: str, standardize: bool) -> nn.Conv2d:
     """Exchange ``nn.Conv2d`` and (our or timm's) ``StdConv2d`` as wanted; refuse what computes something else."""
     kind = type(conv)
     if isinstance(conv, StdConv2d):
-        return conv if standardize else _plain_conv(conv)
+        return conv if standardize else plain_conv(conv)
     if kind.__name__ == "StdConv2d" and hasattr(conv, "eps"):  # timm's
-        return StdConv2d.from_conv(conv, eps=float(conv.eps)) if standardize else _plain_conv(conv)  # type: ignore[arg-type]
+        return StdConv2d.from_conv(conv, eps=float(conv.eps)) if standardize else plain_conv(conv)  # type: ignore[arg-type]
     if kind.forward is nn.Conv2d.forward:
         one_weight = conv.weight[0].numel() == 1
         return StdConv2d.from_conv(conv) if standardize and not one_weight else conv
@@ -225,7 +225,8 @@ def _convert_conv(conv: nn.Conv2d, name: str, standardize: bool) -> nn.Conv2d:
     return conv
 
 
-def _plain_conv(conv: nn.Conv2d) -> nn.Conv2d:
+def plain_conv(conv: nn.Conv2d) -> nn.Conv2d:
+    """Make an ``nn.Conv2d`` of a convolution's geometry and its very parameters, standardized no longer."""
     with torch.device("meta"):
         new = nn.Conv2d(*conv_geometry(conv))
     new.weight, new.bias = conv.weight, conv.bias
