@@ -229,10 +229,10 @@ def fill(
     stop = threading.Event()
 
     def one(index: int) -> Literal["there", "decoded", "bad", "left"]:
-        if stop.is_set():
-            return "left"
         if store.has(index):
             return "there"
+        if stop.is_set():
+            return "left"
         try:
             pixels_HWC = view.load(root / paths[index])
         except BadImageError:

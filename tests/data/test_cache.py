@@ -157,6 +157,7 @@ def test_a_full_disk_leaves_the_rest_to_decoding(root: Path, monkeypatch: pytest
     assert filled == (5, 5, 0, "No space left on device")
     assert_right(root, kept, complete=False)
     assert list(kept.folder.glob("*/.*")) == []
+    assert build(root, store(root), threads=1)[:2] == (5, 0)  # full still: what is there is found
 
 
 def test_what_a_killed_builder_left_is_swept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def test_the_numbers_alone_decide(recipe: Recipe, backend: str) -> None:
         assert one.shape == (32, 32, 3)
         np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(image, before)
-    assert len({picture.tobytes() for picture in first}) > 3
+    assert len({picture.tobytes() for picture in first}) >= 3
 
 
 def draws(recipe: Recipe, height: int, width: int, count: int = 4000) -> np.ndarray:
