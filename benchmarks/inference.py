@@ -137,11 +137,11 @@ def main() -> None:
         contenders["timm bn"] = eager(timm.create_model("resnetv2_50", num_classes=CLASSES))
         images = np.random.default_rng(0).integers(0, 256, (32, options.img_size, options.img_size, 3), dtype=np.uint8)
         one = measure(contenders, images[:1], options.rounds, repeats=5)
-        many = measure(contenders, images, rounds=3, repeats=1)
         profiles = {  # the quietest of three
             name: min((profile(path, options.threads, images[:1]) for _ in range(3)), key=lambda p: sum(p.values()))
             for name, path in paths.items()
         }
+        many = measure(contenders, images, rounds=3, repeats=1)
     ours = "bundle gn_ws"
     result: dict[str, Any] = {
         "what": "CPU inference of ResNet-50 size",

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from gn_transfer.config import ConfigError
 from gn_transfer.layers import GroupNorm, StdConv2d, plain_conv
 
-OPSET = 20
-"""Operator set of the graph; onnxruntime runs it from 1.17 on."""
+OPSET = 18
+"""Operator set of the graph: the one that torch's exporter writes by itself, old enough for every runtime in use."""
 
 _MOST_PARAMETERS = 480_000_000  # an ONNX file is one protobuf message, at most 2 GiB
 
