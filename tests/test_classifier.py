@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +141,7 @@ def test_numbers_out_of_range(key, value):
 def test_compiling_takes_the_weights_of_the_window_as_inputs(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(TransferClassifier, "_data", lambda self: SimpleNamespace(seed=0))  # no trainer here
     model = build("gn_ws", compile=True)
     model.on_fit_start()
     assert compiled == [model.net]
