@@ -19,6 +19,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from gn_transfer.arguments import Arguments
 from gn_transfer.callbacks import (
@@ -104,8 +105,8 @@ def run(verb: str, arguments: Sequence[str], kind: Callable[[Arguments], Command
         except ArgumentError as error:
             raise ConfigError(explain(str(error), _known_keys(), [kind.__name__ for kind in DATA])) from error
         except SystemExit as error:
-            # Lightning turns Ctrl-C into exit code 1; jsonargparse leaves with 0 after printing help.
-            if error.code in (0, None):
+            # Lightning turns Ctrl-C into exit code 1, SIGTERM into none; jsonargparse leaves with 0 after printing help.
+            if error.code in (0, None) and not isinstance(error, SIGTERMException):
                 return 0
             raise KeyboardInterrupt from error
         except OSError as error:

@@ -285,7 +285,8 @@ class WindowWeight:
         raw = torch.ops.aten.native_layer_norm_backward(
             rows, weight_rows, rows.shape[1:], self._mean, self._rstd, None, None, [True, False, False]
         )[0]
-        return rows_to_filters(raw, weight)
+        # into the memory that gathered it: new memory for every weight in turn leaves holes between the old
+        return rows_to_filters(rows.copy_(raw), weight)
 
 
 class _Attach(torch.autograd.Function):
