@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -217,19 +218,26 @@ def test_killed_at_random_moments(root: Path, write_picture: Any) -> None:
     for number in range(12, 300):
         write_picture(root / f"{number}.jpg", seed=number, size=(200, 300))
     interrupted = 0
-    for _ in range(20):
+    for _ in range(60):
+        before = store(root).count()
         process = builder(root)
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-        time.sleep(random.random() * 0.05)
+        while process.poll() is None and store(root).count() <= before:
+            time.sleep(0.001)  # a kill before it builds would show nothing
+        time.sleep(random.random() * 0.03)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        interrupted += store(root).count() < 300
+        interrupted += before < store(root).count() < 300
         assert_right(root, store(root), complete=False)
+        if interrupted == 20:
+            break
+        if store(root).count() > 200:
+            shutil.rmtree(store(root).folder)
     build(root)
     assert_right(root, store(root))
-    assert interrupted
+    assert interrupted == 20
 
 
 @pytest.mark.parametrize(
