@@ -105,7 +105,7 @@ def run(verb: str, arguments: Sequence[str], kind: Callable[[Arguments], Command
         except ArgumentError as error:
             raise ConfigError(explain(str(error), _known_keys(), [kind.__name__ for kind in DATA])) from error
         except SystemExit as error:
-            # Lightning turns Ctrl-C into exit code 1, SIGTERM into none; jsonargparse leaves with 0 after printing help.
+            # Lightning turns Ctrl-C into exit code 1, SIGTERM into none; jsonargparse leaves with 0 after help.
             if error.code in (0, None) and not isinstance(error, SIGTERMException):
                 return 0
             raise KeyboardInterrupt from error
