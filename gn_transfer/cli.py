@@ -33,6 +33,7 @@ from gn_transfer.callbacks import (
     RunRecord,
     Throughput,
     ValidationFigures,
+    WeightAverage,
     device_type,
     resolve_precision,
 )
@@ -65,7 +66,7 @@ DATA = (Sample, Pets, Folder, TinyImageNet)
 """What ``--data NAME`` offers; jsonargparse finds subclasses of PictureData that are imported."""
 
 # What decides the course of a training: a resumed run must not change it. The number of epochs may grow.
-_FIXED_ON_RESUME = ("seed_everything", "data", "model", "accumulation", "mixed_precision")
+_FIXED_ON_RESUME = ("seed_everything", "data", "model", "accumulation", "mixed_precision", "ema")
 _FREE_ON_RESUME = {
     "data.init_args.root",
     "data.init_args.num_workers",
@@ -163,6 +164,7 @@ class Command(LightningCLI):
         parser.add_lightning_class_args(TransferClassifier, "model")
         parser.add_lightning_class_args(GradientAccumulation, "accumulation")
         parser.add_lightning_class_args(MixedPrecision, "mixed_precision")
+        parser.add_lightning_class_args(WeightAverage, "ema")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.add_lightning_class_args(OptionalEarlyStopping, "early_stopping")
         parser.add_lightning_class_args(Trainer, "trainer")
@@ -182,6 +184,10 @@ class Command(LightningCLI):
             raise ConfigError(
                 f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}: set "
                 "accumulation.effective_batch_size (pictures per optimizer step) instead."
+            )
+        if config.trainer.gradient_clip_val is not None:
+            raise ConfigError(
+                f"trainer.gradient_clip_val={config.trainer.gradient_clip_val}: set model.clip_norm instead."
             )
         if self.arguments.stored is not None:
             self._settle(self.arguments.stored)
@@ -240,7 +246,7 @@ class Command(LightningCLI):
             "plugins": [*_as_list(self._get(self.config_init, "trainer").plugins), AtomicCheckpointIO()],
             **kwargs,
         }
-        groups = ["accumulation", "mixed_precision", "checkpoint", "early_stopping"]
+        groups = ["accumulation", "mixed_precision", "ema", "checkpoint", "early_stopping"]
         ours = [self._get(self.config_init, group) for group in groups]
         return self._instantiate_trainer(trainer_config, [*ours, *callbacks])
 
@@ -259,7 +265,7 @@ class Command(LightningCLI):
         if resumed is not None:
             model.restore(resumed)
             _check_classes(resumed["classes"], data.classes)
-        model.build(data.classes, class_weight=data.class_weight_tensor)
+        model.build_for(data)
         model.check_batch(batch_size=data.batch_size, img_size=data.img_size)
         plan = make_plan(
             model,
@@ -327,7 +333,14 @@ class Command(LightningCLI):
         self.best.dirpath = str(run_folder.checkpoints)
         last = self._get(self.config_init, "checkpoint")
         last.directory = run_folder.checkpoints
-        facts = {**hparams, **environment(), "config": self.arguments.config_name, "run": run_folder.name}
+        averaged = self._get(self.config_init, "ema").describe()
+        facts = {
+            **hparams,
+            **environment(),
+            "evaluated_weights": averaged,
+            "config": self.arguments.config_name,
+            "run": run_folder.name,
+        }
         if trainer.is_global_zero:
             (run_folder.logs / "config.yaml").write_text(
                 yaml.safe_dump(_without_links(plain), sort_keys=False), encoding="utf-8"
@@ -441,6 +454,7 @@ def _known_keys() -> list[str]:
         ("model", TransferClassifier),
         ("accumulation", GradientAccumulation),
         ("mixed_precision", MixedPrecision),
+        ("ema", WeightAverage),
         ("checkpoint", LastCheckpoint),
         ("early_stopping", OptionalEarlyStopping),
         ("trainer", Trainer),

@@ -92,9 +92,16 @@ def test_a_truncated_file(tmp_path, bn_file, suffix):
 
 
 def test_auto_picks_architecture_and_tag_for_the_norm():
-    assert resolve_pretrained("resnetv2_50", "gn_ws", "auto") == ("resnetv2_50x1_bit", "goog_in21k_ft_in1k")
-    assert resolve_pretrained("resnetv2_50", "bn_frozen", "auto") == ("resnetv2_50", "a1h_in1k")
-    assert resolve_pretrained("resnet50", "gn", "auto") == ("resnet50_gn", "a1h_in1k")
+    names = {
+        ("resnetv2_50", "gn_ws"): "timm:resnetv2_50x1_bit.goog_in21k_ft_in1k",
+        ("resnetv2_50", "bn_frozen"): "timm:resnetv2_50.a1h_in1k",
+        ("resnet50", "gn"): "timm:resnet50_gn.a1h_in1k",
+    }
+    for (backbone, norm), name in names.items():
+        weights = resolve_pretrained(backbone, norm, "auto")
+        assert weights.name == name
+        assert weights.architecture == name.partition(":")[2].partition(".")[0]
+    assert resolve_pretrained("resnetv2_50", "gn", "auto", "calibrated").name == "timm:resnetv2_50.a1h_in1k"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from gn_transfer.callbacks.accumulation import GradientAccumulation, micro_batches_per_window
 from gn_transfer.callbacks.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, read_checkpoint
 from gn_transfer.callbacks.early_stopping import OptionalEarlyStopping
+from gn_transfer.callbacks.ema import WeightAverage
 from gn_transfer.callbacks.figures import ValidationFigures
 from gn_transfer.callbacks.precision import MixedPrecision, device_type, resolve_precision
 from gn_transfer.callbacks.progress import EpochLines, ProgressBar, Throughput, peak_memory_mib
@@ -20,6 +21,7 @@ __all__ = [
     "RunRecord",
     "Throughput",
     "ValidationFigures",
+    "WeightAverage",
     "device_type",
     "micro_batches_per_window",
     "peak_memory_mib",

@@ -1,6 +1,13 @@
 """Layers of the small-batch engine: a plain torch library, usable without the rest of the package."""
 
-from gn_transfer.layers.batch_norm import BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d, SyncBatchNormAct
+from gn_transfer.layers.batch_norm import (
+    BatchNormAct2d,
+    FrozenBatchNorm2d,
+    FrozenBatchNormAct2d,
+    SyncBatchNormAct,
+    corrected_momentum,
+    reestimate_statistics,
+)
 from gn_transfer.layers.convert import Exchange, convert_norm, uses_weight_standardization
 from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, group_count
 from gn_transfer.layers.memory_format import preferred_memory_format
@@ -18,8 +25,10 @@ __all__ = [
     "StdConv2d",
     "SyncBatchNormAct",
     "convert_norm",
+    "corrected_momentum",
     "group_count",
     "preferred_memory_format",
+    "reestimate_statistics",
     "standardize_weight",
     "uses_weight_standardization",
 ]
