@@ -12,6 +12,7 @@ VERBS = {
     "fit": "train: gn-transfer fit --config pets_gnws.yaml",
     "validate": "evaluate a checkpoint on the validation split: gn-transfer validate --ckpt_path CKPT",
     "test": "evaluate a checkpoint on the test split, once all choices are made: gn-transfer test --ckpt_path CKPT",
+    "backbones": "list the nets that have pretrained weights, or fetch these ahead: gn-transfer backbones --norm gn_ws",
 }
 
 _HELP = """\
@@ -58,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise ConfigError(f"{verb!r} is not a verb; {did_you_mean(verb, VERBS)}. See gn-transfer --help.")
+        if verb == "backbones":
+            from gn_transfer import catalogue
+
+            return catalogue.run(rest)
         from gn_transfer import cli
 
         return cli.run(verb, rest)

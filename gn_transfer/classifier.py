@@ -29,6 +29,7 @@ from gn_transfer.config import ConfigError, Norm
 from gn_transfer.layers import (
     OncePerWindow,
     corrected_momentum,
+    default_groups,
     preferred_memory_format,
     reestimate_statistics,
 )
@@ -67,7 +68,7 @@ class TransferClassifier(LightningModule):
     Args:
         backbone: timm's name of the net, without a weights tag: resnet18, resnetv2_50, ...
         norm: The switch: bn, bn_frozen, bn_sync, gn, gn_ws (GroupNorm + Weight Standardization), bn_ws, ln, in, none.
-        num_groups: Groups of GroupNorm.
+        num_groups: Groups of GroupNorm; null takes 32, or 4 with conversion calibrated.
         group_size: Channels per group, instead of num_groups.
         pretrained: null from scratch, auto for the weights that fit backbone and norm, a timm tag, or a file.
         conversion: What to do with weights trained under BN when the net has none: refuse, copy the affine part, or
@@ -103,7 +104,7 @@ class TransferClassifier(LightningModule):
         self,
         backbone: str = "resnetv2_18",
         norm: Norm = "gn_ws",
-        num_groups: int = 32,
+        num_groups: int | None = None,
         group_size: int | None = None,
         pretrained: str | None = None,
         conversion: Conversion = "refuse",
@@ -145,7 +146,8 @@ class TransferClassifier(LightningModule):
             raise ConfigError(f"model.{key} is for batch norms, and model.norm={norm} has none; leave it out.")
         self.backbone = backbone
         self.norm: Norm = norm
-        self.num_groups = num_groups
+        calibrated = conversion == "calibrated"
+        self.num_groups = default_groups(calibrated=calibrated) if num_groups is None else num_groups
         self.group_size = group_size
         self.pretrained = pretrained
         self.conversion: Conversion = conversion

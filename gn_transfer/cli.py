@@ -35,6 +35,7 @@ from gn_transfer.callbacks import (
     ValidationFigures,
     WeightAverage,
     device_type,
+    micro_batches_per_window,
     resolve_precision,
 )
 from gn_transfer.classifier import TransferClassifier
@@ -42,6 +43,7 @@ from gn_transfer.config import ConfigError
 from gn_transfer.data import Folder, Pets, PictureData, Sample, TinyImageNet
 from gn_transfer.data.base import core_count
 from gn_transfer.files import write_json
+from gn_transfer.learning_rate import range_test, smooth, suggest
 from gn_transfer.loggers import (
     RunFolder,
     RunLog,
@@ -171,6 +173,7 @@ class Command(LightningCLI):
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.add_argument("--dry_run", action="store_true", help="Print the plan and stop.")
+        parser.add_argument("--lr_find", action="store_true", help="Try rising learning rates, suggest one and stop.")
 
     def _parse_ckpt_path(self) -> None:
         """Do not let a checkpoint overrule the command line in silence, as Lightning would; see :meth:`_settle`."""
@@ -215,7 +218,7 @@ class Command(LightningCLI):
     def plain_config(self) -> dict[str, Any]:
         """Give the resolved configuration as plain values, with the seed and without what only this call needs."""
         dumped = yaml.safe_load(self._parser(self.subcommand).dump(self._section(), skip_none=False, format="yaml"))
-        for key in ("ckpt_path", "dry_run", "config"):
+        for key in ("ckpt_path", "dry_run", "lr_find", "config"):
             dumped.pop(key, None)
         plain: dict[str, Any] = dumped
         return plain
@@ -284,6 +287,9 @@ class Command(LightningCLI):
                 self.log.print(f"warning: {warning}")
         if config.dry_run:
             return
+        if config.lr_find:
+            self._find_learning_rate()
+            return
         run_folder = self._claim(resumed)
         self._equip(run_folder, trainer, model, data)
         if trainer.is_global_zero:
@@ -301,6 +307,31 @@ class Command(LightningCLI):
             raise
         finally:
             self.log.close()
+
+    def _find_learning_rate(self) -> None:
+        """Run the range test and print it; nothing is written, and the seeds of a later run are its own."""
+        micro_batches = micro_batches_per_window(
+            self._section().accumulation.effective_batch_size, self.datamodule.batch_size, 1
+        )
+        tested = range_test(
+            self.model,
+            self.datamodule,
+            micro_batches=micro_batches,
+            precision=self.precision,
+            device=self.trainer.strategy.root_device,
+        )
+        losses = smooth([loss for _, loss in tested])
+        for (rate, _), loss in list(zip(tested, losses, strict=True))[:: max(1, len(tested) // 16)]:
+            self.log.print(f"lr {rate:<9.2g} loss {loss:.4f}")
+        found = suggest(tested)
+        if found is None:
+            self.log.print("the loss did not fall at any learning rate; look at the data and the weights first")
+        else:
+            self.log.print(
+                f"suggested  --model.lr {found:g}, where the loss fell fastest ({len(tested)} optimizer steps of "
+                f"{micro_batches * self.datamodule.batch_size} pictures); compare it with its thirds and triples on "
+                "validation"
+            )
 
     def _continues(self, run_folder: RunFolder) -> bool:
         checkpoint = self.arguments.checkpoint
@@ -329,7 +360,7 @@ class Command(LightningCLI):
         plain, config = self.plain_config(), self._section()
         plain["data"]["init_args"]["seed"] = config.seed_everything
         model.run_config = {"config": _without_links(plain), "config_name": self.arguments.config_name}
-        hparams = flat_hparams(plain)
+        hparams = {**flat_hparams(plain), "num_groups": model.num_groups}
         self.best.dirpath = str(run_folder.checkpoints)
         last = self._get(self.config_init, "checkpoint")
         last.directory = run_folder.checkpoints
@@ -460,7 +491,7 @@ def _known_keys() -> list[str]:
         ("trainer", Trainer),
     ]
     keys = [f"{group}.{name}" for group, kind in groups for name in inspect.signature(kind).parameters]
-    return ["seed_everything", *dict.fromkeys(keys), "ckpt_path", "dry_run"]
+    return ["seed_everything", *dict.fromkeys(keys), "ckpt_path", "dry_run", "lr_find"]
 
 
 @contextmanager

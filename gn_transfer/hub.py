@@ -13,11 +13,15 @@ from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.file_download import repo_folder_name
 
 from gn_transfer.config import ConfigError
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 """Names under which timm's repositories hold their weights, the safe one first."""
+
+ANSWER_S = 4.0
+"""Time in which the hub must answer at all, in seconds."""
 
 SILENCE_S = 5
 """Longest silence of the hub before a read is tried again, in seconds; HF_HUB_DOWNLOAD_TIMEOUT overrules it."""
@@ -52,6 +56,8 @@ def fetch(repository: str, source_name: str) -> Path:
         else:
             return _verified(Path(path), source_name)
     assert error is not None
+    if reachable:
+        _sweep(repository)
     raise ConfigError(
         f"model.pretrained: the weights {source_name} are not on this machine and could not be downloaded: "
         f"{_reason(error, reachable)}. With a network, run the command again; without one, copy "
@@ -99,6 +105,13 @@ def _verified(path: Path, source_name: str) -> Path:
     return path
 
 
+def _sweep(repository: str) -> None:
+    """Remove what an interrupted download left of a repository's files."""
+    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "blobs"
+    for part in blobs.glob("*.incomplete"):
+        part.unlink(missing_ok=True)
+
+
 def _is_missing(error: Exception) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", None)
     return isinstance(error, EntryNotFoundError) or (isinstance(error, HfHubHTTPError) and status == 404)
@@ -128,10 +141,10 @@ def _impatient() -> Iterator[None]:
         constants.HF_HUB_DOWNLOAD_TIMEOUT = before
 
 
-def _answers(url: str, timeout: float = 4.0) -> bool:
-    """Say whether a server answers at all, within ``timeout`` seconds."""
+def _answers(url: str) -> bool:
+    """Say whether a server answers at all, within :data:`ANSWER_S`."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout):
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ANSWER_S):
             return True
     except urllib.error.HTTPError:
         return True  # an answer, if not the one hoped for

@@ -8,7 +8,7 @@ from gn_transfer.layers.batch_norm import (
     corrected_momentum,
     reestimate_statistics,
 )
-from gn_transfer.layers.convert import Exchange, convert_norm, uses_weight_standardization
+from gn_transfer.layers.convert import Exchange, convert_norm, default_groups, uses_weight_standardization
 from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, group_count
 from gn_transfer.layers.memory_format import preferred_memory_format
 from gn_transfer.layers.std_conv import StdConv2d, standardize_weight
@@ -26,6 +26,7 @@ __all__ = [
     "SyncBatchNormAct",
     "convert_norm",
     "corrected_momentum",
+    "default_groups",
     "group_count",
     "preferred_memory_format",
     "reestimate_statistics",

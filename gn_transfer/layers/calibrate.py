@@ -130,10 +130,10 @@ class _Fit:
         return torch.cat([target.to(output.dtype), output])
 
     def _set(self, target: Tensor, normalized: Tensor) -> None:
-        y, z = (t.transpose(0, 1).flatten(1).double() for t in (target, normalized))
-        count = torch.full_like(y[:, 0], y.shape[1])
-        products = [(a * b).sum(1) for a, b in ((y, y), (z, z), (y, z))]
-        sums = torch.stack([count, y.sum(1), z.sum(1), *products])
+        over = [0, *range(2, target.ndim)]
+        terms = target, normalized, target.square(), normalized.square(), target * normalized
+        sums = torch.stack([term.sum(over, dtype=torch.float64) for term in terms])
+        sums = torch.cat([torch.full_like(sums[:1], target.numel() // target.shape[1]), sums])
         self._sums = sums if self._sums is None else self._sums + sums
         gamma, beta, self.explained = solve_affine(*self._sums)
         self.layer.weight.copy_(gamma)

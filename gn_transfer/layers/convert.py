@@ -21,6 +21,17 @@ from gn_transfer.layers.calibrate import BatchNormFunction, calibrate
 from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, group_count
 from gn_transfer.layers.std_conv import StdConv2d, conv_geometry
 
+DEFAULT_GROUPS = 32
+"""Groups of a group norm where nothing else is said (Wu and He 2018)."""
+
+CALIBRATED_GROUPS = 4
+"""The same for a calibrated conversion: fewer groups lose less of what a batch norm let through."""
+
+
+def default_groups(*, calibrated: bool) -> int:
+    """Number of groups where the user names none."""
+    return CALIBRATED_GROUPS if calibrated else DEFAULT_GROUPS
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -51,7 +62,7 @@ def convert_norm(
     module: nn.Module,
     norm: Norm,
     *,
-    num_groups: int = 32,
+    num_groups: int | None = None,
     group_size: int | None = None,
     skip: Collection[str] = (),
     calibration: Iterable[Any] | None = None,
@@ -75,7 +86,7 @@ def convert_norm(
     Args:
         module: Any net; changed in place, unless it is itself a layer to exchange.
         norm: The switch.
-        num_groups: Groups of ``gn`` and ``gn_ws`` where ``group_size`` is None.
+        num_groups: Groups of ``gn`` and ``gn_ws`` where ``group_size`` is None; None takes 32, or 4 with a calibration.
         group_size: Channels per group of ``gn`` and ``gn_ws``; None disables it.
         skip: Names (as in ``named_modules``) of layers to leave alone with all that is below them: the head.
         calibration: A few hundred training pictures, preprocessed as in evaluation, as batches of the net's input
@@ -101,6 +112,8 @@ def convert_norm(
     if calibration is not None and norm not in ("gn", "ln", "in"):
         raise ConfigError(f"calibration leads from batch norm to gn, ln or in, not to model.norm={norm}.")
 
+    if num_groups is None:
+        num_groups = default_groups(calibrated=calibration is not None)
     make = _norm_maker(norm, num_groups, group_size)
     originals: dict[nn.GroupNorm, BatchNormFunction] = {}
     exchanges: list[Exchange] = []
