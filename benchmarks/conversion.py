@@ -22,6 +22,7 @@ import json
 import os
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ from torch import Tensor, nn
 
 from gn_transfer.__main__ import main as gn_transfer
 from gn_transfer.data import Pets, TinyImageNet
-from gn_transfer.layers import Exchange, convert_norm
+from gn_transfer.layers import Exchange, StdConv2d, convert_norm
+from gn_transfer.layers.calibrate import BatchNormFunction, calibrate
 from gn_transfer.loggers import environment
 from gn_transfer.weights import Weights, file_weights, read_weights
 
@@ -80,6 +82,37 @@ def load(path: Path, backbone: str, norm: str) -> tuple[nn.Module, Weights]:
     convert_norm(net, norm, skip=[head])  # type: ignore[arg-type]
     net.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
     return net.eval(), weights
+
+
+def to_gn_ws(net: nn.Module, head: str, groups: int, batches: list[Tensor]) -> nn.Module:
+    """Convert BN to GN+WS, the affine calibrated: an experiment that `model.conversion` does not offer.
+
+    The original's half of each doubled batch goes through the convolutions as they were trained, the converted net's
+    half through the standardized ones.
+    """
+    functions = {name: BatchNormFunction.of(layer) for name, layer in net.named_modules()}
+    convert_norm(net, "gn_ws", num_groups=groups, skip=[head])
+    layers = dict(net.named_modules())
+    originals = {
+        layer: function
+        for name, function in functions.items()
+        if function is not None and isinstance(layer := layers[name], nn.GroupNorm)
+    }
+    standardized = [layer for layer in layers.values() if isinstance(layer, StdConv2d)]
+
+    def both(layer: StdConv2d) -> Callable[[Tensor], Tensor]:
+        def forward(input: Tensor) -> Tensor:
+            theirs, ours = input.chunk(2)
+            return torch.cat([layer._conv_forward(theirs, layer.weight, layer.bias), StdConv2d.forward(layer, ours)])
+
+        return forward
+
+    for layer in standardized:
+        layer.forward = both(layer)  # type: ignore[method-assign]
+    calibrate(net, originals, batches)
+    for layer in standardized:
+        del layer.forward
+    return net
 
 
 def pets_features(net: nn.Module, weights: Weights, root: Path) -> tuple[Tensor, Tensor]:
@@ -164,11 +197,17 @@ def source_and_probe(options: argparse.Namespace) -> dict[str, Any]:
             shares = {found.name: found.explained for found in report if found.explained is not None}
             name = f"gn {groups} calibrated" + ("" if count == options.pictures[0] else f" on {count}")
             measure(name, net, weights, pictures=count, explained=shares)
+    net, _ = load(options.bn, options.backbone, "bn")
+    measure("gn_ws 32 naive copy", convert_norm(net, "gn_ws", skip=[head]), weights)
+    for groups in (32, options.groups[0]):
+        net, _ = load(options.bn, options.backbone, "bn")
+        batches = list(normalized(pictures.training[: options.pictures[0]], weights).split(64))
+        measure(f"gn_ws {groups} calibrated (experiment)", to_gn_ws(net, head, groups, batches), weights)
     if options.gn_ws is not None:
         measure("gn_ws trained as such", *load(options.gn_ws, options.backbone, "gn_ws"))
     top = result["bn original"]["source_acc1"]
     for name, row in result.items():
-        if "calibrated" in name:
+        if name.startswith("gn ") and "calibrated" in name:
             floor = result[f"gn {name.split()[1]} naive copy"]["source_acc1"]
             row["recovered"] = (row["source_acc1"] - floor) / (top - floor)
     return result

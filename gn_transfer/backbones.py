@@ -387,8 +387,8 @@ def check_norm(
     if weights.norm in ("gn", "gn_ws") and weights.num_groups is not None and theirs != ours:
         raise ConfigError(
             f"model.pretrained={weights.name} was trained with model.num_groups={theirs[0]} and "
-            f"model.group_size={_null(theirs[1])}, not {ours[0]} and {_null(ours[1])}; leave these keys as they were, "
-            "or ask for the copy by name with model.conversion=copy."
+            f"model.group_size={_null(theirs[1])}, not {ours[0]} and {_null(ours[1])}; set them so, or ask for the "
+            "copy by name with model.conversion=copy."
         )
 
 

@@ -66,7 +66,7 @@ def range_test(
                 logits.float(), targets.to(device), weight=weight, label_smoothing=model.label_smoothing
             )
             (loss / micro_batches).backward()  # type: ignore[no-untyped-call]
-            total += float(loss) / micro_batches
+            total += float(loss.detach()) / micro_batches
         optimizer.step()
         if not math.isfinite(total):
             break

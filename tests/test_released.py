@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,6 +140,33 @@ def test_a_file_that_is_too_large_is_not_released(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="more than 1,000; release a smaller net"):
         write_released({"w": torch.zeros(1000)}, CARD, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_fit_becomes_a_released_file(folder_root, tmp_path, monkeypatch, capsys):
+    from gn_transfer.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", "Folder", "--data.root", str(folder_root), "--data.img_size", "64", "--trainer.max_epochs", "1"]
+    assert main(["fit", *words, "--model.backbone", "resnetv2_18", "--model.norm", "gn_ws"]) == 0
+    path = Path(__file__).parent.parent / "checkpoints" / "release.py"
+    spec = importlib.util.spec_from_file_location("release", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    checkpoint = "checkpoints/default/gn_ws-bs1-seed0/last.ckpt"
+    command = ["release.py", checkpoint, "--data", "Folder", "--data_root", str(folder_root), "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", command)
+    assert script.main() == 0
+    written = tmp_path / "resnetv2_18.gn_ws.folder.safetensors"
+    card = json.loads(written.with_suffix(".json").read_text())
+    assert card["samples_seen"] == 9 or card["samples_seen"] == 10
+    assert str(tmp_path) not in written.with_suffix(".json").read_text()
+    metrics = json.loads(Path("runs/default/gn_ws-bs1-seed0/metrics.json").read_text())
+    assert abs(card["val_acc1"] - metrics["val/acc1"]) < 0.34  # of three pictures, rounding may turn one
+    backbone = create_backbone("resnetv2_18", norm="gn_ws", num_classes=5, pretrained=str(written))
+    assert backbone.report.saw == f"folder ({card['samples_seen']} samples of 2 classes)"
+    monkeypatch.setattr("sys.argv", ["release.py", "nowhere.ckpt", "--data_root", "."])
+    assert script.main() == 2
+    assert "no such file" in capsys.readouterr().err
 
 
 def test_the_pair_of_this_checkout_is_what_its_cards_say():

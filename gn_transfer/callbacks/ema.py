@@ -112,7 +112,7 @@ class WeightAverage(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on from the weights as trained; Lightning has loaded the average into the net by now."""
         trained = checkpoint["gn_transfer"].get("trained_weights")
-        if self.decay is not None and trained is not None:
+        if self.decay is not None and trained is not None and trainer.state.fn == "fit":
             self._average = _copy(_state(pl_module))
             _load(pl_module, trained)
 
