@@ -16,10 +16,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from gn_transfer.backbones import (
-    BN_FAMILY,
     Backbone,
-    Conversion,
-    TransferReport,
     check_input,
     create_backbone,
     parameter_depths,
@@ -34,6 +31,7 @@ from gn_transfer.layers import (
     reestimate_statistics,
 )
 from gn_transfer.optim import SCHEDULES, OptimizerName, ScheduleName, create_optimizer, parameter_groups
+from gn_transfer.transfer import BN_FAMILY, Conversion, TransferReport
 
 CHECKPOINT_VERSION = 1
 
