@@ -67,8 +67,11 @@ class WeightAverage(Callback):
         self._trained: dict[str, Tensor] | None = None  # while the net holds the average
         self._step = 0
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with the weights that training begins with, if no checkpoint has brought an average."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin with the weights that training begins with, if no checkpoint has brought an average.
+
+        Not earlier: on a restart the number of steps is not known before.
+        """
         if self.decay is not None and not self._average:
             self._average = _copy(_state(pl_module))
         self._step = trainer.global_step
