@@ -45,10 +45,10 @@ from gn_transfer.weights import Weights, file_weights, read_weights
 class Source:
     """Pictures of Tiny-ImageNet, normalized for a net."""
 
-    def __init__(self, root: Path, limit: int) -> None:
+    def __init__(self, root: Path, limit: int, counts: list[int]) -> None:
         data = TinyImageNet(root, num_workers=0, batch_size=250)
         data.setup("fit")
-        self.training = data.training_pictures(2048)
+        self.training = data.training_pictures(max(counts))
         step = max(1, len(data.val_dataset) // limit)
         pairs = [data.val_dataset[index] for index in range(0, len(data.val_dataset), step)]
         self.images = torch.stack([image for image, _ in pairs])
@@ -174,7 +174,7 @@ def finetune(arm: dict[str, str], options: argparse.Namespace, seed: int) -> flo
 
 def source_and_probe(options: argparse.Namespace) -> dict[str, Any]:
     """Convert in every way and measure without training."""
-    pictures = Source(options.tiny_imagenet, options.limit)
+    pictures = Source(options.tiny_imagenet, options.limit, options.pictures)
     result: dict[str, Any] = {}
 
     def measure(name: str, net: nn.Module, weights: Weights, **more: Any) -> None:
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--pets", type=Path, help="folder of pets5; without it neither probe nor fine-tuning")
     parser.add_argument("--limit", type=int, default=10_000, help="validation pictures of Tiny-ImageNet")
     parser.add_argument("--groups", type=int, nargs="+", default=[4, 1, 2, 8, 16, 32])
-    parser.add_argument("--pictures", type=int, nargs="+", default=[512, 64, 128, 256, 1024, 2048])
+    parser.add_argument("--pictures", type=int, nargs="+", default=[256, 64, 128, 512, 1024])
     parser.add_argument("--seeds", type=int, default=0, help="fine-tuning runs per arm; 0 leaves them out")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--lr", type=float, default=0.003)

@@ -35,7 +35,7 @@ from gn_transfer.transfer import BN_FAMILY, Conversion, TransferReport
 
 CHECKPOINT_VERSION = 1
 
-CALIBRATION_PICTURES = 512
+CALIBRATION_PICTURES = 256
 """Training pictures that ``model.conversion: calibrated`` looks at."""
 
 FROZEN_STATISTICS_BATCH = 32
