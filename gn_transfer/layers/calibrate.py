@@ -69,7 +69,8 @@ def calibrate(
     Args:
         module: The converted net, its group norms in place; of it only their affine changes.
         originals: These group norms, each with what the batch norm in its place computed.
-        batches: Inputs of ``module``: tensors ``(N, C, H, W)``, or lists of pictures as detection nets take them.
+        batches: Inputs of ``module``: tensors ``(N, C, H, W)``, or lists of pictures ``(C, H, W)`` as detection nets
+            take them; either may come with targets behind it, as data loaders give them.
 
     Returns:
         Share of the variance of ``y``, summed over channels, that each layer reproduces, at most 1; layers that no
@@ -84,9 +85,10 @@ def calibrate(
     try:
         with torch.no_grad():
             for batch in batches:
+                pictures = _without_targets(batch)
                 for fit in fits.values():
-                    fit.pictures = len(batch)
-                module(torch.cat([batch, batch]) if isinstance(batch, Tensor) else [*batch, *batch])
+                    fit.pictures = len(pictures)
+                module(torch.cat([pictures] * 2) if isinstance(pictures, Tensor) else [*pictures, *pictures])
     finally:
         for norm in fits:
             del norm.forward
@@ -98,6 +100,15 @@ def calibrate(
     if bad := [value for value in explained.values() if value != value]:
         raise ConfigError(f"{len(bad)} norms met activations that are not finite; calibrate on other pictures.")
     return explained
+
+
+def _without_targets(batch: Any) -> Any:
+    """Take the inputs from a data loader's ``(inputs, targets)``; a list of pictures is inputs itself."""
+    if isinstance(batch, list | tuple) and batch:
+        first = batch[0]
+        if isinstance(first, list | tuple) or (isinstance(first, Tensor) and first.ndim == 4):
+            return first
+    return batch
 
 
 class _Fit:

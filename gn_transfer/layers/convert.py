@@ -90,7 +90,7 @@ def convert_norm(
         group_size: Channels per group of ``gn`` and ``gn_ws``; None disables it.
         skip: Names (as in ``named_modules``) of layers to leave alone with all that is below them: the head.
         calibration: A few hundred training pictures, preprocessed as in evaluation, as batches of the net's input
-            (tensors, or lists of pictures for a detection net); None carries the affine over as it is.
+            (tensors, lists of pictures for a detection net, or a data loader); None carries the affine over as it is.
         report: A list to which the exchanges are appended.
 
     Returns:

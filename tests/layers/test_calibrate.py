@@ -1,5 +1,7 @@
 """Calibrated conversion: the closed form, nets of other libraries, what is refused."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -95,6 +97,16 @@ def test_statistics_modes_and_the_rest_of_the_net_stay():
     assert not net.layer1.training
     assert all(torch.equal(net.state_dict()[key], value) for key, value in conv.items())
     assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_batches_may_come_as_a_data_loader_gives_them():
+    torch.manual_seed(0)
+    nets = [settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)))]
+    nets += [copy.deepcopy(nets[0]), copy.deepcopy(nets[0])]
+    images, targets = torch.randn(4, 3, 12, 12), torch.zeros(4)
+    for net, batch in zip(nets, (images, [images, targets], (images, targets)), strict=True):
+        convert_norm(net, "gn", calibration=[batch])
+    assert all(torch.equal(net[3].weight, nets[0][3].weight) for net in nets)
 
 
 def test_segmentation_net():
