@@ -16,7 +16,10 @@ VERBS = {
     "data": "know the pictures before training: gn-transfer data check|sample|cache|show --config pets_gnws.yaml",
     "export": "write a checkpoint as a bundle for inference: gn-transfer export CKPT --output BUNDLE",
     "predict": "classify pictures with a bundle: gn-transfer predict BUNDLE PICTURES",
+    "backbones": "list the nets that have pretrained weights, or fetch these ahead: gn-transfer backbones --norm gn_ws",
 }
+
+_MODULES = {"data": "data_cli", "export": "export", "predict": "predict", "backbones": "catalogue"}
 
 _HELP = """\
 usage: gn-transfer VERB [options]
@@ -63,9 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise ConfigError(f"{verb!r} is not a verb; {did_you_mean(verb, VERBS)}. See gn-transfer --help.")
-        if verb in ("data", "export", "predict"):
-            module = "data_cli" if verb == "data" else verb
-            return int(importlib.import_module(f"gn_transfer.{module}").run(rest))
+        if verb in _MODULES:
+            return int(importlib.import_module(f"gn_transfer.{_MODULES[verb]}").run(rest))
         from gn_transfer import cli
 
         return cli.run(verb, rest)

@@ -7,30 +7,37 @@ of what was loaded, dropped, re-initialized and converted.
 
 from __future__ import annotations
 
-import urllib.error
-import urllib.request
+import statistics
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
-from huggingface_hub import constants as hub
-from safetensors.torch import load_file
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from gn_transfer.config import ConfigError, Norm, did_you_mean
-from gn_transfer.layers import convert_norm
+from gn_transfer.layers import Exchange, convert_norm
+from gn_transfer.released import cards
 from gn_transfer.small_cnn import SmallCnn
+from gn_transfer.transfer import (
+    BN_FAMILY,
+    Conversion,
+    TransferReport,
+    check_norm,
+    has_batch_norm,
+    notes_on,
+    trained_as,
+    transfer,
+)
+from gn_transfer.weights import SUFFIXES, Weights, file_weights, read_weights, released_weights, seen
 
-Conversion = Literal["refuse", "copy"]
-
-BN_FAMILY: frozenset[Norm] = frozenset({"bn", "bn_frozen", "bn_sync", "bn_ws"})
-"""Norms that keep running statistics, so that weights trained with BN fit them."""
+CALIBRATION_BATCH = 64
+"""Pictures that a calibration holds at a time; the memory is that of twice as many."""
 
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {"resnetv2_26": ("resnetv2_50", {"layers": [2, 2, 2, 2]})}
 """Our names for nets that timm builds only with arguments: name -> (timm architecture, its arguments)."""
@@ -38,68 +45,26 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {"resnetv2_26": ("resnetv2_50",
 OWN: dict[str, type[SmallCnn]] = {"cnn_mnist": SmallCnn}
 """Nets that timm does not have; without pretrained weights, and grey unless asked otherwise."""
 
-# (backbone, norm) -> timm's "architecture.tag" for `pretrained: auto`. Only pairs whose weights were trained with that
-# very norm stand here; bn_frozen and bn_sync compute what bn computed, so they share its weights.
+# (backbone, norm) -> the weights of `pretrained: auto`: a released file, or timm's "architecture.tag". Only pairs whose
+# weights were trained with that very norm stand here; bn_frozen and bn_sync compute what bn computed and share its.
 _AUTO: dict[tuple[str, Norm], str] = {
-    ("resnetv2_50", "gn_ws"): "resnetv2_50x1_bit.goog_in21k_ft_in1k",
-    ("resnetv2_101", "gn_ws"): "resnetv2_101x1_bit.goog_in21k_ft_in1k",
-    ("resnet50", "gn"): "resnet50_gn.a1h_in1k",
-    ("resnetv2_18", "bn"): "resnetv2_18.ra4_e3600_r224_in1k",
-    ("resnetv2_34", "bn"): "resnetv2_34.ra4_e3600_r224_in1k",
-    ("resnetv2_50", "bn"): "resnetv2_50.a1h_in1k",
-    ("resnetv2_101", "bn"): "resnetv2_101.a1h_in1k",
-    ("resnet18", "bn"): "resnet18.a1_in1k",
-    ("resnet26", "bn"): "resnet26.bt_in1k",
-    ("resnet34", "bn"): "resnet34.a1_in1k",
-    ("resnet50", "bn"): "resnet50.a1_in1k",
-    ("resnet101", "bn"): "resnet101.a1_in1k",
+    ("resnetv2_18", "gn_ws"): "gn-transfer:resnetv2_18.gn_ws.tinyimagenet",
+    ("resnetv2_50", "gn_ws"): "timm:resnetv2_50x1_bit.goog_in21k_ft_in1k",
+    ("resnetv2_101", "gn_ws"): "timm:resnetv2_101x1_bit.goog_in21k_ft_in1k",
+    ("resnet50", "gn"): "timm:resnet50_gn.a1h_in1k",
+    ("resnetv2_18", "bn"): "gn-transfer:resnetv2_18.bn.tinyimagenet",
+    ("resnetv2_34", "bn"): "timm:resnetv2_34.ra4_e3600_r224_in1k",
+    ("resnetv2_50", "bn"): "timm:resnetv2_50.a1h_in1k",
+    ("resnetv2_101", "bn"): "timm:resnetv2_101.a1h_in1k",
+    ("resnet18", "bn"): "timm:resnet18.a1_in1k",
+    ("resnet26", "bn"): "timm:resnet26.bt_in1k",
+    ("resnet34", "bn"): "timm:resnet34.a1_in1k",
+    ("resnet50", "bn"): "timm:resnet50.a1_in1k",
+    ("resnet101", "bn"): "timm:resnet101.a1_in1k",
 }
 
-
-@dataclass(frozen=True)
-class TransferReport:
-    """What happened to the pretrained weights; printed by ``fit`` and stored in every checkpoint.
-
-    Attributes:
-        source: Where the weights came from (``timm:architecture.tag``, a path) or ``"from scratch"``.
-        architecture: timm's name of the net that was built.
-        norm: The norm of the switch.
-        loaded: Keys copied unchanged.
-        dropped: Keys of the source without a place in the net, with the reason in :attr:`notes`.
-        reinitialized: Keys of the net that the source did not fill.
-        converted: Keys copied although they were trained under another norm (``model.conversion: copy``).
-        notes: What a reader must know beside the comparison.
-    """
-
-    source: str
-    architecture: str
-    norm: Norm
-    loaded: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
-    reinitialized: tuple[str, ...] = ()
-    converted: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """Give the report as plain values for JSON and checkpoints."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    def summary(self) -> str:
-        """Say in one line what was transferred.
-
-        Example:
-            >>> TransferReport("from scratch", "resnet18", "gn").summary()
-            'from scratch'
-        """
-        if self.source == "from scratch":
-            return self.source
-        counts = [f"{len(self.loaded)} tensors loaded"]
-        for label in ("dropped", "reinitialized", "converted"):
-            keys = getattr(self, label)
-            if keys:
-                shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-                counts.append(f"{len(keys)} {label} ({shown})")
-        return f"{self.source}: " + "; ".join(counts)
+# timm's own nets that stand for (backbone, norm): their weights fit, their architecture differs in more than the norm.
+_STANDS_FOR = {"resnetv2_50": "resnetv2_50x1_bit", "resnetv2_101": "resnetv2_101x1_bit", "resnet50": "resnet50_gn"}
 
 
 @dataclass(frozen=True)
@@ -132,6 +97,7 @@ def create_backbone(
     num_groups: int = 32,
     group_size: int | None = None,
     conversion: Conversion = "refuse",
+    calibration: Tensor | None = None,
     in_chans: int = 3,
 ) -> Backbone:
     """Build a timm net under a norm of the switch, with or without pretrained weights.
@@ -146,11 +112,14 @@ def create_backbone(
         name: timm architecture without a tag (``resnet18``, ``resnetv2_50``), ``resnetv2_26`` or ``cnn_mnist``.
         norm: The switch.
         num_classes: Width of the new head, at least 2.
-        pretrained: ``None`` for none, ``"auto"`` for the tag that fits (name, norm), a timm tag
-            (``a1h_in1k`` or ``resnetv2_50.a1h_in1k``), or a local file (.safetensors, .pth, .bin, .ckpt, BiT .npz).
+        pretrained: ``None`` for none, ``"auto"`` for the weights that fit (name, norm), a timm tag (``a1h_in1k`` or
+            ``resnetv2_50.a1h_in1k``), released weights (``resnetv2_18.bn.tinyimagenet``), or a local file
+            (.safetensors, .pth, .bin, .ckpt, BiT .npz) or folder.
         num_groups: GroupNorm's number of groups; ignored where ``group_size`` is given.
         group_size: Channels per group instead of a number of groups.
-        conversion: ``refuse`` weights of another norm, or ``copy`` their affine parameters unchanged.
+        conversion: ``refuse`` weights of another norm, ``copy`` their parameters unchanged, or set the affine of
+            each group norm in closed form to reproduce a BN net (``calibrated``).
+        calibration: Training pictures for ``calibrated``, uint8 ``(N, in_chans, H, W)``, preprocessed as in evaluation.
         in_chans: Channels of the pictures.
 
     Returns:
@@ -158,37 +127,42 @@ def create_backbone(
 
     Raises:
         ConfigError: Unknown architecture, groups that do not divide, weights that are missing, unreadable or of
-            another norm or architecture.
+            another norm or architecture, or a conversion that cannot be.
     """
-    architecture, tag = resolve_pretrained(name, norm, pretrained)
+    weights = resolve_pretrained(name, norm, pretrained, conversion)
+    architecture = name if weights is None else weights.architecture
     net = _build(architecture, num_classes=num_classes, in_chans=in_chans)
     config: Mapping[str, Any] = net.pretrained_cfg  # type: ignore[assignment]
-    if tag is not None:
-        tagged = timm.get_pretrained_cfg(f"{architecture}.{tag}")
-        assert tagged is not None, "resolve_pretrained gave a tag that timm does not know"
-        config = tagged.to_dict()  # type: ignore[no-untyped-call]
     head = str(config["classifier"])
-    exchange(net, norm, head=head, num_groups=num_groups, group_size=group_size)
+    mean, std = (_per_channel(config[key], in_chans) for key in ("mean", "std"))
+    hints = {"img_size": int(config["input_size"][-1]), "interpolation": str(config["interpolation"])}
+    if weights is not None:
+        mean, std = (
+            _per_channel(stated or default, in_chans) for stated, default in ((weights.mean, mean), (weights.std, std))
+        )
+        hints = dict(weights.hints or hints)
+    groups: dict[str, Any] = {"num_groups": num_groups, "group_size": group_size}
+
+    if weights is None:
+        exchange(net, norm, head=head, **groups)
+        if norm == "none":
+            _zero_last_convolutions(net)
+        report = TransferReport("from scratch", architecture, norm, notes=notes_on(architecture, norm))
+        return Backbone(net, mean, std, head, report, hints)
+
+    state = _read_npz(weights) if weights.file is not None and weights.file.suffix == ".npz" else read_weights(weights)
+    check_norm(weights, state, norm, conversion, **groups)
+    calibrated = conversion == "calibrated" and norm not in BN_FAMILY and has_batch_norm(state)
+    exchange(net, "bn" if calibrated else norm, head=head, **groups)
     if norm == "none":
         _zero_last_convolutions(net)
-
-    if pretrained is None:
-        report = TransferReport("from scratch", architecture, norm, notes=_notes(architecture, norm))
-    else:
-        if tag is not None:
-            source_name = f"timm:{architecture}.{tag}"
-            source = _download(f"{architecture}.{tag}", source_name)
-        else:
-            source_name = pretrained
-            source = _read_file(Path(pretrained), architecture)
-        report = transfer(
-            source, net, source_name=source_name, architecture=architecture, norm=norm, head=head, conversion=conversion
-        )
-    channels = slice(0, in_chans) if in_chans in (1, 3) else slice(0, 1)
-    mean, std = tuple(config["mean"][channels]), tuple(config["std"][channels])
-    if in_chans not in (1, 3):
-        mean, std = mean * in_chans, std * in_chans
-    hints = {"img_size": int(config["input_size"][-1]), "interpolation": str(config["interpolation"])}
+    report = transfer(state, net, weights=weights, norm=norm, head=head)
+    if calibrated:
+        pixels = _calibration_batches(calibration, mean, std)
+        exchanges: list[Exchange] = []
+        convert_norm(net, norm, **groups, skip={head}, calibration=pixels, report=exchanges)
+        explained = {found.name: round(found.explained, 4) for found in exchanges if found.explained is not None}
+        report = replace(report, explained=explained, notes=(*report.notes, _quality(explained)))
     return Backbone(net, mean, std, head, report, hints)
 
 
@@ -234,23 +208,27 @@ def exchange(net: nn.Module, norm: Norm, *, head: str, num_groups: int, group_si
     convert_norm(net, norm, num_groups=num_groups, group_size=group_size, skip={head})
 
 
-def resolve_pretrained(name: str, norm: Norm, pretrained: str | None) -> tuple[str, str | None]:
-    """Find the architecture and the weights tag that the switch means.
+def resolve_pretrained(
+    name: str, norm: Norm, pretrained: str | None, conversion: Conversion = "refuse"
+) -> Weights | None:
+    """Find the weights that the switch means.
 
     Args:
         name: Backbone as the user named it.
         norm: The switch.
         pretrained: See :func:`create_backbone`.
+        conversion: With anything but ``refuse``, ``auto`` falls back to the BN weights of the backbone.
 
     Returns:
-        timm's architecture and its tag; the tag is ``None`` from scratch and for local files.
+        The weights; None from scratch.
 
     Raises:
-        ConfigError: Unknown architecture or tag, no such file, or no weights known for this pair.
+        ConfigError: Unknown architecture or tag, no such file, of another architecture, or no weights known for this
+            pair.
 
     Example:
-        >>> resolve_pretrained("resnetv2_50", "gn_ws", "auto")
-        ('resnetv2_50x1_bit', 'goog_in21k_ft_in1k')
+        >>> resolve_pretrained("resnetv2_50", "gn_ws", "auto").name
+        'timm:resnetv2_50x1_bit.goog_in21k_ft_in1k'
     """
     if "." in name:
         base, tag = name.split(".", 1)
@@ -262,103 +240,62 @@ def resolve_pretrained(name: str, norm: Norm, pretrained: str | None) -> tuple[s
             "resnet101, resnetv2_18, resnetv2_34, resnetv2_50, resnetv2_101, cnn_mnist, or another "
             "convolutional net of timm."
         )
-    if pretrained is None or Path(pretrained).is_file():
-        return name, None
+    if pretrained is None:
+        return None
+    if Path(pretrained).exists():
+        return _local(Path(pretrained), name)
     if pretrained == "auto":
-        # bn_frozen and bn_sync are BN with other statistics: its weights are theirs.
-        full = _AUTO.get((name, "bn" if norm in ("bn_frozen", "bn_sync") else norm))
-        if full is None:
-            pairs = [f"{backbone} with {known}" for backbone, known in _AUTO if backbone == name or known == norm]
-            raise ConfigError(
-                f"model.pretrained=auto: no weights are known for model.backbone={name} with model.norm={norm}. "
-                f"There are weights for: {', '.join(pairs) or 'other norms only'}. Choose one of these, set "
-                "model.pretrained=null to train from scratch, or name a local file."
-            )
-        architecture, tag = full.split(".", 1)
-        return architecture, tag
-    if "/" in pretrained or Path(pretrained).suffix in (".safetensors", ".pth", ".pt", ".bin", ".npz", ".ckpt"):
+        return named_weights(_auto(name, norm, conversion))
+    if "/" in pretrained or Path(pretrained).suffix in SUFFIXES:
         raise ConfigError(f"model.pretrained={pretrained}: no such file; give an existing weights file, a tag or auto.")
     if name in OWN:
         raise ConfigError(f"model.pretrained={pretrained}: there are no weights for {name}; give null or a file.")
-    architecture, _, tag = pretrained.rpartition(".")
-    architecture = architecture or name
-    tags = [full.split(".", 1)[1] for full in timm.list_pretrained(f"{architecture}.*")]
-    if tag not in tags:
-        raise ConfigError(
-            f"model.pretrained={pretrained} is neither a file nor a weights tag of {architecture}; "
-            f"{did_you_mean(tag, ['auto', *tags])}."
-        )
-    return architecture, tag
+    names = [f"gn-transfer:{card.name}" for card in cards() if card.backbone == name]
+    architectures = [name, _STANDS_FOR.get(name, name), pretrained.rpartition(".")[0]]
+    names += [f"timm:{full}" for each in dict.fromkeys(architectures) for full in timm.list_pretrained(f"{each}.*")]
+    for full in names:
+        if pretrained in (full, full.partition(":")[2], full.partition(".")[2]):
+            return named_weights(full)
+    raise ConfigError(
+        f"model.pretrained={pretrained} is neither a file nor a weights tag of {name}; "
+        f"{did_you_mean(pretrained, ['auto', *(full.partition('.')[2] for full in names)])}."
+    )
 
 
-def transfer(
-    source: Mapping[str, Tensor],
-    net: nn.Module,
-    *,
-    source_name: str,
-    architecture: str,
-    norm: Norm,
-    head: str,
-    conversion: Conversion = "refuse",
-) -> TransferReport:
-    """Copy pretrained weights into a net in place; the head always starts anew, since the classes differ.
+def named_weights(full: str) -> Weights:
+    """Describe weights by their full name, without fetching them.
 
     Args:
-        source: State dict with timm's keys.
-        net: The net to fill.
-        source_name: How to call the source in messages.
-        architecture: timm's name of the net.
-        norm: The switch.
-        head: Name of the classifier module.
-        conversion: ``refuse`` weights of another norm or ``copy`` their affine parameters unchanged.
-
-    Returns:
-        What was loaded, dropped, re-initialized and converted.
+        full: ``timm:architecture.tag`` or ``gn-transfer:backbone.norm.dataset``.
 
     Raises:
-        ConfigError: The source has another norm (and conversion is ``refuse``) or another architecture.
+        ConfigError: Released weights that are not installed, or a tag that timm does not know.
     """
-    source_is_bn = any(key.endswith("running_mean") for key in source)
-    target_is_bn = norm in BN_FAMILY
-    if target_is_bn and not source_is_bn:
-        raise ConfigError(
-            f"model.pretrained={source_name} was trained without BatchNorm (it has no running statistics), but "
-            f"model.norm={norm} needs them; choose model.norm=gn or gn_ws, or weights trained with BN."
-        )
-    if source_is_bn and not target_is_bn and conversion == "refuse":
-        raise ConfigError(
-            f"model.pretrained={source_name} was trained with BatchNorm and model.norm={norm} computes something "
-            "else, so these weights would start far below their accuracy; choose model.norm=bn or bn_frozen, weights "
-            "trained with this norm, or ask for the copy by name with model.conversion=copy."
-        )
-    target = net.state_dict()
-    loaded, reinitialized, misfits = {}, [], []
-    for key, tensor in target.items():
-        if key.startswith(f"{head}."):
-            reinitialized.append(key)
-        elif key in source and source[key].shape == tensor.shape:
-            loaded[key] = source[key].to(tensor.dtype)
-        elif not key.endswith("num_batches_tracked"):
-            misfits.append(f"{key} {tuple(tensor.shape)}")
-    if misfits:
-        raise ConfigError(
-            f"model.pretrained={source_name} does not fit {architecture}: {len(misfits)} of {len(target)} tensors are "
-            f"missing or have another shape, among them {', '.join(misfits[:3])}; give weights of {architecture}, or "
-            "set model.backbone to the architecture of the file."
-        )
-    net.load_state_dict(loaded, strict=False)
-    affine = {key.rsplit(".", 1)[0] for key in source if key.endswith("running_mean")}
-    converted = () if target_is_bn or not source_is_bn else tuple(k for k in loaded if k.rsplit(".", 1)[0] in affine)
-    return TransferReport(
-        source=source_name,
+    kind, _, rest = full.partition(":")
+    if kind == "gn-transfer":
+        return released_weights(rest)
+    config = timm.get_pretrained_cfg(rest, allow_unregistered=False) if "." in rest else None
+    if config is None or not config.hf_hub_id:
+        raise ConfigError(f"{full} is not a set of weights that timm knows; write timm:resnetv2_50.a1h_in1k.")
+    stated: Mapping[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]
+    architecture, tag = rest.split(".", 1)
+    grouped = architecture.endswith(("_gn", "_bit"))
+    return Weights(
+        name=full,
         architecture=architecture,
-        norm=norm,
-        loaded=tuple(key for key in loaded if key not in converted),
-        dropped=tuple(key for key in source if key not in loaded),
-        reinitialized=tuple(reinitialized),
-        converted=converted,
-        notes=_notes(architecture, norm),
+        saw=seen(tag),
+        norm="gn_ws" if architecture.endswith("_bit") else "gn" if grouped else "bn",
+        num_groups=32 if grouped else None,
+        mean=tuple(stated["mean"]),
+        std=tuple(stated["std"]),
+        hints={"img_size": int(stated["input_size"][-1]), "interpolation": str(stated["interpolation"])},
+        repository=str(stated["hf_hub_id"]),
     )
+
+
+def auto_table() -> list[tuple[str, Norm, str]]:
+    """List what ``pretrained: auto`` resolves to: backbone, norm, full name of the weights."""
+    return [(backbone, norm, full) for (backbone, norm), full in _AUTO.items()]
 
 
 def parameter_depths(net: nn.Module) -> dict[str, int]:
@@ -401,17 +338,6 @@ def check_input(net: nn.Module, norm: Norm, *, batch_size: int, img_size: int, i
         ) from error
 
 
-def _notes(architecture: str, norm: Norm) -> tuple[str, ...]:
-    notes = []
-    if architecture.endswith("_bit"):
-        notes.append(
-            "BiT's stem pads its max-pool with zeros where resnetv2's pads with -inf: not only the norm differs"
-        )
-    if architecture.endswith("_bit") and norm == "gn_ws":
-        notes.append("BiT weights saw ImageNet-21k; the BN counterparts saw ImageNet-1k only")
-    return tuple(notes)
-
-
 def _zero_last_convolutions(net: nn.Module) -> None:
     for module in net.modules():
         if hasattr(module, "zero_init_last") or hasattr(module, "conv2"):
@@ -420,57 +346,67 @@ def _zero_last_convolutions(net: nn.Module) -> None:
                 nn.init.zeros_(last.weight)
 
 
-def _download(full_name: str, source_name: str) -> Mapping[str, Tensor]:
-    # Without a network the hub's client tries for a minute; told that it is offline, it looks into its cache at once.
-    before = hub.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = before or not _answers(hub.ENDPOINT)
-    try:
-        state: Mapping[str, Tensor] = timm.create_model(full_name, pretrained=True).state_dict()
-    except Exception as error:  # the hub client raises a family of unrelated types
+def _local(path: Path, name: str) -> Weights:
+    bit = _STANDS_FOR.get(name, "").endswith("_bit") and path.suffix == ".npz"  # Google published these for BiT alone
+    weights = file_weights(path, _STANDS_FOR[name] if bit else name)
+    if bit:
+        weights = replace(weights, norm="gn_ws", num_groups=32)
+    if weights.architecture not in (name, _STANDS_FOR.get(name)):
         raise ConfigError(
-            f"model.pretrained: the weights {source_name} are not on this machine and could not be downloaded "
-            f"({type(error).__name__}). With a network, run the command again; without one, copy the model's file "
-            "(model.safetensors of that name on the Hugging Face hub) here and set model.pretrained to its path, or "
-            "train from scratch with model.pretrained=null."
+            f"model.pretrained={path} holds weights of {weights.architecture}, model.backbone is {name}; set "
+            f"model.backbone={weights.architecture}, or give weights of {name}."
+        )
+    return weights
+
+
+def _auto(name: str, norm: Norm, conversion: Conversion) -> str:
+    # bn_frozen and bn_sync are BN with other statistics: its weights are theirs.
+    full = _AUTO.get((name, trained_as(norm)))
+    if full is None and conversion != "refuse":
+        full = _AUTO.get((name, "bn"))
+    if full is None:
+        pairs = [f"{backbone} with {known}" for backbone, known in _AUTO if backbone == name or known == norm]
+        raise ConfigError(
+            f"model.pretrained=auto: no weights are known for model.backbone={name} with model.norm={norm}. "
+            f"There are weights for: {', '.join(pairs) or 'other norms only'}. Choose one of these, name a local file, "
+            "set model.pretrained=null to train from scratch, or convert BN weights with model.conversion=calibrated."
+        )
+    return full
+
+
+def _per_channel(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
+    return tuple(values) if len(values) == in_chans else tuple(values[:1]) * in_chans
+
+
+def _calibration_batches(pictures: Tensor | None, mean: Sequence[float], std: Sequence[float]) -> Iterator[Tensor]:
+    if pictures is None:
+        raise ConfigError("model.conversion=calibrated needs training pictures; none were given.")
+    shape = (1, -1, 1, 1)
+    for part in torch.split(pictures, CALIBRATION_BATCH):
+        yield (part.float() / 255.0 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+
+
+def _quality(explained: Mapping[str, float]) -> str:
+    worst = min(explained, key=explained.__getitem__)
+    middle = statistics.median(explained.values())
+    return (
+        f"calibrated: {len(explained)} norms reproduce {middle:.0%} of their BN layer's variance in the median, "
+        f"{explained[worst]:.0%} in the worst ({worst})"
+    )
+
+
+def _read_npz(weights: Weights) -> Mapping[str, Tensor]:
+    base, arguments = ALIASES.get(weights.architecture, (weights.architecture, {}))
+    overlay = {"file": str(weights.file), "custom_load": True}
+    try:
+        net = timm.create_model(base, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    except Exception as error:  # numpy, zipfile and timm have their own errors for a damaged file
+        raise ConfigError(
+            f"model.pretrained={weights.file} cannot be read as weights of {weights.architecture} "
+            f"({type(error).__name__}); give a BiT .npz of that net, or fetch the file again."
         ) from error
-    finally:
-        hub.HF_HUB_OFFLINE = before
+    state: Mapping[str, Tensor] = net.state_dict()
     return state
-
-
-def _answers(url: str, timeout: float = 4.0) -> bool:
-    """Say whether a server answers at all, within ``timeout`` seconds."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout):
-            return True
-    except urllib.error.HTTPError:
-        return True  # an answer, if not the one hoped for
-    except OSError:
-        return False
-
-
-def _read_file(path: Path, architecture: str) -> Mapping[str, Tensor]:
-    try:
-        if path.suffix == ".npz":
-            base, arguments = ALIASES.get(architecture, (architecture, {}))
-            overlay = {"file": str(path), "custom_load": True}
-            net = timm.create_model(base, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
-            npz: Mapping[str, Tensor] = net.state_dict()
-            return npz
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each format's reader has its own errors for a damaged file
-        raise ConfigError(
-            f"model.pretrained={path} cannot be read as weights ({type(error).__name__}); allowed are "
-            ".safetensors, .pth/.bin/.ckpt holding plain tensors, and BiT .npz files. Fetch the file again."
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ConfigError(f"model.pretrained={path} holds no state dict; give a file of named tensors.")
-    return {key.removeprefix("net."): value for key, value in content.items()}
 
 
 def default_channels(name: str) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from gn_transfer.backbones import (
-    BN_FAMILY,
     Backbone,
-    Conversion,
-    TransferReport,
     check_input,
     create_backbone,
     default_channels,
@@ -26,11 +24,25 @@ from gn_transfer.backbones import (
     rebuild,
 )
 from gn_transfer.config import ConfigError, Norm
+from gn_transfer.layers import (
+    OncePerWindow,
+    corrected_momentum,
+    default_groups,
+    preferred_memory_format,
+    reestimate_statistics,
+)
 from gn_transfer.layers import OncePerWindow, preferred_memory_format
 from gn_transfer.mixing import WindowMixer
 from gn_transfer.optim import SCHEDULES, OptimizerName, ScheduleName, create_optimizer, parameter_groups
+from gn_transfer.transfer import BN_FAMILY, Conversion, TransferReport
 
 CHECKPOINT_VERSION = 1
+
+CALIBRATION_PICTURES = 256
+"""Training pictures that ``model.conversion: calibrated`` looks at."""
+
+FROZEN_STATISTICS_BATCH = 32
+"""Batch at which the statistics of frozen batch norms are re-estimated; they never see the training batch."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +73,12 @@ class TransferClassifier(LightningModule):
     Args:
         backbone: timm's name of the net, without a weights tag: resnet18, resnetv2_50, ...
         norm: The switch: bn, bn_frozen, bn_sync, gn, gn_ws (GroupNorm + Weight Standardization), bn_ws, ln, in, none.
-        num_groups: Groups of GroupNorm.
+        num_groups: Groups of GroupNorm; null takes 32, or 4 with conversion calibrated.
         group_size: Channels per group, instead of num_groups.
         pretrained: null from scratch, auto for the weights that fit backbone and norm, a timm tag, or a file.
-        conversion: What to do with weights trained under BN when the net has none: refuse, or copy the affine part.
+        conversion: What to do with weights trained under BN when the net has none: refuse, copy the affine part, or
+            calibrated: set the affine of each norm (gn, ln, in) in closed form on a few hundred training pictures so
+            that the net starts near the BN net; the fewer groups, the nearer.
         in_chans: Channels of the pictures, 3 or 1 (grey); null: 1 for cnn_mnist, else 3.
         once_per_window: Standardize and cast weights once per accumulation window instead of once per micro-batch.
         channels_last: Memory layout of the pictures; auto takes what measured faster for the norm and device.
@@ -76,11 +90,18 @@ class TransferClassifier(LightningModule):
         momentum: Momentum of sgd; first beta of adam.
         weight_decay: Decay of weights, not of norms and biases.
         layer_decay: Factor on the learning rate per layer towards the stem, in (0, 1]; 1 disables it.
-        schedule: cosine to zero or constant, after the warm-up.
+        schedule: cosine to zero or constant, after the warm-up; bit: BiT's HyperRule, a tenth after 40, 60 and 80 % of
+            the run (with warmup_fraction 0.2).
         warmup_fraction: Part of all optimizer steps in which the learning rate rises, in [0, 1).
         label_smoothing: Weight of the uniform distribution in the training target, in [0, 1).
         mixup: alpha of Mixup with the picture before in the window of accumulated gradients; 0 disables it.
         cutmix: alpha of CutMix with that picture; 0 disables it, with both a coin decides.
+        clip_norm: Largest norm of the gradient of a whole window; longer ones are shortened to it; null disables it.
+        freeze_epochs: First epochs in which the head alone learns and BN statistics stay as they are; 0 disables it.
+        bn_momentum: Weight of a micro-batch in BN's running statistics, in (0, 1]; corrected takes
+            1 - 0.9^(batch_size / 16), so that small micro-batches forget no faster per picture; null keeps 0.1.
+        reestimate_bn: Training pictures on which BN statistics are re-estimated, by pooling E[x] and E[x^2]: before
+            each validation, or with norm bn_frozen once before training; 0 disables it.
     """
 
     mean: Tensor
@@ -91,7 +112,7 @@ class TransferClassifier(LightningModule):
         self,
         backbone: str = "resnetv2_18",
         norm: Norm = "gn_ws",
-        num_groups: int = 32,
+        num_groups: int | None = None,
         group_size: int | None = None,
         pretrained: str | None = None,
         conversion: Conversion = "refuse",
@@ -111,6 +132,10 @@ class TransferClassifier(LightningModule):
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        clip_norm: float | None = None,
+        freeze_epochs: int = 0,
+        bn_momentum: float | Literal["corrected"] | None = None,
+        reestimate_bn: int = 0,
     ) -> None:
         super().__init__()
         _check_range("model.lr", lr, low=0.0, open_low=True)
@@ -121,11 +146,21 @@ class TransferClassifier(LightningModule):
         _check_range("model.layer_decay", layer_decay, low=0.0, high=1.0, open_low=True, open_high=False)
         _check_range("model.warmup_fraction", warmup_fraction, low=0.0, high=1.0)
         _check_range("model.label_smoothing", label_smoothing, low=0.0, high=1.0)
+        if clip_norm is not None:
+            _check_range("model.clip_norm", clip_norm, low=0.0, open_low=True)
+        _check_range("model.freeze_epochs", freeze_epochs, low=0)
+        if isinstance(bn_momentum, float):
+            _check_range("model.bn_momentum", bn_momentum, low=0.0, high=1.0, open_low=True, open_high=False)
+        _check_range("model.reestimate_bn", reestimate_bn, low=0)
+        if norm not in BN_FAMILY and (bn_momentum is not None or reestimate_bn):
+            key = "bn_momentum" if bn_momentum is not None else "reestimate_bn"
+            raise ConfigError(f"model.{key} is for batch norms, and model.norm={norm} has none; leave it out.")
         _check_range("model.mixup", mixup, low=0.0)
         _check_range("model.cutmix", cutmix, low=0.0)
         self.backbone = backbone
         self.norm: Norm = norm
-        self.num_groups = num_groups
+        calibrated = conversion == "calibrated"
+        self.num_groups = default_groups(calibrated=calibrated) if num_groups is None else num_groups
         self.group_size = group_size
         self.pretrained = pretrained
         self.conversion: Conversion = conversion
@@ -145,6 +180,10 @@ class TransferClassifier(LightningModule):
         self.label_smoothing = label_smoothing
         self.mixup = mixup
         self.cutmix = cutmix
+        self.clip_norm = clip_norm
+        self.freeze_epochs = freeze_epochs
+        self.bn_momentum = bn_momentum
+        self.reestimate_bn = reestimate_bn
 
         self.micro_batch = MicroBatch()
         self.evaluation_precision: torch.dtype | None = None
@@ -154,18 +193,29 @@ class TransferClassifier(LightningModule):
         self.net: nn.Module | None = None
         self._engine: OncePerWindow | None = None
         self._mixer: WindowMixer | None = None
+        self._body_frozen = False
         self._memory_format = torch.contiguous_format
         self._restored: dict[str, Any] | None = None
         self.run_config: dict[str, Any] = {}
 
     # -- building -----------------------------------------------------------------------------------------------
 
-    def build(self, classes: list[str], *, class_weight: Tensor | None = None) -> None:
+    def build(
+        self,
+        classes: list[str],
+        *,
+        class_weight: Tensor | None = None,
+        batch_size: int = 1,
+        pictures: Callable[[int], Tensor] | None = None,
+    ) -> None:
         """Build the net for these classes; does nothing when it stands already.
 
         Args:
             classes: Names of the classes, in the order of the targets.
             class_weight: Weight of each class in the training loss, shape ``(num_classes,)``, float32.
+            batch_size: Pictures per forward pass in training, for ``bn_momentum``.
+            pictures: Gives that many training pictures, uint8 ``(N, 3, H, W)``, preprocessed as in evaluation; needed
+                for ``conversion: calibrated`` and for ``reestimate_bn`` with ``bn_frozen``.
 
         Raises:
             ConfigError: See :func:`gn_transfer.backbones.create_backbone`.
@@ -197,6 +247,7 @@ class TransferClassifier(LightningModule):
                 group_size=self.group_size,
                 conversion=self.conversion,
                 in_chans=self.in_chans,
+                calibration=pictures(CALIBRATION_PICTURES) if pictures and self.conversion == "calibrated" else None,
             )
             self.net, self.head, self.report = built.net, built.head, built.report
             mean, std = list(built.mean), list(built.std)
@@ -204,6 +255,13 @@ class TransferClassifier(LightningModule):
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1) * 255.0, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1) * 255.0, persistent=False)
         self.register_buffer("class_weight", class_weight, persistent=False)
+        if self.bn_momentum is not None:
+            value = corrected_momentum(batch_size) if self.bn_momentum == "corrected" else self.bn_momentum
+            for layer in self.net.modules():
+                if isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm):
+                    layer.momentum = value
+        if self.reestimate_bn and self.norm == "bn_frozen" and self._restored is None and pictures is not None:
+            self._reestimate(pictures(self.reestimate_bn), FROZEN_STATISTICS_BATCH)
         if self.gradient_checkpointing:
             if not hasattr(self.net, "set_grad_checkpointing"):
                 raise ConfigError(f"model.gradient_checkpointing: {self.backbone} does not offer it; set it to false.")
@@ -230,11 +288,27 @@ class TransferClassifier(LightningModule):
         take over the weights' layout, which must not change under them.
         """
         data = self._data()
-        self.build(data.classes, class_weight=data.class_weight_tensor)
+        if self.net is None:
+            self.build_for(data)
         assert self.net is not None
         if self.trainer.state.fn == "fit":
+            if self.freeze_epochs and self.trainer.world_size > 1:
+                raise ConfigError(
+                    f"model.freeze_epochs={self.freeze_epochs}: DDP cannot unfreeze parameters while it runs; train "
+                    "the head on one device first, or set it to 0."
+                )
             self._memory_format = self.memory_format(self.trainer.strategy.root_device.type, data.batch_size)
             self.net.to(memory_format=self._memory_format)  # type: ignore[call-overload]
+
+    def build_for(self, data: Any) -> None:
+        """Build the net for a data module that is set up."""
+        fits = hasattr(data, "train_dataset")
+        self.build(
+            data.classes,
+            class_weight=data.class_weight_tensor if fits else None,
+            batch_size=data.batch_size,
+            pictures=data.training_pictures if fits else None,
+        )
 
     def check_batch(self, *, batch_size: int, img_size: int) -> None:
         """Refuse a batch that the net cannot train on; see :func:`gn_transfer.backbones.check_input`."""
@@ -356,25 +430,78 @@ class TransferClassifier(LightningModule):
         accuracies.reset()
         mean_loss.reset()
 
+    # -- batch norm and freezing --------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Re-estimate BN statistics at the size of the training batch, where that was asked for."""
+        if self.reestimate_bn and self.norm != "bn_frozen" and self.trainer.state.fn == "fit":
+            data = self._data()
+            self._reestimate(data.training_pictures(self.reestimate_bn), data.batch_size)
+
+    def _reestimate(self, pictures: Tensor, batch_size: int) -> None:
+        assert self.net is not None
+        reestimate_statistics(
+            self.net,
+            ((part.to(self.device).float() - self.mean) / self.std for part in torch.split(pictures, batch_size)),
+        )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Freeze or unfreeze by the epoch alone, so that a resumed run does as it would have done."""
+        self._freeze(self.current_epoch < self.freeze_epochs)
+
+    def _freeze(self, frozen: bool) -> None:
+        if frozen == self._body_frozen:
+            return
+        assert self.net is not None
+        self._body_frozen = frozen
+        for name, parameter in self.net.named_parameters():
+            if not name.startswith(f"{self.head}."):
+                parameter.requires_grad_(not frozen)
+        if self._engine is not None:
+            self._engine.reset()
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation; a frozen body stays in evaluation, so that its statistics stay."""
+        super().train(mode)
+        if self._body_frozen and self.net is not None:
+            self.net.eval()
+            self.net.get_submodule(self.head).train(mode)
+        return self
+
     # -- optimization -------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Build the fused optimizer and the schedule over optimizer steps."""
         assert self.net is not None
-        groups = parameter_groups(
-            self.net.named_parameters(),
+        groups = self.parameter_groups(self.net)
+        # fp16 gradients are scaled until the step where the optimizer is fused, so their norm would be another one.
+        fused = self.clip_norm is None or self.trainer.precision != "16-mixed"
+        optimizer = create_optimizer(self.optimizer_name, groups, momentum=self.momentum, fused=fused)
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup, scale = math.ceil(self.warmup_fraction * total), SCHEDULES[self.schedule]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: scale(step, total, warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def parameter_groups(self, net: nn.Module) -> list[dict[str, Any]]:
+        """Sort the parameters of the net, or of a copy of it, by learning rate and weight decay."""
+        return parameter_groups(
+            net.named_parameters(),
             lr=self.lr,
             head=self.head,
             head_lr=self.head_lr,
             weight_decay=self.weight_decay,
             layer_decay=self.layer_decay,
-            depths=parameter_depths(self.net) if self.layer_decay < 1 else None,
+            depths=parameter_depths(net) if self.layer_decay < 1 else None,
         )
-        optimizer = create_optimizer(self.optimizer_name, groups, momentum=self.momentum)
-        total = int(self.trainer.estimated_stepping_batches)
-        warmup, scale = math.ceil(self.warmup_fraction * total), SCHEDULES[self.schedule]
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: scale(step, total, warmup))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Shorten the gradient of a window that is longer than ``clip_norm``."""
+        if self.clip_norm is not None:
+            assert self.net is not None
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_norm)
 
     def memory_format(self, device_type: str, batch_size: int) -> torch.memory_format:
         """Choose the layout of activations in training: ``model.channels_last``, or what measured faster."""

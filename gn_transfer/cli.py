@@ -35,7 +35,9 @@ from gn_transfer.callbacks import (
     Throughput,
     TrainingPictures,
     ValidationFigures,
+    WeightAverage,
     device_type,
+    micro_batches_per_window,
     resolve_precision,
 )
 from gn_transfer.classifier import TransferClassifier
@@ -43,6 +45,7 @@ from gn_transfer.config import ConfigError
 from gn_transfer.data import Digits, Folder, Pets, PictureData, Sample, TinyImageNet
 from gn_transfer.data.base import core_count
 from gn_transfer.files import write_json
+from gn_transfer.learning_rate import range_test, smooth, suggest
 from gn_transfer.loggers import (
     RunFolder,
     RunLog,
@@ -67,7 +70,7 @@ DATA = (Sample, Pets, Folder, TinyImageNet, Digits)
 """What ``--data NAME`` offers; jsonargparse finds subclasses of PictureData that are imported."""
 
 # What decides the course of a training: a resumed run must not change it. The number of epochs may grow.
-_FIXED_ON_RESUME = ("seed_everything", "data", "model", "accumulation", "mixed_precision")
+_FIXED_ON_RESUME = ("seed_everything", "data", "model", "accumulation", "mixed_precision", "ema")
 _FREE_ON_RESUME = {
     "data.init_args.root",
     "data.init_args.num_workers",
@@ -167,12 +170,14 @@ class Command(LightningCLI):
         parser.add_lightning_class_args(TransferClassifier, "model")
         parser.add_lightning_class_args(GradientAccumulation, "accumulation")
         parser.add_lightning_class_args(MixedPrecision, "mixed_precision")
+        parser.add_lightning_class_args(WeightAverage, "ema")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.add_lightning_class_args(OptionalEarlyStopping, "early_stopping")
         parser.add_lightning_class_args(Trainer, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.add_argument("--dry_run", action="store_true", help="Print the plan and stop.")
+        parser.add_argument("--lr_find", action="store_true", help="Try rising learning rates, suggest one and stop.")
 
     def _parse_ckpt_path(self) -> None:
         """Do not let a checkpoint overrule the command line in silence, as Lightning would; see :meth:`_settle`."""
@@ -186,6 +191,10 @@ class Command(LightningCLI):
             raise ConfigError(
                 f"trainer.accumulate_grad_batches={config.trainer.accumulate_grad_batches}: set "
                 "accumulation.effective_batch_size (pictures per optimizer step) instead."
+            )
+        if config.trainer.gradient_clip_val is not None:
+            raise ConfigError(
+                f"trainer.gradient_clip_val={config.trainer.gradient_clip_val}: set model.clip_norm instead."
             )
         if self.arguments.stored is not None:
             self._settle(self.arguments.stored)
@@ -213,7 +222,7 @@ class Command(LightningCLI):
     def plain_config(self) -> dict[str, Any]:
         """Give the resolved configuration as plain values, with the seed and without what only this call needs."""
         dumped = yaml.safe_load(self._parser(self.subcommand).dump(self._section(), skip_none=False, format="yaml"))
-        for key in ("ckpt_path", "dry_run", "config"):
+        for key in ("ckpt_path", "dry_run", "lr_find", "config"):
             dumped.pop(key, None)
         plain: dict[str, Any] = dumped
         return plain
@@ -244,7 +253,7 @@ class Command(LightningCLI):
             "plugins": [*_as_list(self._get(self.config_init, "trainer").plugins), AtomicCheckpointIO()],
             **kwargs,
         }
-        groups = ["accumulation", "mixed_precision", "checkpoint", "early_stopping"]
+        groups = ["accumulation", "mixed_precision", "ema", "checkpoint", "early_stopping"]
         ours = [self._get(self.config_init, group) for group in groups]
         return self._instantiate_trainer(trainer_config, [*ours, *callbacks])
 
@@ -264,7 +273,7 @@ class Command(LightningCLI):
         if resumed is not None:
             model.restore(resumed)
             _check_classes(resumed["classes"], data.classes)
-        model.build(data.classes, class_weight=data.class_weight_tensor)
+        model.build_for(data)
         model.check_batch(batch_size=data.batch_size, img_size=data.img_size)
         plan = make_plan(
             model,
@@ -283,6 +292,9 @@ class Command(LightningCLI):
                 self.log.print(f"warning: {warning}")
         if config.dry_run:
             return
+        if config.lr_find:
+            self._find_learning_rate()
+            return
         run_folder = self._claim(resumed)
         self._equip(run_folder, trainer, model, data)
         if trainer.is_global_zero:
@@ -300,6 +312,31 @@ class Command(LightningCLI):
             raise
         finally:
             self.log.close()
+
+    def _find_learning_rate(self) -> None:
+        """Run the range test and print it; nothing is written, and the seeds of a later run are its own."""
+        micro_batches = micro_batches_per_window(
+            self._section().accumulation.effective_batch_size, self.datamodule.batch_size, 1
+        )
+        tested = range_test(
+            self.model,
+            self.datamodule,
+            micro_batches=micro_batches,
+            precision=self.precision,
+            device=self.trainer.strategy.root_device,
+        )
+        losses = smooth([loss for _, loss in tested])
+        for (rate, _), loss in list(zip(tested, losses, strict=True))[:: max(1, len(tested) // 16)]:
+            self.log.print(f"lr {rate:<9.2g} loss {loss:.4f}")
+        found = suggest(tested)
+        if found is None:
+            self.log.print("the loss did not fall at any learning rate; look at the data and the weights first")
+        else:
+            self.log.print(
+                f"suggested  --model.lr {found:g}, where the loss fell fastest ({len(tested)} optimizer steps of "
+                f"{micro_batches * self.datamodule.batch_size} pictures); compare it with its thirds and triples on "
+                "validation"
+            )
 
     def _continues(self, run_folder: RunFolder) -> bool:
         checkpoint = self.arguments.checkpoint
@@ -328,11 +365,18 @@ class Command(LightningCLI):
         plain, config = self.plain_config(), self._section()
         plain["data"]["init_args"]["seed"] = config.seed_everything
         model.run_config = {"config": _without_links(plain), "config_name": self.arguments.config_name}
-        hparams = flat_hparams(plain)
+        hparams = {**flat_hparams(plain), "num_groups": model.num_groups}
         self.best.dirpath = str(run_folder.checkpoints)
         last = self._get(self.config_init, "checkpoint")
         last.directory = run_folder.checkpoints
-        facts = {**hparams, **environment(), "config": self.arguments.config_name, "run": run_folder.name}
+        averaged = self._get(self.config_init, "ema").describe()
+        facts = {
+            **hparams,
+            **environment(),
+            "evaluated_weights": averaged,
+            "config": self.arguments.config_name,
+            "run": run_folder.name,
+        }
         if trainer.is_global_zero:
             (run_folder.logs / "config.yaml").write_text(
                 yaml.safe_dump(_without_links(plain), sort_keys=False), encoding="utf-8"
@@ -447,6 +491,7 @@ def _known_keys() -> list[str]:
         ("model", TransferClassifier),
         ("accumulation", GradientAccumulation),
         ("mixed_precision", MixedPrecision),
+        ("ema", WeightAverage),
         ("checkpoint", LastCheckpoint),
         ("early_stopping", OptionalEarlyStopping),
         ("trainer", Trainer),
@@ -459,7 +504,7 @@ def _known_keys() -> list[str]:
         for name, parameter in inspect.signature(part).parameters.items()
         if parameter.kind is not parameter.VAR_KEYWORD
     ]
-    return ["seed_everything", *dict.fromkeys(keys), "ckpt_path", "dry_run"]
+    return ["seed_everything", *dict.fromkeys(keys), "ckpt_path", "dry_run", "lr_find"]
 
 
 @contextmanager

@@ -51,7 +51,19 @@ def explain(message: str, known_keys: Sequence[str], data_modules: Sequence[str]
         return f"data={found[1]} is not a data module; {did_you_mean(found[1], data_modules)}."
     if found := re.search(r"""Parser key "([\w.]+)": Expected an? <class '(\w+)'>\. Got value: (.*)""", flat):
         return f"{section}{found[1]}={found[3]} is not of type {found[2]}."
+    union = r"""Parser key "([\w.]+)": Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors:"""
+    if found := re.search(union + r".*Given value: (.*)$", flat):
+        key, kinds, value = found.groups()
+        return f"{section}{key}={value} is not allowed; use {', '.join(_alternatives(kinds))}."
     return flat
+
+
+def _alternatives(kinds: str) -> list[str]:
+    """Put the members of a union into words: ``null``, ``a float``, or the values of a Literal."""
+    names = []
+    for kind, choices in re.findall(r"<class '(\w+)'>|typing\.Literal\[(.+?)\]", kinds):
+        names += _words(choices) if choices else ["null" if kind == "NoneType" else f"a {kind}"]
+    return names
 
 
 def _words(choices: str) -> list[str]:

@@ -15,6 +15,7 @@ from gn_transfer.callbacks import micro_batches_per_window
 from gn_transfer.classifier import TransferClassifier
 from gn_transfer.data import PictureData
 from gn_transfer.layers import OncePerWindow
+from gn_transfer.optim import bit_samples
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,13 @@ def make_plan(
         *data.describe(),
         ("net", f"{net}, {parameters:.1f} M parameters"),
         ("weights", report.summary()),
+        *([("", f"they saw {report.saw}")] if report.saw else []),
         *(("", note) for note in report.notes),
         ("window", window),
         ("steps", f"{epochs} epochs x {windows:,} optimizer steps = {steps:,}"),
         ("optimizer", f"{model.optimizer_name}, lr {model.lr:g}, {model.schedule}, decay {model.weight_decay:g}"),
         *([("mixing", f"mixup {model.mixup:g}, cutmix {model.cutmix:g}, with the picture before")] if mixes else []),
+        *(("", line) for line in recipe(model, len(data.train_dataset), epochs)),
         ("precision", f"{precision} on {device}"),
         (
             "memory",
@@ -116,6 +119,34 @@ def make_plan(
         ("time", f"about {duration(seconds)} of training steps"),
     ]
     return Plan(rows, advice(model, data.batch_size, micro_batches))
+
+
+def recipe(model: TransferClassifier, num_images: int, epochs: int) -> list[str]:
+    """Say in words what a recipe does beside the optimizer.
+
+    Args:
+        model: The model.
+        num_images: Training pictures.
+        epochs: Epochs of the run.
+
+    Returns:
+        Lines for the plan, none for a plain recipe.
+    """
+    lines = []
+    if model.schedule == "bit":
+        wanted = bit_samples(num_images)
+        lines.append(
+            f"BiT-HyperRule: {wanted:,} samples for {num_images:,} pictures, trainer.max_epochs "
+            f"{round(wanted / num_images)}; this run has {num_images * epochs:,}"
+        )
+    if model.freeze_epochs:
+        lines.append(f"the head alone learns for {model.freeze_epochs} of {epochs} epochs")
+    if model.clip_norm is not None:
+        lines.append(f"gradients of a window are shortened to norm {model.clip_norm:g}")
+    if model.reestimate_bn:
+        when = "once before training" if model.norm == "bn_frozen" else "before each validation"
+        lines.append(f"BN statistics are re-estimated on {model.reestimate_bn:,} training pictures {when}")
+    return lines
 
 
 def advice(model: TransferClassifier, batch_size: int, micro_batches: int) -> list[str]:

@@ -1,10 +1,13 @@
+import json
 import time
 import warnings
 
+import numpy as np
 import pytest
+import timm
 import torch
 from huggingface_hub import constants as hub
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gn_transfer.backbones import check_input, create_backbone, parameter_depths, resolve_pretrained
@@ -92,9 +95,16 @@ def test_a_truncated_file(tmp_path, bn_file, suffix):
 
 
 def test_auto_picks_architecture_and_tag_for_the_norm():
-    assert resolve_pretrained("resnetv2_50", "gn_ws", "auto") == ("resnetv2_50x1_bit", "goog_in21k_ft_in1k")
-    assert resolve_pretrained("resnetv2_50", "bn_frozen", "auto") == ("resnetv2_50", "a1h_in1k")
-    assert resolve_pretrained("resnet50", "gn", "auto") == ("resnet50_gn", "a1h_in1k")
+    names = {
+        ("resnetv2_50", "gn_ws"): "timm:resnetv2_50x1_bit.goog_in21k_ft_in1k",
+        ("resnetv2_50", "bn_frozen"): "timm:resnetv2_50.a1h_in1k",
+        ("resnet50", "gn"): "timm:resnet50_gn.a1h_in1k",
+    }
+    for (backbone, norm), name in names.items():
+        weights = resolve_pretrained(backbone, norm, "auto")
+        assert weights.name == name
+        assert weights.architecture == name.partition(":")[2].partition(".")[0]
+    assert resolve_pretrained("resnetv2_50", "gn", "auto", "calibrated").name == "timm:resnetv2_50.a1h_in1k"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +120,98 @@ def test_auto_picks_architecture_and_tag_for_the_norm():
 def test_what_cannot_be_resolved_names_the_way_out(arguments, message):
     with pytest.raises(ConfigError, match=message):
         resolve_pretrained(*arguments)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code ran')",)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    torch.save({"state_dict": {"w": RunsCode()}}, tmp_path / "evil.pth")
+    with pytest.raises(ConfigError, match="could run code, and was refused"):
+        small("bn", pretrained=str(tmp_path / "evil.pth"))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_a_folder_in_timms_layout_states_architecture_and_pixels(tmp_path, bn_file, name):
+    folder = tmp_path / "resnet18.mine"
+    folder.mkdir()
+    state = load_file(bn_file)
+    save_file(state, folder / name) if name.endswith("safetensors") else torch.save(state, folder / name)
+    config = {"architecture": "resnet18", "pretrained_cfg": {"tag": "a1_in1k", "mean": [0.5] * 3, "std": [0.25] * 3}}
+    (folder / "config.json").write_text(json.dumps(config))
+    for path in (folder, folder / name):
+        backbone = small("bn", pretrained=str(path))
+        assert torch.equal(backbone.net.conv1.weight, state["conv1.weight"])
+        assert (backbone.mean, backbone.std) == ((0.5,) * 3, (0.25,) * 3)
+        assert backbone.report.saw == "ImageNet-1k (1.3 M pictures)"
+    with pytest.raises(ConfigError, match=r"holds weights of resnet18, model\.backbone is resnet34"):
+        create_backbone("resnet34", norm="bn", num_classes=5, pretrained=str(folder))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"is not timm's config\.json"):
+        small("bn", pretrained=str(folder))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
+        small("bn", pretrained=str(tmp_path / "empty"))
+
+
+def test_a_checkpoint_of_ours_states_its_norm_groups_and_pixels(tmp_path):
+    built = small("gn", num_groups=16)
+    ours = {
+        "architecture": {
+            "architecture": "resnet18",
+            "norm": "gn",
+            "num_groups": 16,
+            "group_size": None,
+            "mean": [0.1, 0.2, 0.3],
+            "std": [0.4, 0.5, 0.6],
+        },
+        "transfer_report": built.report.as_dict(),
+        "config": {"data": {"class_path": "gn_transfer.data.Pets"}},
+    }
+    path = tmp_path / "best.ckpt"
+    state = {f"net.{key}": value for key, value in built.net.state_dict().items()}
+    torch.save({"state_dict": state, "gn_transfer": ours}, path)
+    backbone = small("gn", num_groups=16, pretrained=str(path))
+    assert (backbone.mean, backbone.report.saw) == ((0.1, 0.2, 0.3), "Pets")
+    with pytest.raises(ConfigError, match=r"was trained with model\.num_groups=16"):
+        small("gn", pretrained=str(path))
+    with pytest.raises(ConfigError, match=r"was trained with norm gn, not with model\.norm=gn_ws"):
+        small("gn_ws", num_groups=16, pretrained=str(path))
+
+
+@pytest.mark.slow
+def test_npz_files_of_bit(tmp_path):
+    """Google's own layout, written from a net of timm's, loads into resnetv2_50 as BiT's architecture."""
+    net = timm.create_model("resnetv2_50x1_bit").eval()
+    arrays = {"head/conv2d/kernel": net.head.fc.weight, "head/conv2d/bias": net.head.fc.bias}
+    arrays |= {"root_block/standardized_conv2d/kernel": net.stem.conv.weight}
+    arrays |= {"group_norm/gamma": net.norm.weight, "group_norm/beta": net.norm.bias}
+    for i, stage in enumerate(net.stages, 1):
+        for j, block in enumerate(stage.blocks, 1):
+            unit = f"block{i}/unit{j:02d}"
+            for letter, number in zip("abc", "123", strict=True):
+                norm = getattr(block, f"norm{number}")
+                arrays[f"{unit}/{letter}/standardized_conv2d/kernel"] = getattr(block, f"conv{number}").weight
+                arrays |= {
+                    f"{unit}/{letter}/group_norm/{k}": v for k, v in (("gamma", norm.weight), ("beta", norm.bias))
+                }
+            if block.downsample is not None:
+                arrays[f"{unit}/a/proj/standardized_conv2d/kernel"] = block.downsample.conv.weight
+    path = tmp_path / "BiT-M-R50x1.npz"
+    values = {f"resnet/{key}": value.detach().numpy() for key, value in arrays.items()}
+    np.savez(path, **{key: v.transpose(2, 3, 1, 0) if v.ndim == 4 else v for key, v in values.items()})
+    backbone = create_backbone("resnetv2_50", norm="gn_ws", num_classes=5, pretrained=str(path))
+    assert backbone.report.architecture == "resnetv2_50x1_bit"
+    assert backbone.mean == (0.5, 0.5, 0.5)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            backbone.net.eval().forward_features(x), net.forward_features(x), rtol=1e-3, atol=1e-3
+        )
+    with pytest.raises(ConfigError, match=r"was trained with norm gn_ws, not with model\.norm=gn"):
+        create_backbone("resnetv2_50", norm="gn", num_classes=5, pretrained=str(path))
 
 
 def test_groups_that_do_not_divide():

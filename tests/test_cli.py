@@ -42,7 +42,7 @@ def failure(capsys, *arguments: str) -> str:
 
 
 def test_the_public_surface():
-    assert list(VERBS) == ["fit", "validate", "test", "data", "export", "predict"]
+    assert list(VERBS) == ["fit", "validate", "test", "data", "export", "predict", "backbones"]
 
 
 def test_help_imports_no_torch_and_is_quick():
@@ -163,6 +163,9 @@ def test_a_finished_run_goes_on_with_more_epochs_in_its_own_folder(pets_root):
         (["--data.img_sze", "32"], "did you mean 'data.img_size'"),
         (["--model.lr", "-1"], "model.lr=-1.0 is out of range"),
         (["--model.lr", "fast"], "model.lr=fast is not of type float"),
+        (["--model.bn_momentum", "fast"], "model.bn_momentum=fast is not allowed; use null, a float, corrected"),
+        (["--trainer.gradient_clip_val", "1"], "set model.clip_norm"),
+        (["--ema.decay", "1.0"], "ema.decay=1.0 is out of range"),
         (["--accumulation.effective_batch_size", "3", "--data.batch_size", "2"], "effective_batch_size=3 is not"),
         (["--trainer.precision", "16-mixed"], "set mixed_precision.mode"),
         (["--trainer.accumulate_grad_batches", "4"], "set accumulation.effective_batch_size"),

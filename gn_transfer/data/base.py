@@ -262,6 +262,21 @@ class PictureData(lightning.LightningDataModule, ABC):
         targets = [picture.target for picture in self.train_dataset.pictures]
         return torch.tensor(balanced_weights(targets, self.num_classes), dtype=torch.float32)
 
+    def training_pictures(self, number: int) -> Tensor:
+        """Fetch training pictures as evaluation would see them: to calibrate or re-estimate statistics on.
+
+        Args:
+            number: How many; all where there are fewer.
+
+        Returns:
+            Pixels, uint8, shape ``(number, channels, img_size, img_size)``: the same ones for the same seed.
+        """
+        pictures = self.train_dataset.pictures
+        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(self.seed))[:number]
+        chosen = [pictures[position] for position in order.tolist()]
+        plain = PictureDataset(Path(self.root), chosen, self.img_size, channels=self.channels)
+        return torch.stack([plain[position][0] for position in range(len(plain))])
+
     def split(self) -> dict[str, list[str]]:
         """List the files of each split that is set up, relative to ``root``: what a run stores."""
         return {split: [picture.path for picture in data.pictures] for split, data in self._datasets().items()}

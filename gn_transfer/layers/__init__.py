@@ -1,7 +1,14 @@
 """Layers of the small-batch engine: a plain torch library, usable without the rest of the package."""
 
-from gn_transfer.layers.batch_norm import BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d, SyncBatchNormAct
-from gn_transfer.layers.convert import Exchange, convert_norm, plain_conv, uses_weight_standardization
+from gn_transfer.layers.batch_norm import (
+    BatchNormAct2d,
+    FrozenBatchNorm2d,
+    FrozenBatchNormAct2d,
+    SyncBatchNormAct,
+    corrected_momentum,
+    reestimate_statistics,
+)
+from gn_transfer.layers.convert import Exchange, convert_norm, default_groups, plain_conv, uses_weight_standardization
 from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, group_count
 from gn_transfer.layers.memory_format import preferred_memory_format
 from gn_transfer.layers.std_conv import StdConv2d, standardize_weight
@@ -18,9 +25,12 @@ __all__ = [
     "StdConv2d",
     "SyncBatchNormAct",
     "convert_norm",
+    "corrected_momentum",
+    "default_groups",
     "group_count",
     "plain_conv",
     "preferred_memory_format",
+    "reestimate_statistics",
     "standardize_weight",
     "uses_weight_standardization",
 ]

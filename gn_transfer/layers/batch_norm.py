@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gn_transfer.config import ConfigError
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
@@ -91,6 +95,98 @@ class SyncBatchNormAct(_Act, nn.SyncBatchNorm):
     ) -> None:
         super().__init__(num_features, eps, momentum)
         self.add_act(act, drop)
+
+
+def corrected_momentum(batch_size: int, momentum: float = 0.1, reference: int = 16) -> float:
+    r"""Momentum with which small micro-batches forget as fast, per picture, as batches of ``reference`` do.
+
+    .. math:: 1 - (1 - m)^{b / r}
+
+    Args:
+        batch_size: Pictures per forward pass, b.
+        momentum: Weight of the new batch at ``reference`` pictures, m in (0, 1).
+        reference: Pictures per forward pass that ``momentum`` is meant for, r.
+
+    Returns:
+        Weight of the new micro-batch in the running statistics.
+
+    Example:
+        >>> round(corrected_momentum(1), 5), corrected_momentum(16)
+        (0.00656, 0.1)
+    """
+    return momentum if batch_size == reference else 1.0 - (1.0 - momentum) ** (batch_size / reference)
+
+
+def reestimate_statistics(net: nn.Module, batches: Iterable[Tensor]) -> int:
+    r"""Set running means and variances of batch norms to those of whole pictures, pooled over all batches.
+
+    .. math:: \mu = E[x], \qquad \sigma^2 = E[x^2] - E[x]^2
+
+    (unbiased, as torch keeps it) over all pictures and positions, each batch normalized by its own statistics as in
+    training ("precise BN", Wu and Johnson 2021, arXiv:2105.07576). The moments are pooled, not the variances: the
+    variance within a batch of one picture lacks what pictures differ by. Frozen batch norms are treated as if they
+    were not frozen. Weights, modes and ``num_batches_tracked`` stay.
+
+    Args:
+        net: A net with batch norms of torch or of this package.
+        batches: Inputs of the net, shape ``(B, C, H, W)``, of the size that it trains with.
+
+    Returns:
+        Number of layers that were set.
+
+    Raises:
+        ConfigError: No batch.
+    """
+    moments = [_Moments(layer) for layer in net.modules() if isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm)]
+    modes = {layer: layer.training for layer in net.modules()}
+    net.eval()  # what is neither frozen nor a batch norm (dropout) is as in evaluation
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                net(batch)
+    finally:
+        for each in moments:
+            del each.layer.forward
+        for module, training in modes.items():
+            module.training = training
+    if any(each.count == 0 for each in moments):
+        raise ConfigError("statistics cannot be re-estimated: no picture reached all batch norms.")
+    for each in moments:
+        each.write()
+    return len(moments)
+
+
+class _Moments:
+    """Stands in for a batch norm's forward: normalizes by the batch, and gathers E[x] and E[x^2].
+
+    Args:
+        layer: The batch norm.
+    """
+
+    def __init__(self, layer: nn.BatchNorm2d | nn.SyncBatchNorm) -> None:
+        self.layer = layer
+        self.count = 0
+        self.sums = torch.zeros(())
+        layer.forward = self.forward  # type: ignore[method-assign]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input`` of shape ``(N, C, H, W)`` by its own statistics, and activate it as the layer does."""
+        values = input.transpose(0, 1).flatten(1).double()
+        self.count += values.shape[1]
+        self.sums = self.sums + torch.stack([values.sum(1), values.square().sum(1)])
+        output = F.batch_norm(input, None, None, self.layer.weight, self.layer.bias, training=True, eps=self.layer.eps)
+        for part in ("drop", "act"):
+            output = getattr(self.layer, part, nn.Identity())(output)
+        return output
+
+    def write(self) -> None:
+        """Set the layer's running statistics."""
+        mean, square = self.sums / self.count
+        variance = (square - mean.square()).clamp_min(0.0) * (self.count / max(1, self.count - 1))
+        assert self.layer.running_mean is not None
+        assert self.layer.running_var is not None
+        self.layer.running_mean.copy_(mean)
+        self.layer.running_var.copy_(variance)
 
 
 def cuda_available() -> bool:

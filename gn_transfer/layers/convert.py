@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,20 @@ from gn_transfer.layers.batch_norm import (
     SyncBatchNormAct,
     cuda_available,
 )
+from gn_transfer.layers.calibrate import BatchNormFunction, calibrate
 from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, group_count
 from gn_transfer.layers.std_conv import StdConv2d, conv_geometry
+
+DEFAULT_GROUPS = 32
+"""Groups of a group norm where nothing else is said (Wu and He 2018)."""
+
+CALIBRATED_GROUPS = 4
+"""The same for a calibrated conversion: fewer groups lose less of what a batch norm let through."""
+
+
+def default_groups(*, calibrated: bool) -> int:
+    """Number of groups where the user names none."""
+    return CALIBRATED_GROUPS if calibrated else DEFAULT_GROUPS
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,8 @@ class Exchange:
     """Groups of a group norm; None for the others."""
     reinitialized: bool = False
     """A convolution whose zero weights cannot be standardized and were drawn anew."""
+    explained: float | None = None
+    """Share of the batch norm's output variance that a calibrated layer reproduces, at most 1."""
 
 
 def uses_weight_standardization(norm: Norm) -> bool:
@@ -47,9 +62,10 @@ def convert_norm(
     module: nn.Module,
     norm: Norm,
     *,
-    num_groups: int = 32,
+    num_groups: int | None = None,
     group_size: int | None = None,
     skip: Collection[str] = (),
+    calibration: Iterable[Any] | None = None,
     report: list[Exchange] | None = None,
 ) -> nn.Module:
     """Give a net the norm of the switch, in place.
@@ -63,12 +79,18 @@ def convert_norm(
     under weight standardization would have its gradient multiplied by ``1 / sqrt(eps)``: it is drawn anew, He normal
     over the fan-out.
 
+    A trained batch-norm net whose affine is merely carried over to group norms is far from what it was. With
+    ``calibration`` pictures the affine of each group norm is set in closed form to reproduce the original's
+    activations as well as it can, without gradient steps; see :func:`gn_transfer.layers.calibrate.calibrate`.
+
     Args:
         module: Any net; changed in place, unless it is itself a layer to exchange.
         norm: The switch.
-        num_groups: Groups of ``gn`` and ``gn_ws`` where ``group_size`` is None.
+        num_groups: Groups of ``gn`` and ``gn_ws`` where ``group_size`` is None; None takes 32, or 4 with a calibration.
         group_size: Channels per group of ``gn`` and ``gn_ws``; None disables it.
         skip: Names (as in ``named_modules``) of layers to leave alone with all that is below them: the head.
+        calibration: A few hundred training pictures, preprocessed as in evaluation, as batches of the net's input
+            (tensors, lists of pictures for a detection net, or a data loader); None carries the affine over as it is.
         report: A list to which the exchanges are appended.
 
     Returns:
@@ -76,7 +98,8 @@ def convert_norm(
 
     Raises:
         ConfigError: A number of groups that does not divide a layer's channels, ``bn_sync`` without CUDA, an unknown
-            norm, a name in ``skip`` that the net lacks, or a convolution that cannot be (un-)standardized.
+            norm, a name in ``skip`` that the net lacks, a convolution that cannot be (un-)standardized, or a
+            calibration of anything but batch norms with statistics towards ``gn``, ``ln`` or ``in``.
     """
     if norm not in NORMS:
         raise ConfigError(f"model.norm={norm!r} is not a norm; {did_you_mean(norm, NORMS)}.")
@@ -86,7 +109,13 @@ def convert_norm(
     if missing := sorted(set(skip) - set(layers)):
         raise ConfigError(f"skip names {missing}, which the net lacks; {did_you_mean(missing[0], layers)}.")
 
+    if calibration is not None and norm not in ("gn", "ln", "in"):
+        raise ConfigError(f"calibration leads from batch norm to gn, ln or in, not to model.norm={norm}.")
+
+    if num_groups is None:
+        num_groups = default_groups(calibrated=calibration is not None)
     make = _norm_maker(norm, num_groups, group_size)
+    originals: dict[nn.GroupNorm, BatchNormFunction] = {}
     exchanges: list[Exchange] = []
     # All new layers are made before the first one is put in place: an error leaves the net as it was.
     new_layers: dict[nn.Module, nn.Module] = {}
@@ -101,10 +130,15 @@ def convert_norm(
         else:
             continue
         new_layers[layer] = new
+        if calibration is not None and isinstance(new, nn.GroupNorm) and (original := BatchNormFunction.of(layer)):
+            originals[new] = original
         if new is not layer:
             zero = isinstance(new, StdConv2d) and not new.weight.is_meta and not bool(new.weight.any())
             groups = new.num_groups if isinstance(new, nn.GroupNorm) else None
             exchanges.append(Exchange(name, type(layer).__name__, type(new).__name__, channels, groups, zero))
+
+    if calibration is not None and not originals:
+        raise ConfigError("calibration: the net has no batch norm with running statistics to reproduce.")
 
     for exchange in exchanges:
         if exchange.reinitialized:
@@ -113,9 +147,13 @@ def convert_norm(
         if name and new_layers.get(layer, layer) is not layer:
             parent, _, child = name.rpartition(".")
             setattr(module.get_submodule(parent), child, new_layers[layer])
+    converted = new_layers.get(module, module)
+    if calibration is not None:
+        explained: dict[nn.Module, float] = dict(calibrate(converted, originals, calibration).items())
+        exchanges = [replace(found, explained=explained.get(new_layers[layers[found.name]])) for found in exchanges]
     if report is not None:
         report.extend(exchanges)
-    return new_layers.get(module, module)
+    return converted
 
 
 def _norm_channels(layer: nn.Module) -> int | None:

@@ -5,7 +5,14 @@ import torch
 from timm.layers import BatchNormAct2d as TimmBatchNormAct2d
 from torch import nn
 
-from gn_transfer.layers import BatchNormAct2d, FrozenBatchNorm2d, FrozenBatchNormAct2d
+from gn_transfer.config import ConfigError
+from gn_transfer.layers import (
+    BatchNormAct2d,
+    FrozenBatchNorm2d,
+    FrozenBatchNormAct2d,
+    corrected_momentum,
+    reestimate_statistics,
+)
 
 
 def filled(norm):
@@ -46,3 +53,38 @@ def test_frozen_with_activation():
     x = torch.randn(2, 6, 4, 4)
     torch.testing.assert_close(frozen(x), plain(x).tanh())
     assert frozen.state_dict().keys() == plain.state_dict().keys() == nn.BatchNorm2d(6).state_dict().keys()
+
+
+def test_moments_are_pooled_not_variances():
+    """Pictures of the values 1 and 5 vary by nothing within a batch of one, and by 4 together."""
+    norm = nn.BatchNorm2d(1)
+    pictures = torch.tensor([1.0, 5.0]).view(2, 1, 1, 1, 1).expand(2, 1, 1, 2, 2)
+    assert reestimate_statistics(norm, pictures) == 1
+    assert norm.running_mean.item() == 3.0
+    assert norm.running_var.item() == pytest.approx(4.0 * 8 / 7)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, FrozenBatchNorm2d, TimmBatchNormAct2d, BatchNormAct2d])
+def test_reestimating_on_one_batch_gives_what_training_on_it_computes(kind):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), filled(kind(4)), nn.Conv2d(4, 4, 3), filled(kind(4))).eval()
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    x = torch.randn(6, 3, 12, 12)
+    reestimate_statistics(net, [x])
+    first = nn.functional.conv2d(x, net[0].weight, net[0].bias)
+    torch.testing.assert_close(net[1].running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net[1].running_var, first.var((0, 2, 3)) * 1, rtol=1e-4, atol=1e-5)
+    normal = nn.functional.batch_norm(first, None, None, net[1].weight, net[1].bias, training=True)
+    second = nn.functional.conv2d(net[1].act(normal) if hasattr(net[1], "act") else normal, net[2].weight, net[2].bias)
+    torch.testing.assert_close(net[3].running_mean, second.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert not net.training
+    kept = [key for key in state if "running" not in key]
+    assert all(torch.equal(net.state_dict()[key], state[key]) for key in kept)
+    assert net[1](first).shape == first.shape
+    with pytest.raises(ConfigError, match="no picture reached"):
+        reestimate_statistics(net, [])
+
+
+def test_corrected_momentum_forgets_as_fast_per_picture():
+    assert (1 - corrected_momentum(4)) ** 4 == pytest.approx(0.9)
+    assert corrected_momentum(32) == pytest.approx(1 - 0.81)

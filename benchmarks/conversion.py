@@ -1,0 +1,273 @@
+"""What is left of a batch-norm net after its norms were exchanged: at once, under a linear probe, and fine-tuned.
+
+Measures, for one backbone with BN weights trained on Tiny-ImageNet:
+
+- `source`: top-1 on Tiny-ImageNet's validation pictures right after the exchange, with the net's own head, no training:
+  the BN original, the naive copy of its affine into group norms, the calibrated conversion for several numbers of
+  groups and of pictures, and the real GN+WS net where one is given. `recovered` is the share of the way from the naive
+  copy to the BN original.
+- `probe`: five-fold accuracy of a logistic regression on the pooled features of the 500 trainval pictures of pets5.
+- `finetune`: test accuracy on pets5 after `gn-transfer fit` at batch size 1, the same recipe and number of samples for
+  every arm, mean over seeds; `last.ckpt` is tested, nothing is chosen by it.
+
+    python benchmarks/conversion.py --bn checkpoints/resnetv2_18.bn.tinyimagenet.safetensors --tiny_imagenet DATA --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from gn_transfer.__main__ import main as gn_transfer
+from gn_transfer.data import Pets, TinyImageNet
+from gn_transfer.layers import Exchange, StdConv2d, convert_norm
+from gn_transfer.layers.calibrate import BatchNormFunction, calibrate
+from gn_transfer.loggers import environment
+from gn_transfer.weights import Weights, file_weights, read_weights
+
+
+class Source:
+    """Pictures of Tiny-ImageNet, normalized for a net."""
+
+    def __init__(self, root: Path, limit: int, counts: list[int]) -> None:
+        data = TinyImageNet(root, num_workers=0, batch_size=250)
+        data.setup("fit")
+        self.training = data.training_pictures(max(counts))
+        step = max(1, len(data.val_dataset) // limit)
+        pairs = [data.val_dataset[index] for index in range(0, len(data.val_dataset), step)]
+        self.images = torch.stack([image for image, _ in pairs])
+        self.targets = torch.tensor([target for _, target in pairs])
+
+    @torch.no_grad()
+    def accuracy(self, net: nn.Module, weights: Weights) -> float:
+        """Top-1 on the validation pictures."""
+        net.eval()
+        logits = torch.cat([net(normalized(part, weights)) for part in self.images.split(250)])
+        return float((logits.argmax(1) == self.targets).float().mean())
+
+
+def normalized(images: Tensor, weights: Weights) -> Tensor:
+    """Scale pixels as the weights expect them."""
+    assert weights.mean is not None
+    assert weights.std is not None
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (weights.mean, weights.std))
+    return (images.float() / 255 - mean) / std
+
+
+def load(path: Path, backbone: str, norm: str) -> tuple[nn.Module, Weights]:
+    """Build a net with its own head and load it whole."""
+    weights = file_weights(path, backbone)
+    state = read_weights(weights)
+    if weights.mean is None:  # a bare file: pixels as the architecture's default has them
+        config = timm.get_pretrained_cfg(backbone).to_dict()
+        weights = Weights(weights.name, backbone, mean=config["mean"], std=config["std"], file=path)
+    head = timm.create_model(backbone).pretrained_cfg["classifier"]
+    net = timm.create_model(backbone, num_classes=len(state[f"{head}.weight"]))
+    convert_norm(net, norm, skip=[head])  # type: ignore[arg-type]
+    net.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
+    return net.eval(), weights
+
+
+def to_gn_ws(net: nn.Module, head: str, groups: int, batches: list[Tensor]) -> nn.Module:
+    """Convert BN to GN+WS, the affine calibrated: an experiment that `model.conversion` does not offer.
+
+    The original's half of each doubled batch goes through the convolutions as they were trained, the converted net's
+    half through the standardized ones.
+    """
+    functions = {name: BatchNormFunction.of(layer) for name, layer in net.named_modules()}
+    convert_norm(net, "gn_ws", num_groups=groups, skip=[head])
+    layers = dict(net.named_modules())
+    originals = {
+        layer: function
+        for name, function in functions.items()
+        if function is not None and isinstance(layer := layers[name], nn.GroupNorm)
+    }
+    standardized = [layer for layer in layers.values() if isinstance(layer, StdConv2d)]
+
+    def both(layer: StdConv2d) -> Callable[[Tensor], Tensor]:
+        def forward(input: Tensor) -> Tensor:
+            theirs, ours = input.chunk(2)
+            return torch.cat([layer._conv_forward(theirs, layer.weight, layer.bias), StdConv2d.forward(layer, ours)])
+
+        return forward
+
+    for layer in standardized:
+        layer.forward = both(layer)  # type: ignore[method-assign]
+    calibrate(net, originals, batches)
+    for layer in standardized:
+        del layer.forward
+    return net
+
+
+def pets_features(net: nn.Module, weights: Weights, root: Path) -> tuple[Tensor, Tensor]:
+    """Pooled features and targets of pets5's trainval pictures."""
+    data = Pets(root, img_size=64, num_workers=0)
+    data.setup("fit")
+    pairs = [pair for split in (data.train_dataset, data.val_dataset) for pair in (split_plain(split, data))]
+    images, targets = torch.stack([image for image, _ in pairs]), torch.tensor([target for _, target in pairs])
+    with torch.no_grad():
+        features = torch.cat(
+            [
+                net.forward_head(net.forward_features(normalized(part, weights)), pre_logits=True)
+                for part in images.split(100)
+            ]  # type: ignore[operator]
+        )
+    return features.flatten(1), targets
+
+
+def split_plain(split: Any, data: Pets) -> list[tuple[Tensor, int]]:
+    """Read a split without augmentation."""
+    plain = type(split)(split.root, split.pictures, data.img_size)
+    return [plain[index] for index in range(len(plain))]
+
+
+def probe(net: nn.Module, weights: Weights, root: Path) -> float:
+    """Five-fold accuracy of a logistic regression."""
+    features, targets = pets_features(net, weights, root)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
+    return float(cross_val_score(model, features.numpy(), targets.numpy(), cv=folds).mean())
+
+
+def finetune(arm: dict[str, str], options: argparse.Namespace, seed: int) -> float:
+    """Test accuracy of one run of `gn-transfer fit` at batch size 1."""
+    arguments = {
+        "data": "Pets",
+        "data.root": str(options.pets.resolve()),
+        "data.img_size": "64",
+        "data.batch_size": "1",
+        "data.num_workers": "0",
+        "seed_everything": str(seed),
+        "model.backbone": options.backbone,
+        "model.lr": str(options.lr),
+        "accumulation.effective_batch_size": "8",
+        "trainer.max_epochs": str(options.epochs),
+        **arm,
+    }
+    words = [word for key, value in arguments.items() for word in (f"--{key}", value)]
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = gn_transfer(["fit", *words])
+            [last] = Path("checkpoints").glob("*/*/last.ckpt")
+            code = code or gn_transfer(["test", "--ckpt_path", str(last)])
+        if code:
+            raise SystemExit(code)
+        [path] = Path("runs").glob("*/*/metrics.json")
+        return float(json.loads(path.read_text())["test/acc1"])
+
+
+def source_and_probe(options: argparse.Namespace) -> dict[str, Any]:
+    """Convert in every way and measure without training."""
+    pictures = Source(options.tiny_imagenet, options.limit, options.pictures)
+    result: dict[str, Any] = {}
+
+    def measure(name: str, net: nn.Module, weights: Weights, **more: Any) -> None:
+        result[name] = {"source_acc1": pictures.accuracy(net, weights), **more}
+        if options.pets is not None:
+            result[name]["probe_acc1"] = probe(net, weights, options.pets)
+        print(name, result[name]["source_acc1"], result[name].get("probe_acc1"), flush=True)
+
+    original, weights = load(options.bn, options.backbone, "bn")
+    measure("bn original", original, weights)
+    head = timm.create_model(options.backbone).pretrained_cfg["classifier"]
+    for groups in options.groups:
+        net, _ = load(options.bn, options.backbone, "bn")
+        measure(f"gn {groups} naive copy", convert_norm(net, "gn", num_groups=groups, skip=[head]), weights)
+        for count in options.pictures if groups == options.groups[0] else options.pictures[:1]:
+            net, _ = load(options.bn, options.backbone, "bn")
+            batches = normalized(pictures.training[:count], weights).split(64)
+            report: list[Exchange] = []
+            convert_norm(net, "gn", num_groups=groups, skip=[head], calibration=batches, report=report)
+            shares = {found.name: found.explained for found in report if found.explained is not None}
+            name = f"gn {groups} calibrated" + ("" if count == options.pictures[0] else f" on {count}")
+            measure(name, net, weights, pictures=count, explained=shares)
+    net, _ = load(options.bn, options.backbone, "bn")
+    measure("gn_ws 32 naive copy", convert_norm(net, "gn_ws", skip=[head]), weights)
+    for groups in (32, options.groups[0]):
+        net, _ = load(options.bn, options.backbone, "bn")
+        batches = list(normalized(pictures.training[: options.pictures[0]], weights).split(64))
+        measure(f"gn_ws {groups} calibrated (experiment)", to_gn_ws(net, head, groups, batches), weights)
+    if options.gn_ws is not None:
+        measure("gn_ws trained as such", *load(options.gn_ws, options.backbone, "gn_ws"))
+    top = result["bn original"]["source_acc1"]
+    for name, row in result.items():
+        if name.startswith("gn ") and "calibrated" in name:
+            floor = result[f"gn {name.split()[1]} naive copy"]["source_acc1"]
+            row["recovered"] = (row["source_acc1"] - floor) / (top - floor)
+    return result
+
+
+def finetuned(options: argparse.Namespace) -> dict[str, Any]:
+    """Fine-tune every arm with every seed, arms in turn within a seed."""
+    bn, gn = str(options.bn.resolve()), {"model.norm": "gn", "model.pretrained": str(options.bn.resolve())}
+    arms: dict[str, dict[str, str]] = {
+        "gn from scratch": {"model.norm": "gn"},
+        "gn_ws from scratch": {"model.norm": "gn_ws"},
+        "gn naive copy": {**gn, "model.conversion": "copy"},
+        **{
+            f"gn {groups} calibrated": {**gn, "model.conversion": "calibrated", "model.num_groups": str(groups)}
+            for groups in options.groups
+        },
+        "bn_frozen": {"model.norm": "bn_frozen", "model.pretrained": bn},
+        "bn": {"model.norm": "bn", "model.pretrained": bn},
+    }
+    if options.gn_ws is not None:
+        arms["gn_ws trained as such"] = {"model.norm": "gn_ws", "model.pretrained": str(options.gn_ws.resolve())}
+    scores: dict[str, list[float]] = {name: [] for name in arms if not options.arms or name in options.arms}
+    for seed in range(options.seeds):
+        for name in scores:
+            scores[name].append(finetune(arms[name], options, seed))
+            print(name, scores[name], flush=True)
+    return {name: {"test_acc1": found, "mean": statistics.mean(found)} for name, found in scores.items()}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bn", type=Path, required=True, help="BN weights: a released file, or a checkpoint of fit")
+    parser.add_argument("--gn_ws", type=Path, help="the same backbone trained with GN+WS")
+    parser.add_argument("--backbone", default="resnetv2_18")
+    parser.add_argument("--tiny_imagenet", type=Path, help="folder of Tiny-ImageNet; without it no source accuracy")
+    parser.add_argument("--pets", type=Path, help="folder of pets5; without it neither probe nor fine-tuning")
+    parser.add_argument("--limit", type=int, default=10_000, help="validation pictures of Tiny-ImageNet")
+    parser.add_argument("--groups", type=int, nargs="+", default=[4, 1, 2, 8, 16, 32])
+    parser.add_argument("--pictures", type=int, nargs="+", default=[256, 64, 128, 512, 1024])
+    parser.add_argument("--seeds", type=int, default=0, help="fine-tuning runs per arm; 0 leaves them out")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--lr", type=float, default=0.003)
+    parser.add_argument("--arms", nargs="+", help="only these arms of the fine-tuning")
+    parser.add_argument("--json", type=Path, help="write the result here as well")
+    options = parser.parse_args()
+    result: dict[str, Any] = {
+        "what": "accuracy after exchanging the norms of a BN net",
+        "weights": options.bn.name,
+        **{key: getattr(options, key) for key in ("backbone", "limit", "seeds", "epochs", "lr")},
+    }
+    if options.tiny_imagenet is not None:
+        result["untrained"] = source_and_probe(options)
+    if options.seeds:
+        result["finetuned"] = finetuned(options)
+    result |= {"cores": os.cpu_count(), **environment()}
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Closed-form affine parameters for group norms that take the place of batch norms with known statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gn_transfer.config import ConfigError
+
+
+@dataclass(frozen=True)
+class BatchNormFunction:
+    """What a batch norm computes in evaluation: ``scale * x + shift``, each of shape ``(C,)``, float32."""
+
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> BatchNormFunction | None:
+        """Read it off a layer.
+
+        Args:
+            layer: A batch norm of torch, timm or torchvision, frozen or not.
+
+        Returns:
+            Copies; None for a layer without running statistics.
+
+        Example:
+            >>> BatchNormFunction.of(nn.BatchNorm2d(1, eps=0.0)).scale
+            tensor([1.])
+        """
+        mean, variance = getattr(layer, "running_mean", None), getattr(layer, "running_var", None)
+        if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
+            return None
+        weight, bias = (getattr(layer, name, None) for name in ("weight", "bias"))
+        scale = (variance.detach().float() + float(getattr(layer, "eps", 1e-5))).rsqrt()
+        if isinstance(weight, Tensor):
+            scale = scale * weight.detach().float()
+        shift = -mean.detach().float() * scale
+        return cls(scale, shift + bias.detach().float() if isinstance(bias, Tensor) else shift)
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """Compute it for ``input`` of shape ``(N, C, *)``."""
+        shape = (1, -1) + (1,) * (input.ndim - 2)
+        return input.float() * self.scale.view(shape) + self.shift.view(shape)
+
+
+def calibrate(
+    module: nn.Module, originals: Mapping[nn.GroupNorm, BatchNormFunction], batches: Iterable[Any]
+) -> dict[nn.GroupNorm, float]:
+    r"""Set the affine of group norms so that a net reproduces its original with batch norms as well as it can.
+
+    .. math:: \gamma_c = \mathrm{Cov}(y_c, z_c) / \mathrm{Var}(z_c), \qquad \beta_c = E[y_c] - \gamma_c E[z_c]
+
+    least squares over pictures and positions, where ``y`` is what the batch norm gave in the original net and ``z``
+    the group-normalized input in the converted net so far. Both nets run at once: every batch is doubled, its first
+    half goes the way of the original, its second that of the converted net, and a layer is set from all that it has
+    seen before its output goes on, so that later layers correct what earlier ones lost. One batch solves layer by
+    layer exactly; of several, the first meet layers that are not settled yet.
+
+    Where a layer's input has not one row per picture (the region heads of a detection net) the rows of the two halves
+    do not correspond; there ``y`` is what the batch norm gives for the converted net's own input.
+
+    Args:
+        module: The converted net, its group norms in place; of it only their affine changes.
+        originals: These group norms, each with what the batch norm in its place computed.
+        batches: Inputs of ``module``: tensors ``(N, C, H, W)``, or lists of pictures ``(C, H, W)`` as detection nets
+            take them; either may come with targets behind it, as data loaders give them.
+
+    Returns:
+        Share of the variance of ``y``, summed over channels, that each layer reproduces, at most 1; layers that no
+        batch has reached (auxiliary heads) are left out.
+
+    Raises:
+        ConfigError: No batch, or activations that are not finite.
+    """
+    modes = {layer: layer.training for layer in module.modules()}
+    fits = {layer: _Fit(layer, original) for layer, original in originals.items()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                pictures = _without_targets(batch)
+                for fit in fits.values():
+                    fit.pictures = len(pictures)
+                module(torch.cat([pictures] * 2) if isinstance(pictures, Tensor) else [*pictures, *pictures])
+    finally:
+        for norm in fits:
+            del norm.forward
+        for layer, training in modes.items():
+            layer.training = training
+    explained = {layer: fit.explained for layer, fit in fits.items() if fit.explained is not None}
+    if not explained:
+        raise ConfigError("the calibration reached no norm; give a few hundred pictures as batches of the net's input.")
+    if bad := [value for value in explained.values() if value != value]:
+        raise ConfigError(f"{len(bad)} norms met activations that are not finite; calibrate on other pictures.")
+    return explained
+
+
+def _without_targets(batch: Any) -> Any:
+    """Take the inputs from a data loader's ``(inputs, targets)``; a list of pictures is inputs itself."""
+    if isinstance(batch, list | tuple) and batch:
+        first = batch[0]
+        if isinstance(first, list | tuple) or (isinstance(first, Tensor) and first.ndim == 4):
+            return first
+    return batch
+
+
+class _Fit:
+    """Stands in for a group norm's forward: computes both nets' outputs and keeps the affine at its optimum.
+
+    Args:
+        layer: The group norm.
+        original: The batch norm in its place.
+    """
+
+    def __init__(self, layer: nn.GroupNorm, original: BatchNormFunction) -> None:
+        self.layer, self.original = layer, original
+        self.plain_forward = layer.forward
+        self.pictures = 0
+        self.explained: float | None = None
+        self._sums: Tensor | None = None
+        layer.forward = self.forward  # type: ignore[method-assign]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute both halves; ``input`` has shape ``(2 * N, C, *)``, or any number of rows (see :func:`calibrate`)."""
+        rows = self.pictures if len(input) == 2 * self.pictures else 0
+        theirs, ours = input[:rows], input[rows:]
+        target = self.original(theirs if rows else ours)
+        self._set(target, F.group_norm(ours.float(), self.layer.num_groups, eps=self.layer.eps))
+        output = self.plain_forward(ours)
+        if not rows:
+            return output
+        for part in ("drop", "act"):
+            target = getattr(self.layer, part, nn.Identity())(target)
+        return torch.cat([target.to(output.dtype), output])
+
+    def _set(self, target: Tensor, normalized: Tensor) -> None:
+        over = [0, *range(2, target.ndim)]
+        terms = target, normalized, target.square(), normalized.square(), target * normalized
+        sums = torch.stack([term.sum(over, dtype=torch.float64) for term in terms])
+        sums = torch.cat([torch.full_like(sums[:1], target.numel() // target.shape[1]), sums])
+        self._sums = sums if self._sums is None else self._sums + sums
+        gamma, beta, self.explained = solve_affine(*self._sums)
+        self.layer.weight.copy_(gamma)
+        self.layer.bias.copy_(beta)
+
+
+def solve_affine(
+    count: Tensor, y: Tensor, z: Tensor, yy: Tensor, zz: Tensor, yz: Tensor
+) -> tuple[Tensor, Tensor, float]:
+    """Least squares of ``y = gamma * z + beta`` per channel, from sums.
+
+    Args:
+        count: Number of values, shape ``(C,)``, as the others.
+        y: Sum of the targets.
+        z: Sum of the inputs.
+        yy: Sum of squares of the targets.
+        zz: Sum of squares of the inputs.
+        yz: Sum of the products.
+
+    Returns:
+        gamma, beta (0 and the mean where an input does not vary), and the share of the targets' variance, summed
+        over channels, that they explain.
+
+    Example:
+        y = 2 z + 1 at z = 0, 1, 2:
+
+        >>> sums = torch.tensor([[3.0], [9.0], [3.0], [35.0], [5.0], [13.0]], dtype=torch.float64)
+        >>> gamma, beta, explained = solve_affine(*sums)
+        >>> round(gamma.item(), 6), round(beta.item(), 6), round(explained, 6)
+        (2.0, 1.0, 1.0)
+    """
+    mean_y, mean_z = y / count, z / count
+    var_y, var_z, cov = yy / count - mean_y**2, zz / count - mean_z**2, yz / count - mean_y * mean_z
+    gamma = torch.where(var_z > 1e-12, cov / var_z, 0.0)
+    explained = (gamma * cov).sum() / var_y.sum()
+    return gamma, mean_y - gamma * mean_z, float(explained)
