@@ -31,7 +31,6 @@ from gn_transfer.layers import (
     preferred_memory_format,
     reestimate_statistics,
 )
-from gn_transfer.layers import OncePerWindow, preferred_memory_format
 from gn_transfer.mixing import WindowMixer
 from gn_transfer.optim import SCHEDULES, OptimizerName, ScheduleName, create_optimizer, parameter_groups
 from gn_transfer.transfer import BN_FAMILY, Conversion, TransferReport

@@ -269,7 +269,7 @@ def export_bundle(
             "norm": architecture["norm"],
             "backbone": architecture["backbone"],
             "architecture": architecture,
-            "weights": stored.get("weights", "raw"),
+            "weights": stored.get("weights", "as trained"),
             "metrics": metrics_of(checkpoint),
             "provenance": provenance(content, checkpoint),
             "versions": {**environment()["versions"], **{name: version(name) for name in ("onnx", "onnxruntime")}},

@@ -16,7 +16,7 @@ _CARD = """\
 
 {classes}
 
-Pictures of {img_size} x {img_size} pixels; {weights} weights; {transfer}.
+Pictures of {img_size} x {img_size} pixels; weights {weights}; {transfer}.
 Run `{run}`, {checkpoint} (epoch {epoch}, {optimizer_steps} optimizer steps). Exported {created} by gn-transfer \
 {version}.
 

@@ -69,7 +69,7 @@ def test_a_bundle_holds_what_was_promised(bundle):
     assert not list(bundle.parent.glob(".bundle*"))
     metadata = json.loads((bundle / "bundle.json").read_text())
     assert sorted(metadata["files"]) == [name for name in names if name != "bundle.json"]
-    expected = {"norm": "gn_ws", "backbone": BACKBONE, "img_size": SIZE, "weights": "raw", "format_version": 1}
+    expected = {"norm": "gn_ws", "backbone": BACKBONE, "img_size": SIZE, "weights": "as trained", "format_version": 1}
     assert expected.items() <= metadata.items()
     assert metadata["parity"]["pictures"] == sum(metadata["validation"]["pictures"].values()) == 6
     assert metadata["validation"]["same_pictures_as_the_run"] is True
