@@ -106,7 +106,7 @@ def _seal(folder: Path, **changes: object) -> None:
         "crop_fraction": 0.875,
         "norm": "gn",
         "backbone": "none",
-        "weights": "raw",
+        "weights": "as trained",
         "files": {path.name: sha256(path) for path in folder.iterdir() if path.name != METADATA},
         **changes,
     }
