@@ -8,7 +8,6 @@ very picture that is there now; anything else is decoded anew.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import random
 import shutil
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL
 import simplejpeg
+import torch
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.decode import BadImageError, read_size
@@ -36,7 +36,7 @@ CacheMode = Literal["auto", "none", "ram", "disk"]
 _VERSION = 1  # raise it with every change of how a view is computed
 _HEADER = struct.Struct("<4s3I4QQ8x")  # magic, height, width, channels, fingerprint, checksum
 _MAGIC = b"GNTX"
-_MOST_MAPS = 16_384  # Linux allows 65,530 per process
+_MOST_MAPS = 12_288  # per data set; Linux allows 65,530 per process
 _STALE_SECONDS = 600.0
 _RAM_SHARE = 0.25
 
@@ -137,18 +137,21 @@ class DiskStore:
                 continue  # another builder was quicker
 
     def _open(self, index: int) -> Pixels | None:
+        place = self.place(index)
         try:
-            with self.place(index).open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < _HEADER.size:
-                    return None
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError:
+            size = place.stat().st_size
+            if size < _HEADER.size:
+                return None
+            # Python's mmap holds a file descriptor per map, and many systems allow 1,024; this one closes it.
+            mapped: Pixels = torch.from_file(str(place), shared=False, size=size, dtype=torch.uint8).numpy()
+        except (OSError, RuntimeError):  # gone, or replaced by a shorter one since
             return None
-        if not self._fits(index, mapped[: _HEADER.size], size):
+        header = mapped[: _HEADER.size].tobytes()
+        if not self._fits(index, header, size):
             return None
-        _, height, width, channels, *_, checksum = _HEADER.unpack_from(mapped)
-        content = np.frombuffer(mapped, np.uint8, offset=_HEADER.size)
+        mapped.setflags(write=False)
+        _, height, width, channels, *_, checksum = _HEADER.unpack(header)
+        content = mapped[_HEADER.size :]
         if _checksum(content) != checksum:
             self.place(index).unlink(missing_ok=True)
             return None

@@ -45,6 +45,10 @@ def root(tmp_path: Path, write_picture: Any) -> Path:
     return tmp_path / "pictures"
 
 
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
 def epoch_batches(data: Folder, epoch: int = 0) -> list[Any]:
     data.train_sampler.set_epoch(epoch)
     return list(data.train_dataloader())
@@ -88,6 +92,15 @@ def test_later_runs_find_it(root: Path) -> None:
     assert_right(root, later)
     assert not later.get(0).flags.writeable  # type: ignore[union-attr]
     assert store(root, View("short", 29)).get(0) is None  # another setting
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts this process's open files by /proc")
+def test_kept_views_hold_no_open_files(root: Path) -> None:
+    fill(store(root), VIEW, root, paths(root), threads=1, advance=lambda: None)
+    kept, before = store(root), open_files()
+    views = [kept.get(index) for index in range(12)]
+    assert all(view is not None and not view.flags.writeable for view in views)
+    assert open_files() == before
 
 
 def test_a_changed_picture_is_decoded_anew(root: Path, write_picture: Any) -> None:
