@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +12,7 @@ from rich.table import Table
 from gn_transfer import hub
 from gn_transfer.backbones import auto_table, named_weights, resolve_pretrained
 from gn_transfer.config import NORMS, ConfigError, Norm, did_you_mean
+from gn_transfer.messages import Parser
 from gn_transfer.weights import Weights, read_weights
 
 _SHARED: dict[Norm, Norm] = {"bn_frozen": "bn", "bn_sync": "bn"}
@@ -149,13 +149,8 @@ def _short(values: Sequence[float]) -> str:
     return f"{values[0]:g}" if len(set(values)) == 1 else " ".join(f"{value:g}" for value in values)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"backbones: {message}; see gn-transfer backbones --help.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="gn-transfer backbones", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(prog="gn-transfer backbones", description=str(__doc__))
     parser.add_argument("--norm", help=f"only weights for this norm: {', '.join(NORMS)}")
     parser.add_argument("--format", choices=["table", "json"], default="table", help="how to print (default: table)")
     parser.add_argument("--download", metavar="NAME", help="fetch weights ahead: a name of the table, or a backbone")

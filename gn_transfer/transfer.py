@@ -160,9 +160,7 @@ def transfer(
     running = tuple(key for key in source if key.endswith(("running_mean", "running_var", "num_batches_tracked")))
     layers = {key.rsplit(".", 1)[0] for key in running}
     converted = () if norm in BN_FAMILY else tuple(k for k in loaded if k.rsplit(".", 1)[0] in layers)
-    if (
-        converted
-    ):  # what group norms keep of batch norms: a calibration reads the statistics, and drops them all the same
+    if converted:  # a calibration has the statistics loaded to read them; they go with its batch norms
         converted = tuple(key for key in converted if key not in running)
         loaded = {key: value for key, value in loaded.items() if key not in running}
     return TransferReport(
