@@ -379,6 +379,7 @@ class Command(LightningCLI):
             **hparams,
             **environment(),
             "data": type(data).__name__,
+            "data_root": str(Path(data.root).resolve()),
             **{f"{name}_split": split_digest(paths) for name, paths in split.items()},
             "architecture": model.report.architecture,
             "weights": model.report.source,
