@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
@@ -57,12 +57,9 @@ def importances(report: Report) -> list[Importance]:
         some = [run for run in runs if run.settings.get(key) is not None]
         apply = [name for name in keys if all(run.settings.get(name) is not None for run in some)]
         chosen.append((f"where {key} applies", some, apply))
-    found = []
-    for heading, some, names in chosen:
-        part = _evaluate(heading, some, names, report.metric)
-        if part is not None:
-            found.append(part)
-    return found
+    found = [_evaluate(heading, some, names, report.metric) for heading, some, names in chosen]
+    said = f" Not applicable to all runs, so not judged over all: {', '.join(conditional)}." if conditional else ""
+    return [replace(part, note=part.note + said) for part in found if part is not None]
 
 
 def _evaluate(heading: str, runs: Sequence[Run], keys: Sequence[str], metric: str) -> Importance | None:
@@ -85,7 +82,7 @@ def _evaluate(heading: str, runs: Sequence[Run], keys: Sequence[str], metric: st
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            evaluator: BaseImportanceEvaluator = FanovaImportanceEvaluator(seed=0)
+            evaluator: BaseImportanceEvaluator = FanovaImportanceEvaluator(n_trees=32, seed=0)
             name = "fANOVA: the share of the variance that a setting explains by itself"
         except ImportError:  # its forest is scikit-learn's
             evaluator = PedAnovaImportanceEvaluator()
