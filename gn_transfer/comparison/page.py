@@ -79,7 +79,7 @@ def headline(report: Report) -> list[str]:
         verdict = "" if contrast.p_holm <= 0.05 else "; not below 0.05"
         lines.append(
             f"{contrast.group.label}, against {contrast.against}: {100 * contrast.difference:+.1f} points "
-            f"(95 % interval {100 * contrast.low:+.1f} to {100 * contrast.high:+.1f}, {contrast.test.pairs} pairs, "
+            f"(95 % interval {100 * contrast.low:+.1f} to {100 * contrast.high:+.1f}, {contrast.test.pairs} pair{'s' * (contrast.test.pairs > 1)}, "
             f"p {contrast.test.p:.2g}, after Holm {contrast.p_holm:.2g}){verdict}."
         )
     return lines

@@ -8,7 +8,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -309,17 +308,20 @@ def test_two_hundred_runs_without_torch_within_time_and_memory(tmp_path):
             for batch_size in (1, 2, 4, 8, 16):
                 fabricate(tmp_path / "runs", norm, batch_size, seed, 0.5 + 0.02 * seed, effective_batch_size=16)
     code = (
-        "import resource, sys\n"
+        "import sys, time\n"
+        "from pathlib import Path\n"
         "from gn_transfer.__main__ import main\n"
         "assert main(sys.argv[1:]) == 0\n"
         "assert not {'torch', 'lightning', 'timm'} & set(sys.modules)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "status = Path('/proc/self/status')\n"  # getrusage starts from the peak of the process that started it
+        "lines = status.read_text().splitlines() if status.exists() else ['VmHWM: 0 kB']\n"
+        "print(time.process_time(), next(line for line in lines if line.startswith('VmHWM:')).split()[1])\n"
     )
     command = [sys.executable, "-c", code, "compare", str(tmp_path / "runs"), "--output", str(tmp_path / "report")]
-    began = time.monotonic()
-    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-    assert time.monotonic() - began < 60  # about 5 s when nothing else runs
-    assert int(output.split()[-1]) < 500 * 1024
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+    seconds, peak_kib = map(float, output.split()[-2:])
+    assert seconds < 30  # of processor time, whatever else runs; about 5 alone
+    assert peak_kib < 500 * 1024
 
 
 def test_help_is_light():
