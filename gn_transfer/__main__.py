@@ -13,13 +13,14 @@ VERBS = {
     "fit": "train: gn-transfer fit --config pets_gnws.yaml",
     "validate": "evaluate a checkpoint on the validation split: gn-transfer validate --ckpt_path CKPT",
     "test": "evaluate a checkpoint on the test split, once all choices are made: gn-transfer test --ckpt_path CKPT",
+    "sweep": "run a study of many runs: gn-transfer sweep --config sweep_quickstart.yaml",
     "data": "know the pictures before training: gn-transfer data check|sample|cache|show --config pets_gnws.yaml",
     "export": "write a checkpoint as a bundle for inference: gn-transfer export CKPT --output BUNDLE",
     "predict": "classify pictures with a bundle: gn-transfer predict BUNDLE PICTURES",
     "backbones": "list the nets that have pretrained weights, or fetch these ahead: gn-transfer backbones --norm gn_ws",
 }
 
-_MODULES = {"data": "data_cli", "export": "export", "predict": "predict", "backbones": "catalogue"}
+_MODULES = {"sweep": "sweep", "data": "data_cli", "export": "export", "predict": "predict", "backbones": "catalogue"}
 
 _HELP = """\
 usage: gn-transfer VERB [options]

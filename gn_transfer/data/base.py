@@ -83,6 +83,8 @@ class PictureData(lightning.LightningDataModule, ABC):
 
     Attributes:
         channels: 3 for RGB; set it to 1 before ``setup`` for a net that takes grey pictures.
+        evaluate_in_training_batches: Set it before ``setup`` where figures depend on the batch: validation and test
+            then come in batches of ``batch_size``, in one order shuffled by the seed.
         classes: Class names; a target is a position in it. Set by ``setup``.
         train_dataset: Set by ``setup("fit")``.
         val_dataset: Set by ``setup("fit")`` and ``setup("validate")``.
@@ -126,6 +128,7 @@ class PictureData(lightning.LightningDataModule, ABC):
         self.cache_dir = default_cache_dir() if cache_dir is None else cache_dir
         self.shots_per_class = shots_per_class
         self.channels = 3
+        self.evaluate_in_training_batches = False
         self.on_bad_image = on_bad_image
         self.class_weights = class_weights
         self.seed = seed
@@ -233,11 +236,11 @@ class PictureData(lightning.LightningDataModule, ABC):
         return self._loader(self.train_dataset, self.train_sampler)
 
     def val_dataloader(self) -> PictureLoader:
-        """Batches of the validation split, in order; at least :data:`EVAL_BATCH_SIZE` pictures each."""
+        """Batches of the validation split, in order, of :data:`EVAL_BATCH_SIZE` or more unless figures depend on it."""
         return self._eval_loader(self.val_dataset)
 
     def test_dataloader(self) -> PictureLoader:
-        """Batches of the test split, in order; at least :data:`EVAL_BATCH_SIZE` pictures each."""
+        """Batches of the test split, in order, of :data:`EVAL_BATCH_SIZE` or more unless figures depend on it."""
         return self._eval_loader(self.test_dataset)
 
     @property
@@ -344,6 +347,10 @@ class PictureData(lightning.LightningDataModule, ABC):
         return PictureDataset(Path(self.root), pictures, self.img_size, augmentation, self.seed, self.channels)
 
     def _eval_loader(self, dataset: PictureDataset) -> PictureLoader:
+        if self.evaluate_in_training_batches:
+            sampler = self._sampler(dataset, self.batch_size, shuffle=True)
+            sampler.every_epoch_alike = True
+            return self._loader(dataset, sampler)
         return self._loader(dataset, self._sampler(dataset, max(self.batch_size, EVAL_BATCH_SIZE), shuffle=False))
 
     def _loader(self, dataset: PictureDataset, sampler: EpochSampler) -> PictureLoader:
