@@ -28,8 +28,9 @@ from gn_transfer.plan import duration
 from gn_transfer.study.cells import Cell
 from gn_transfer.study.definition import Study, parse_value, read_study
 from gn_transfer.study.planning import Outcome, Planned, foresee, plan_cells
+from gn_transfer.study.serve import IDLE_SECONDS
 from gn_transfer.study.store import Store
-from gn_transfer.study.worker import IDLE_SECONDS, Bench, interrupt, work
+from gn_transfer.study.worker import Bench, interrupt, work
 
 STUDY_KEYS = ("samples", "seeds", "test", "keep")
 MAX_CRASHES = 3
@@ -218,16 +219,17 @@ def print_plan(console: Console, study: Study, cells: Sequence[Cell], workers: i
         cells: All that it will have.
         workers: Processes that share them.
     """
-    groups: dict[tuple[str, ...], list[Cell]] = {}
+    groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell.stage, cell.arm, cell.case, cell.name.rpartition("-seed")[0]), []).append(cell)
-    table = Table("stage", "arm", "case", "cells", "seeds", "each", box=None, pad_edge=False)
+        if cell.stage != "test":
+            groups.setdefault((cell.stage, cell.name.rpartition("-seed")[0]), []).append(cell)
+    table = Table("stage", "cells", "seeds", "each", box=None, pad_edge=False)
+    table.columns[1].overflow = "fold"
     total, measured = 0.0, dict[str, float]()
-    for (stage, arm, case, name), some in groups.items():
-        each = 0.0 if stage == "test" else _seconds(study, some[0], measured)
+    for (stage, name), some in groups.items():
+        each = _seconds(study, some[0], measured)
         total += each * len(some)
-        seeds = ", ".join(str(cell.overrides["seed_everything"]) for cell in some)
-        table.add_row(stage, arm, case, name, seeds, "" if stage == "test" else duration(each))
+        table.add_row(stage, name, " ".join(str(cell.overrides["seed_everything"]) for cell in some), duration(each))
     console.print(table)
     stages = Counter(cell.stage for cell in cells)
     console.print(
@@ -277,7 +279,7 @@ class _Check(cli.Command):
 
 
 def check_values(study: Study, cells: Sequence[Cell]) -> None:
-    """Read the configurations of enough cells to have seen each value of each key once in each case.
+    """Read the configurations of enough cells to have seen each value of each key, and each case.
 
     Args:
         study: The study.
@@ -288,9 +290,8 @@ def check_values(study: Study, cells: Sequence[Cell]) -> None:
     """
     seen: set[tuple[str, ...]] = set()
     for cell in cells:
-        pairs = {
-            (cell.arm, cell.case, key, str(value)) for key, value in cell.identity().items() if key != "seed_everything"
-        }
+        pairs = {(key, str(value)) for key, value in cell.identity().items() if key != "seed_everything"}
+        pairs.add((cell.arm, cell.case))
         if pairs <= seen:
             continue
         seen |= pairs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -84,7 +85,7 @@ class PictureData(lightning.LightningDataModule, ABC):
     Attributes:
         channels: 3 for RGB; set it to 1 before ``setup`` for a net that takes grey pictures.
         evaluate_in_training_batches: Set it before ``setup`` where figures depend on the batch: validation and test
-            then come in batches of ``batch_size``, in one order shuffled by the seed.
+            then come in batches of ``batch_size``, in an order shuffled by the seed.
         classes: Class names; a target is a position in it. Set by ``setup``.
         train_dataset: Set by ``setup("fit")``.
         val_dataset: Set by ``setup("fit")`` and ``setup("validate")``.
@@ -202,7 +203,7 @@ class PictureData(lightning.LightningDataModule, ABC):
         """
         if stage == "test":
             self.classes, _, _ = self.list_fit()
-            self.test_dataset = self._dataset(self._sound(self.list_test()))
+            self.test_dataset = self._eval_dataset(self._sound(self.list_test()))
             self.cache_plan = self._plan_cache()
             return
         self.classes, train, val = self.list_fit()
@@ -224,7 +225,7 @@ class PictureData(lightning.LightningDataModule, ABC):
             paths, targets = [picture.path for picture in train], [picture.target for picture in train]
             chosen = few_shots(paths, targets, self.shots_per_class, self.seed, names_of=self.classes)
             train = [train[position] for position in chosen]
-        self.val_dataset = self._dataset(val)
+        self.val_dataset = self._eval_dataset(val)
         if stage == "fit":
             augmentation = Augmentation(self.recipe, self.img_size, self.backend)
             self.train_dataset = self._dataset(train, augmentation)
@@ -347,11 +348,14 @@ class PictureData(lightning.LightningDataModule, ABC):
         return PictureDataset(Path(self.root), pictures, self.img_size, augmentation, self.seed, self.channels)
 
     def _eval_loader(self, dataset: PictureDataset) -> PictureLoader:
-        if self.evaluate_in_training_batches:
-            sampler = self._sampler(dataset, self.batch_size, shuffle=True)
-            sampler.every_epoch_alike = True
-            return self._loader(dataset, sampler)
-        return self._loader(dataset, self._sampler(dataset, max(self.batch_size, EVAL_BATCH_SIZE), shuffle=False))
+        size = self.batch_size if self.evaluate_in_training_batches else max(self.batch_size, EVAL_BATCH_SIZE)
+        return self._loader(dataset, self._sampler(dataset, size, shuffle=False))
+
+    def _eval_dataset(self, pictures: list[Picture]) -> PictureDataset:
+        if self.evaluate_in_training_batches:  # lists are sorted by class, and a batch of one class is none of training
+            pictures = list(pictures)
+            random.Random(self.seed).shuffle(pictures)
+        return self._dataset(pictures)
 
     def _loader(self, dataset: PictureDataset, sampler: EpochSampler) -> PictureLoader:
         self.fill_cache(dataset)

@@ -26,9 +26,6 @@ class EpochSampler(Sampler[Key]):
         shuffle: False gives 0, 1, 2, ... in every epoch.
         rank: This process, 0 <= rank < world_size.
         world_size: Number of processes that share the data set.
-
-    Attributes:
-        every_epoch_alike: Stay with the order of epoch 0, shuffled as it may be.
     """
 
     def __init__(
@@ -44,13 +41,11 @@ class EpochSampler(Sampler[Key]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
-        self.every_epoch_alike = False
         self._resume: tuple[int, int] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; Lightning calls it before each."""
-        if not self.every_epoch_alike:
-            self.epoch = epoch
+        self.epoch = epoch
 
     def resume_at(self, epoch: int, batch: int) -> None:
         """Go on within an epoch: its next iteration leaves out the batches that are done.

@@ -142,6 +142,8 @@ def read_study(path: Path, *, name: str | None = None, overrides: Values | None 
         raise ConfigError(f"{path}: samples={samples} is not a number of pictures; use 1 or more, or leave it out.")
     shared = {key: content[key] for key in _BLOCK if content.get(key) is not None}
     arms = content.get("arms")
+    if not any(content.get(key) for key in ("grid", "cases", "arms", "select")):
+        raise ConfigError(f"{path} varies nothing: its grid is empty; give grid, cases, arms or select some values.")
     blocks = {"": {}} if arms is None else _mapping(arms, f"{path}: arms")
     return Study(
         name=name or path.stem,

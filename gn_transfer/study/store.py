@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from gn_transfer.config import ConfigError
 from gn_transfer.study.cells import Cell
@@ -77,14 +78,7 @@ class Store:
                 Path(self._file).parent.mkdir(parents=True, exist_ok=True)
             with self._file_lock():
                 self._refuse_foreign()
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats: in Optuna since 2021
-                    self._storage = RDBStorage(
-                        self.url,
-                        engine_kwargs={"connect_args": _patience(parsed.get_backend_name())},
-                        heartbeat_interval=HEARTBEAT_SECONDS,
-                        grace_period=GRACE_SECONDS,
-                    )
+                self._storage = self._open(parsed.get_backend_name())
 
     # -- the plan's side ----------------------------------------------------------------------------------------
 
@@ -299,6 +293,24 @@ class Store:
                 raise
             raise ConfigError(f"--storage {self._shown}: {' '.join(str(error).split())}") from error
 
+    def _open(self, backend: str) -> RDBStorage:
+        """Open the storage; where several workers lay out a server's tables at once, all but one try again."""
+        for attempt in range(5, 0, -1):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats: in Optuna since 2021
+                    return RDBStorage(
+                        self.url,
+                        engine_kwargs={"connect_args": _patience(backend)},
+                        heartbeat_interval=HEARTBEAT_SECONDS,
+                        grace_period=GRACE_SECONDS,
+                    )
+            except (IntegrityError, ProgrammingError):
+                if attempt == 1:
+                    raise
+                time.sleep(1.0)
+        raise AssertionError("unreachable")
+
     def _refuse_foreign(self) -> None:
         """Refuse a database of another program before Optuna lays its tables out in it."""
         if self._file is not None and not Path(self._file).exists():
@@ -325,9 +337,8 @@ class Store:
     def _abandoned(self, trial: FrozenTrial) -> bool:
         owner = trial.user_attrs.get("owner", {})
         if owner.get("host") == _host():
-            return _started(owner["pid"]) != owner["started"]
-        stale: list[int] = self._storage._get_stale_trial_ids(self._study._study_id)
-        return trial._trial_id in stale
+            return bool(_started(owner["pid"]) != owner["started"])
+        return bool(trial._trial_id in self._storage._get_stale_trial_ids(self._study._study_id))
 
     def _end(self, trial_id: int, outcome: Outcome) -> None:
         for key, value in (("seconds", round(outcome.seconds, 2)), ("loss", outcome.loss), ("reason", outcome.reason)):

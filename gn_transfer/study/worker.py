@@ -31,10 +31,9 @@ from gn_transfer.config import ConfigError
 from gn_transfer.loggers import RunFolder, RunLog
 from gn_transfer.study.cells import Cell
 from gn_transfer.study.definition import Study
-from gn_transfer.study.planning import Outcome, plan_cells
+from gn_transfer.study.planning import Outcome
+from gn_transfer.study.serve import serve
 from gn_transfer.study.store import Store
-
-IDLE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -88,16 +87,7 @@ def work(url: str, bench: Bench, stop: Event, log: Path) -> None:
     store = Store(url, bench.study.name)
     store.begin(bench.study.shared_settings())
     try:
-        while not stop.is_set():
-            cells = plan_cells(bench.study, store.outcomes()).cells
-            claim = store.claim({cell.name: cell for cell in cells})
-            if claim is None:
-                stop.wait(IDLE_SECONDS)
-                continue
-            with store.alive(claim):
-                outcome = run_cell(bench, claim.cell)
-            store.finish(claim, outcome)
-            _tidy()
+        serve(store, bench.study, lambda cell: run_cell(bench, cell), stop)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -126,6 +116,7 @@ def run_cell(bench: Bench, cell: Cell) -> Outcome:
         return Outcome("failed", seconds=time.monotonic() - began, reason=f"{type(error).__name__}: {error}")
     split = "test" if cell.stage == "test" else "val"
     seconds = time.monotonic() - began
+    _tidy()
     return Outcome("complete", float(record[f"{split}/acc1"]), float(record[f"{split}/loss"]), seconds)
 
 
