@@ -67,11 +67,12 @@ class Store:
         self.url = normalized(url)
         self.name = name
         parsed = sqlalchemy.make_url(self.url)
-        self._file = parsed.database if parsed.get_backend_name() == "sqlite" else None
+        on_file = parsed.get_backend_name() == "sqlite"
+        self._file = parsed.database or ":memory:" if on_file else None
         self._shown = parsed.render_as_string(hide_password=True)
         with self._explained():
             if self._file is not None:
-                if self._file in (None, "", ":memory:"):
+                if self._file == ":memory:":
                     raise ConfigError(
                         f"--storage {self._shown}: a database in memory is lost with its process; name a file."
                     )
