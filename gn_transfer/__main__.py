@@ -13,6 +13,7 @@ VERBS = {
     "fit": "train: gn-transfer fit --config pets_gnws.yaml",
     "validate": "evaluate a checkpoint on the validation split: gn-transfer validate --ckpt_path CKPT",
     "test": "evaluate a checkpoint on the test split, once all choices are made: gn-transfer test --ckpt_path CKPT",
+    "sweep": "run a study of many runs: gn-transfer sweep --config sweep_quickstart.yaml",
     "data": "know the pictures before training: gn-transfer data check|sample|cache|show --config pets_gnws.yaml",
     "export": "write a checkpoint as a bundle for inference: gn-transfer export CKPT --output BUNDLE",
     "predict": "classify pictures with a bundle: gn-transfer predict BUNDLE PICTURES",
@@ -25,6 +26,7 @@ _MODULES = {
     "export": "export",
     "predict": "predict",
     "compare": "compare",
+    "sweep": "sweep",
     "backbones": "catalogue",
 }
 

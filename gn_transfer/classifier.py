@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -26,6 +27,7 @@ from gn_transfer.backbones import (
 from gn_transfer.config import ConfigError, Norm
 from gn_transfer.layers import (
     OncePerWindow,
+    batch_statistics,
     corrected_momentum,
     default_groups,
     preferred_memory_format,
@@ -101,6 +103,8 @@ class TransferClassifier(LightningModule):
             1 - 0.9^(batch_size / 16), so that small micro-batches forget no faster per picture; null keeps 0.1.
         reestimate_bn: Training pictures on which BN statistics are re-estimated, by pooling E[x] and E[x^2]: before
             each validation, or with norm bn_frozen once before training; 0 disables it.
+        bn_evaluation: Statistics that BN evaluates with: running, or batch: those of the batch at hand, which then has
+            data.batch_size pictures, as in training. It separates bad running statistics from a bad net.
     """
 
     mean: Tensor
@@ -135,6 +139,7 @@ class TransferClassifier(LightningModule):
         freeze_epochs: int = 0,
         bn_momentum: float | Literal["corrected"] | None = None,
         reestimate_bn: int = 0,
+        bn_evaluation: Literal["running", "batch"] = "running",
     ) -> None:
         super().__init__()
         _check_range("model.lr", lr, low=0.0, open_low=True)
@@ -154,6 +159,11 @@ class TransferClassifier(LightningModule):
         if norm not in BN_FAMILY and (bn_momentum is not None or reestimate_bn):
             key = "bn_momentum" if bn_momentum is not None else "reestimate_bn"
             raise ConfigError(f"model.{key} is for batch norms, and model.norm={norm} has none; leave it out.")
+        if bn_evaluation == "batch" and norm not in BN_FAMILY - {"bn_frozen"}:
+            raise ConfigError(
+                f"model.bn_evaluation=batch: model.norm={norm} takes no statistics from a batch; use running, or a "
+                f"norm of {', '.join(sorted(BN_FAMILY - {'bn_frozen'}))}."
+            )
         _check_range("model.mixup", mixup, low=0.0)
         _check_range("model.cutmix", cutmix, low=0.0)
         self.backbone = backbone
@@ -183,6 +193,7 @@ class TransferClassifier(LightningModule):
         self.freeze_epochs = freeze_epochs
         self.bn_momentum = bn_momentum
         self.reestimate_bn = reestimate_bn
+        self.bn_evaluation: Literal["running", "batch"] = bn_evaluation
 
         self.micro_batch = MicroBatch()
         self.evaluation_precision: torch.dtype | None = None
@@ -410,7 +421,9 @@ class TransferClassifier(LightningModule):
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], accuracies: MetricCollection, mean_loss: MeanMetric) -> Tensor:
         device, dtype = self.device.type, self.evaluation_precision
-        with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+        assert self.net is not None
+        statistics = batch_statistics(self.net) if self.bn_evaluation == "batch" else nullcontext()
+        with statistics, torch.autocast(device, dtype=dtype, enabled=dtype is not None):
             loss, logits = self.shared_step(batch, training=False)
         accuracies.update(logits, batch[1])
         mean_loss.update(loss, len(logits))

@@ -58,7 +58,7 @@ from gn_transfer.loggers import (
     run_of_checkpoint,
 )
 from gn_transfer.messages import explain
-from gn_transfer.plan import make_plan
+from gn_transfer.plan import Plan, epochs_of, make_plan
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 10,
@@ -108,7 +108,7 @@ def run(verb: str, arguments: Sequence[str], kind: Callable[[Arguments], Command
         try:
             command = (kind or Command)(prepared)
         except ArgumentError as error:
-            raise ConfigError(explain(str(error), _known_keys(), [kind.__name__ for kind in DATA])) from error
+            raise ConfigError(explain(str(error), known_keys(), [kind.__name__ for kind in DATA])) from error
         except SystemExit as error:
             # Lightning turns Ctrl-C into exit code 1, SIGTERM into none; jsonargparse leaves with 0 after help.
             if error.code in (0, None) and not isinstance(error, SIGTERMException):
@@ -128,11 +128,18 @@ class Command(LightningCLI):
 
     Args:
         arguments: The prepared arguments.
+        log: What the run says goes there; None: to the terminal.
+
+    Attributes:
+        draws: Whether TensorBoard gets pictures beside curves.
     """
 
-    def __init__(self, arguments: Arguments) -> None:
+    draws = True
+
+    def __init__(self, arguments: Arguments, log: RunLog | None = None) -> None:
         self.arguments = arguments
-        self.log = RunLog()
+        self.log = log or RunLog()
+        self.plan: Plan | None = None
         self.exit_code = 0
         self.run_folder: RunFolder | None = None
         self.best = BestCheckpoint()
@@ -179,6 +186,12 @@ class Command(LightningCLI):
         parser.add_lightning_class_args(Trainer, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
         parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.add_argument(
+            "--samples",
+            type=int | None,
+            default=None,
+            help="Pictures to train on, with repetitions, in whole epochs; in place of trainer.max_epochs.",
+        )
         parser.add_argument("--dry_run", action="store_true", help="Print the plan and stop.")
         parser.add_argument("--lr_find", action="store_true", help="Try rising learning rates, suggest one and stop.")
 
@@ -241,12 +254,16 @@ class Command(LightningCLI):
         config = self._section()
         accelerator = str(config.trainer.accelerator)
         self.precision = resolve_precision(config.mixed_precision.mode, device_type(accelerator))
-        callbacks = [Throughput(), ValidationFigures(), self.predictions, EpochLines(self.log.print)]
+        callbacks = [Throughput(), self.predictions, EpochLines(self.log.print)]
         interactive = sys.stdout.isatty() and config.trainer.enable_progress_bar is not False
         if interactive and self.subcommand == "fit":
             callbacks.append(ProgressBar(leave=False))
         if self.subcommand == "fit":
-            callbacks += [self.best, TrainingPictures()]
+            callbacks.append(self.best)
+        if self.draws:
+            callbacks += (
+                [ValidationFigures(), TrainingPictures()] if self.subcommand == "fit" else [ValidationFigures()]
+            )
         self.extra_loggers = self._loggers()
         trainer_config = {
             **self._get(self.config_init, "trainer", default={}),
@@ -270,7 +287,7 @@ class Command(LightningCLI):
         """Prepare everything that can fail, print the plan, claim the run's folder, train, say what comes next."""
         config, model, data, trainer = self._section(), self.model, self.datamodule, self.trainer
         resumed = self.arguments.stored
-        data.channels = model.in_chans
+        data.channels, data.evaluate_in_training_batches = model.in_chans, model.bn_evaluation == "batch"
         data.prepare_data()
         data.setup("fit")
         if resumed is not None:
@@ -278,7 +295,9 @@ class Command(LightningCLI):
             _check_classes(resumed["classes"], data.classes)
         model.build_for(data)
         model.check_batch(batch_size=data.batch_size, img_size=data.img_size)
-        plan = make_plan(
+        if config.samples is not None:
+            self._spend(config.samples)
+        self.plan = plan = make_plan(
             model,
             data,
             effective_batch_size=config.accumulation.effective_batch_size,
@@ -298,7 +317,7 @@ class Command(LightningCLI):
         if config.lr_find:
             self._find_learning_rate()
             return
-        run_folder = self._claim(resumed)
+        run_folder = self.claim_folder(resumed)
         self._equip(run_folder, trainer, model, data)
         if trainer.is_global_zero:
             verb = "continuing" if resumed is not None and self._continues(run_folder) else "run"
@@ -345,7 +364,22 @@ class Command(LightningCLI):
         checkpoint = self.arguments.checkpoint
         return checkpoint is not None and checkpoint.resolve().parent == run_folder.checkpoints.resolve()
 
-    def _claim(self, resumed: dict[str, Any] | None) -> RunFolder:
+    def _spend(self, samples: int) -> None:
+        """Set the length of the training to a number of pictures."""
+        config, trainer = self._section(), self.trainer
+        if config.trainer.max_steps != -1:
+            raise ConfigError(f"samples={samples} and trainer.max_steps={config.trainer.max_steps}: set one of them.")
+        at_once = self.datamodule.batch_size * trainer.world_size
+        epochs, batches = epochs_of(samples, len(self.datamodule.train_dataset), at_once)
+        trainer.fit_loop.max_epochs = config.trainer.max_epochs = epochs
+        if batches is not None:
+            trainer.limit_train_batches = config.trainer.limit_train_batches = batches
+
+    def facts(self) -> dict[str, Any]:
+        """Give what metrics.json says beside what every run says there."""
+        return {}
+
+    def claim_folder(self, resumed: dict[str, Any] | None) -> RunFolder:
         """Choose the run's folder: last.ckpt continues its own run, any other checkpoint opens a new one."""
         checkpoint, config, data = self.arguments.checkpoint, self._section(), self.datamodule
         if resumed is not None and checkpoint is not None and checkpoint.name == "last.ckpt":
@@ -387,6 +421,7 @@ class Command(LightningCLI):
             "evaluated_weights": averaged,
             "config": self.arguments.config_name,
             "run": run_folder.name,
+            **self.facts(),
         }
         if trainer.is_global_zero:
             (run_folder.logs / "config.yaml").write_text(
@@ -444,6 +479,7 @@ class Command(LightningCLI):
         assert checkpoint is not None
         self.model.restore(stored)
         self.datamodule.channels = self.model.in_chans
+        self.datamodule.evaluate_in_training_batches = self.model.bn_evaluation == "batch"
         self.datamodule.prepare_data()
         self.datamodule.setup(stage)
         _check_classes(stored["classes"], self.datamodule.classes)
@@ -497,7 +533,7 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _known_keys() -> list[str]:
+def known_keys() -> list[str]:
     """List the keys that a configuration may have, over all data modules."""
     groups: list[tuple[str, type]] = [
         *(("data", kind) for kind in DATA),
@@ -517,7 +553,7 @@ def _known_keys() -> list[str]:
         for name, parameter in inspect.signature(part).parameters.items()
         if parameter.kind is not parameter.VAR_KEYWORD
     ]
-    return ["seed_everything", *dict.fromkeys(keys), "ckpt_path", "dry_run", "lr_find"]
+    return ["seed_everything", *dict.fromkeys(keys), "samples", "ckpt_path", "dry_run", "lr_find"]
 
 
 @contextmanager

@@ -375,6 +375,11 @@ def rebuild_model(content: Mapping[str, Any], checkpoint: Path) -> TransferClass
         arguments = dict(stored["config"]["model"])
         if arguments["norm"] == "bn_sync":  # computes what bn computes, without CUDA
             arguments["norm"] = "bn"
+        if arguments.get("bn_evaluation") == "batch":
+            raise ConfigError(
+                f"{checkpoint} was evaluated with the statistics of each batch (model.bn_evaluation=batch), and a "
+                "bundle looks at one picture at a time; train with running."
+            )
         model = TransferClassifier(**arguments)
         model.restore(stored)
         model.build(stored["classes"])

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from gn_transfer.callbacks import micro_batches_per_window
 from gn_transfer.classifier import TransferClassifier
+from gn_transfer.config import ConfigError
 from gn_transfer.data import PictureData
 from gn_transfer.layers import OncePerWindow
 from gn_transfer.optim import bit_samples
@@ -25,10 +26,12 @@ class Plan:
     Attributes:
         rows: Name and value of each line.
         warnings: What the user should know before waiting for the result.
+        seconds: How long the training steps will take.
     """
 
     rows: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
     def table(self) -> Table:
         """Lay the rows out for the terminal."""
@@ -118,7 +121,29 @@ def make_plan(
         ),
         ("time", f"about {duration(seconds)} of training steps"),
     ]
-    return Plan(rows, advice(model, data.batch_size, micro_batches))
+    return Plan(rows, advice(model, data.batch_size, micro_batches), seconds)
+
+
+def epochs_of(samples: int, pictures: int, at_once: int) -> tuple[int, int | None]:
+    """Turn a budget of pictures into epochs.
+
+    Args:
+        samples: Pictures to train on, with repetitions.
+        pictures: Pictures in the training split.
+        at_once: Pictures per batch, over all devices.
+
+    Returns:
+        Whole epochs, the nearest number; and, of a budget below one epoch, its batches.
+
+    Example:
+        >>> epochs_of(1200, 400, 16), epochs_of(100, 400, 16)
+        ((3, None), (1, 6))
+    """
+    if samples < 1:
+        raise ConfigError(f"samples={samples} is out of range; use 1 or more.")
+    if samples < pictures:
+        return 1, max(1, samples // at_once)
+    return round(samples / pictures), None
 
 
 def recipe(model: TransferClassifier, num_images: int, epochs: int) -> list[str]:

@@ -203,7 +203,7 @@ def test_the_range_test_counts_windows_and_writes_nothing(folder_root, monkeypat
 
 def test_the_plan_names_the_recipe(folder_root, capsys, monkeypatch):
     options = {"model__schedule": "bit", "model__freeze_epochs": "1", "model__clip_norm": "1.0"}
-    monkeypatch.setattr("gn_transfer.cli.Command._claim", None)  # nothing may get that far
+    monkeypatch.setattr("gn_transfer.cli.Command.claim_folder", None)  # nothing may get that far
     chosen = {**SMALL, **{key.replace("__", "."): value for key, value in options.items()}}
     command = [word for key, value in chosen.items() for word in (f"--{key}", value)]
     assert main(["fit", "--data", "Folder", "--data.root", str(folder_root), *command, "--dry_run"]) == 0

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -118,6 +119,7 @@ class RunRecord(Callback):
                 "train/loss": throughput.recent_loss if math.isfinite(throughput.recent_loss) else None,
                 **self.metrics,
                 **self.best_metrics,
+                "weight_norm": round(weight_norm(pl_module), 4),
                 "images_per_sec": round(throughput.images_per_sec, 2),
                 "peak_memory_mib": round(peak_memory_mib(pl_module.device), 1),
                 "wall_time_s": round(self.wall_time_s + time.monotonic() - self._started, 2),
@@ -137,3 +139,13 @@ class RunRecord(Callback):
 def _throughput(trainer: Trainer) -> Throughput:
     found: Throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
     return found
+
+
+def weight_norm(net: torch.nn.Module) -> float:
+    """Compute the Euclidean norm of all weights together, biases and affines of norms left out.
+
+    Behind a norm the size of a weight decides nothing but how fast it turns, so that weight decay there is a schedule
+    of the learning rate, which a comparison of norms has to tell.
+    """
+    norms = [parameter.detach().float().norm() for parameter in net.parameters() if parameter.ndim > 1]
+    return float(torch.stack(norms).norm())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -83,6 +84,8 @@ class PictureData(lightning.LightningDataModule, ABC):
 
     Attributes:
         channels: 3 for RGB; set it to 1 before ``setup`` for a net that takes grey pictures.
+        evaluate_in_training_batches: Set it before ``setup`` where figures depend on the batch: validation and test
+            then come in batches of ``batch_size``, in an order shuffled by the seed.
         classes: Class names; a target is a position in it. Set by ``setup``.
         train_dataset: Set by ``setup("fit")``.
         val_dataset: Set by ``setup("fit")`` and ``setup("validate")``.
@@ -126,6 +129,7 @@ class PictureData(lightning.LightningDataModule, ABC):
         self.cache_dir = default_cache_dir() if cache_dir is None else cache_dir
         self.shots_per_class = shots_per_class
         self.channels = 3
+        self.evaluate_in_training_batches = False
         self.on_bad_image = on_bad_image
         self.class_weights = class_weights
         self.seed = seed
@@ -199,7 +203,7 @@ class PictureData(lightning.LightningDataModule, ABC):
         """
         if stage == "test":
             self.classes, _, _ = self.list_fit()
-            self.test_dataset = self._dataset(self._sound(self.list_test()))
+            self.test_dataset = self._eval_dataset(self._sound(self.list_test()))
             self.cache_plan = self._plan_cache()
             return
         self.classes, train, val = self.list_fit()
@@ -221,7 +225,7 @@ class PictureData(lightning.LightningDataModule, ABC):
             paths, targets = [picture.path for picture in train], [picture.target for picture in train]
             chosen = few_shots(paths, targets, self.shots_per_class, self.seed, names_of=self.classes)
             train = [train[position] for position in chosen]
-        self.val_dataset = self._dataset(val)
+        self.val_dataset = self._eval_dataset(val)
         if stage == "fit":
             augmentation = Augmentation(self.recipe, self.img_size, self.backend)
             self.train_dataset = self._dataset(train, augmentation)
@@ -233,11 +237,11 @@ class PictureData(lightning.LightningDataModule, ABC):
         return self._loader(self.train_dataset, self.train_sampler)
 
     def val_dataloader(self) -> PictureLoader:
-        """Batches of the validation split, in order; at least :data:`EVAL_BATCH_SIZE` pictures each."""
+        """Batches of the validation split, in order, of :data:`EVAL_BATCH_SIZE` or more unless figures depend on it."""
         return self._eval_loader(self.val_dataset)
 
     def test_dataloader(self) -> PictureLoader:
-        """Batches of the test split, in order; at least :data:`EVAL_BATCH_SIZE` pictures each."""
+        """Batches of the test split, in order, of :data:`EVAL_BATCH_SIZE` or more unless figures depend on it."""
         return self._eval_loader(self.test_dataset)
 
     @property
@@ -344,7 +348,14 @@ class PictureData(lightning.LightningDataModule, ABC):
         return PictureDataset(Path(self.root), pictures, self.img_size, augmentation, self.seed, self.channels)
 
     def _eval_loader(self, dataset: PictureDataset) -> PictureLoader:
-        return self._loader(dataset, self._sampler(dataset, max(self.batch_size, EVAL_BATCH_SIZE), shuffle=False))
+        size = self.batch_size if self.evaluate_in_training_batches else max(self.batch_size, EVAL_BATCH_SIZE)
+        return self._loader(dataset, self._sampler(dataset, size, shuffle=False))
+
+    def _eval_dataset(self, pictures: list[Picture]) -> PictureDataset:
+        if self.evaluate_in_training_batches:  # lists are sorted by class, and a batch of one class is none of training
+            pictures = list(pictures)
+            random.Random(self.seed).shuffle(pictures)
+        return self._dataset(pictures)
 
     def _loader(self, dataset: PictureDataset, sampler: EpochSampler) -> PictureLoader:
         self.fill_cache(dataset)

@@ -5,6 +5,7 @@ from gn_transfer.layers.batch_norm import (
     FrozenBatchNorm2d,
     FrozenBatchNormAct2d,
     SyncBatchNormAct,
+    batch_statistics,
     corrected_momentum,
     reestimate_statistics,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "OncePerWindow",
     "StdConv2d",
     "SyncBatchNormAct",
+    "batch_statistics",
     "convert_norm",
     "corrected_momentum",
     "default_groups",

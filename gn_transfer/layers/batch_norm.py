@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -154,6 +155,36 @@ def reestimate_statistics(net: nn.Module, batches: Iterable[Tensor]) -> int:
     for each in moments:
         each.write()
     return len(moments)
+
+
+@contextmanager
+def batch_statistics(net: nn.Module) -> Iterator[None]:
+    """Let batch norms normalize by the batch at hand, and leave their running statistics alone.
+
+    What is evaluated so is the function that was trained; evaluated with running statistics it may be another. Frozen
+    batch norms stay as they are.
+
+    Args:
+        net: A net with batch norms of torch, timm or this package; its mode is restored at the end.
+
+    Raises:
+        ConfigError: It has none, or frozen ones only.
+    """
+    layers = [
+        layer
+        for layer in net.modules()
+        if isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm) and not isinstance(layer, FrozenBatchNorm2d)
+    ]
+    if not layers:
+        raise ConfigError("the net has no batch norm that looks at its batch, so there are no batch statistics.")
+    before = [(layer, layer.training, layer.track_running_stats) for layer in layers]
+    for layer in layers:
+        layer.training, layer.track_running_stats = True, False  # torch then passes no running statistics on
+    try:
+        yield
+    finally:
+        for layer, training, tracked in before:
+            layer.training, layer.track_running_stats = training, tracked
 
 
 class _Moments:

@@ -1,0 +1,422 @@
+"""Where a study lives: an Optuna study with one trial per cell, in SQLite or any database that SQLAlchemy reaches.
+
+A cell is entered once and claimed by one worker at a time, under a lock that all workers share. A claim holds while its
+owner lives: on the owner's machine that is asked of the system, elsewhere it is told by Optuna's heartbeats.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from filelock import FileLock
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
+
+from gn_transfer.config import ConfigError
+from gn_transfer.study.cells import Cell
+from gn_transfer.study.planning import Outcome
+
+HEARTBEAT_SECONDS = 10
+GRACE_SECONDS = 120
+"""After so long without a heartbeat, a cell of another machine is taken over."""
+
+_MARK = "gn_transfer"
+_STATES = {TrialState.WAITING: "waiting", TrialState.RUNNING: "running", TrialState.COMPLETE: "complete"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A cell that this process may run.
+
+    Attributes:
+        trial_id: Its trial in the database.
+        cell: The cell.
+    """
+
+    trial_id: int
+    cell: Cell
+
+
+class Store:
+    """The database of a study.
+
+    Args:
+        url: SQLAlchemy URL.
+        name: Name of the study.
+
+    Raises:
+        ConfigError: The database cannot be reached or opened, or holds something else.
+    """
+
+    def __init__(self, url: str, name: str) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.url = normalized(url)
+        self.name = name
+        parsed = sqlalchemy.make_url(self.url)
+        on_file = parsed.get_backend_name() == "sqlite"
+        self._file = parsed.database or ":memory:" if on_file else None
+        self._shown = parsed.render_as_string(hide_password=True)
+        with self._explained():
+            if self._file is not None:
+                if self._file == ":memory:":
+                    raise ConfigError(
+                        f"--storage {self._shown}: a database in memory is lost with its process; name a file."
+                    )
+                Path(self._file).parent.mkdir(parents=True, exist_ok=True)
+            with self._file_lock():
+                self._refuse_foreign()
+                self._storage = self._open(parsed.get_backend_name())
+
+    # -- the plan's side ----------------------------------------------------------------------------------------
+
+    def knows_study(self) -> bool:
+        """Tell whether the database holds a study of this name."""
+        with self._explained():
+            return bool(self.name in optuna.get_all_study_names(self._storage))
+
+    def begin(self, settings: Mapping[str, Any]) -> bool:
+        """Open the study, or create it.
+
+        Args:
+            settings: What all cells start from; a study goes on only with the same.
+
+        Returns:
+            Whether it is new.
+
+        Raises:
+            ConfigError: The study is another program's, or was begun with other settings.
+        """
+        text = json.dumps(settings, sort_keys=True)
+        with self._explained(), self.locked():
+            new = not self.knows_study()
+            self._study = optuna.create_study(
+                storage=self._storage, study_name=self.name, direction="maximize", load_if_exists=True
+            )
+            known = self._study.user_attrs.get(_MARK)
+            if new:
+                self._study.set_user_attr(_MARK, text)
+            elif known is None:
+                raise ConfigError(
+                    f"{self._shown} holds a study {self.name} that is not gn-transfer's; choose another --name."
+                )
+            elif known != text:
+                difference = _difference(json.loads(known), settings)
+                raise ConfigError(
+                    f"the study {self.name} was begun with other settings ({difference}); "
+                    "choose another --name, or go back to those."
+                )
+        return new
+
+    def enter(self, cells: Sequence[Cell], *, retry_failed: bool = False) -> int:
+        """Enter the cells that are not there yet.
+
+        Args:
+            cells: The plan.
+            retry_failed: Enter those again that have failed.
+
+        Returns:
+            How many were entered.
+
+        Raises:
+            ConfigError: A cell of that name was entered with other values.
+        """
+        with self._explained(), self.locked():
+            known = self._latest()
+            fresh = []
+            for cell in cells:
+                trial = known.get(cell.name)
+                if trial is None or (retry_failed and trial.state == TrialState.FAIL):
+                    fresh.append(cell)
+                elif trial.user_attrs["identity"] != cell.identity():
+                    raise ConfigError(
+                        f"the cell {cell.name} of the study {self.name} was entered with other settings "
+                        f"({_difference(trial.user_attrs['identity'], cell.identity())}); choose another --name, or go "
+                        "back to those."
+                    )
+            for cell in fresh:
+                attributes = {
+                    "cell": cell.name,
+                    "stage": cell.stage,
+                    "arm": cell.arm,
+                    "case": cell.case,
+                    "identity": cell.identity(),
+                }
+                self._study.enqueue_trial(cell.identity(), user_attrs=attributes)
+        return len(fresh)
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """Read what became of all cells, by name; of a cell that was retried, the last time counts."""
+        with self._explained():
+            return {name: _outcome(trial) for name, trial in self._latest().items()}
+
+    # -- the worker's side --------------------------------------------------------------------------------------
+
+    def claim(self, cells: Mapping[str, Cell]) -> Claim | None:
+        """Take a cell: the first that waits, else one whose owner is gone.
+
+        Args:
+            cells: The plan by name, with this machine's paths.
+
+        Returns:
+            The claim; None where there is nothing to do now.
+        """
+        with self._explained():
+            if not any(not trial.state.is_finished() for trial in self._trials()):
+                return None
+            with self.locked():
+                trials = [t for t in self._trials() if not t.state.is_finished() and t.user_attrs["cell"] in cells]
+                waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+                found = waiting or [trial for trial in trials if self._abandoned(trial)]
+                if not found:
+                    return None
+                trial = found[0]
+                # The heartbeat comes first: a trial that runs without one would never be missed.
+                self._storage.record_heartbeat(trial._trial_id)
+                self._storage.set_trial_user_attr(trial._trial_id, "owner", _me())
+                if trial.state == TrialState.WAITING:
+                    self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+        return Claim(trial._trial_id, cells[trial.user_attrs["cell"]])
+
+    @contextmanager
+    def alive(self, claim: Claim) -> Iterator[None]:
+        """Tell other machines every few seconds that this process is at work on a cell."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(HEARTBEAT_SECONDS):
+                self._storage.record_heartbeat(claim.trial_id)
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def finish(self, claim: Claim, outcome: Outcome) -> bool:
+        """Note what became of a cell.
+
+        Args:
+            claim: The cell.
+            outcome: Complete or failed.
+
+        Returns:
+            False where it was taken over meanwhile, and another's result counts.
+        """
+        with self._explained(), self.locked():
+            trial = self._storage.get_trial(claim.trial_id)
+            if trial.state.is_finished() or trial.user_attrs.get("owner") != _me():
+                return False
+            self._end(claim.trial_id, outcome)
+        return True
+
+    def fail(self, name: str, reason: str) -> None:
+        """Give a cell up whose workers die of it."""
+        with self._explained(), self.locked():
+            trial = self._latest()[name]
+            if trial.state == TrialState.RUNNING and self._abandoned(trial):
+                self._end(trial._trial_id, Outcome("failed", reason=reason))
+
+    def owned_by(self, pid: int) -> str | None:
+        """Name the cell that a process of this machine is at work on, or was when it died."""
+        with self._explained():
+            for trial in self._trials():
+                owner = trial.user_attrs.get("owner", {})
+                if trial.state == TrialState.RUNNING and (owner.get("host"), owner.get("pid")) == (_host(), pid):
+                    return str(trial.user_attrs["cell"])
+        return None
+
+    def close(self) -> None:
+        """Let go of connections."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+    # -- below ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep all other workers of the database waiting; ends with the process, however that ends.
+
+        A server locks the one row of Optuna's table of versions, which nobody writes. SQLite has no such lock that
+        would let us write meanwhile, and two workers could claim one trial in it: a file beside it is locked instead.
+        """
+        if self._file is not None:
+            with self._file_lock():
+                yield
+            return
+        with self._storage.engine.begin() as connection:
+            version = sqlalchemy.table("version_info", sqlalchemy.column("version_info_id"))
+            connection.execute(sqlalchemy.select(version.c.version_info_id).with_for_update())
+            yield
+
+    @contextmanager
+    def _file_lock(self) -> Iterator[None]:
+        if self._file is None:
+            yield
+            return
+        with FileLock(f"{self._file}.lock"):
+            yield
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what a database cannot do into the user's words."""
+        try:
+            yield
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:
+            cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+            reason = " ".join(str(getattr(cause, "orig", None) or cause).split())
+            raise ConfigError(
+                f"--storage {self._shown}: the database cannot be used ({reason}); check that it is there, running, "
+                "writable and a database of Optuna's."
+            ) from error
+        except ImportError as error:
+            raise ConfigError(
+                f"--storage {self._shown}: the driver of this database is not installed ({error.__cause__ or error}); "
+                "for PostgreSQL, pip install 'gn-transfer[postgresql]'."
+            ) from error
+        except RuntimeError as error:
+            if "optuna" not in str(error).lower():
+                raise
+            raise ConfigError(f"--storage {self._shown}: {' '.join(str(error).split())}") from error
+
+    def _open(self, backend: str) -> RDBStorage:
+        """Open the storage; where several workers lay out a server's tables at once, all but one try again."""
+        for attempt in range(5, 0, -1):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats: in Optuna since 2021
+                    return RDBStorage(
+                        self.url,
+                        engine_kwargs={"connect_args": _patience(backend)},
+                        heartbeat_interval=HEARTBEAT_SECONDS,
+                        grace_period=GRACE_SECONDS,
+                    )
+            except (IntegrityError, ProgrammingError):
+                if attempt == 1:
+                    raise
+                time.sleep(1.0)
+        raise AssertionError("unreachable")
+
+    def _refuse_foreign(self) -> None:
+        """Refuse a database of another program before Optuna lays its tables out in it."""
+        if self._file is not None and not Path(self._file).exists():
+            return
+        engine = sqlalchemy.create_engine(
+            self.url, connect_args=_patience(sqlalchemy.make_url(self.url).get_backend_name())
+        )
+        try:
+            tables = sqlalchemy.inspect(engine).get_table_names()
+        finally:
+            engine.dispose()
+        if tables and not {"studies", "trials", "version_info"} <= set(tables):
+            raise ConfigError(
+                f"--storage {self._shown} holds tables of another program ({', '.join(sorted(tables)[:4])}); name "
+                "an empty database, or one of Optuna's."
+            )
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    def _latest(self) -> dict[str, FrozenTrial]:
+        return {trial.user_attrs["cell"]: trial for trial in self._trials() if "cell" in trial.user_attrs}
+
+    def _abandoned(self, trial: FrozenTrial) -> bool:
+        owner = trial.user_attrs.get("owner", {})
+        if owner.get("host") == _host():
+            return bool(_started(owner["pid"]) != owner["started"])
+        return bool(trial._trial_id in self._storage._get_stale_trial_ids(self._study._study_id))
+
+    def _end(self, trial_id: int, outcome: Outcome) -> None:
+        for key, value in (("seconds", round(outcome.seconds, 2)), ("loss", outcome.loss), ("reason", outcome.reason)):
+            self._storage.set_trial_user_attr(trial_id, key, value if value == value else None)
+        complete = outcome.state == "complete"
+        self._storage.set_trial_state_values(
+            trial_id, TrialState.COMPLETE if complete else TrialState.FAIL, [outcome.accuracy] if complete else None
+        )
+
+
+def normalized(url: str) -> str:
+    """Name the driver that comes with the extra ``postgresql`` where a URL names none.
+
+    Raises:
+        ConfigError: It is no URL.
+
+    Example:
+        >>> normalized("postgresql://user@host/base")
+        'postgresql+psycopg://user@host/base'
+    """
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except ArgumentError as error:
+        raise ConfigError(
+            f"--storage {url} is no database URL; write sqlite:///runs/study.db or postgresql://user@host/database."
+        ) from error
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    return parsed.render_as_string(hide_password=False)
+
+
+def _patience(backend: str) -> dict[str, Any]:
+    """Wait for other writers of a file; do not wait long for a server that is not there."""
+    return {"sqlite": {"timeout": 60}, "postgresql": {"connect_timeout": 10}, "mysql": {"connect_timeout": 10}}.get(
+        backend, {}
+    )
+
+
+def _outcome(trial: FrozenTrial) -> Outcome:
+    attributes = trial.user_attrs
+    loss = attributes.get("loss")
+    return Outcome(
+        _STATES.get(trial.state, "failed"),  # type: ignore[arg-type]
+        accuracy=float("nan") if trial.state != TrialState.COMPLETE else float(trial.values[0]),
+        loss=float("nan") if loss is None else float(loss),
+        seconds=float(attributes.get("seconds") or 0.0),
+        reason=str(attributes.get("reason") or ""),
+    )
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    keys = [key for key in sorted({**before, **now}) if before.get(key) != now.get(key)]
+    return "; ".join(f"{key} was {before.get(key)} and is {now.get(key)}" for key in keys[:4])
+
+
+def _me() -> dict[str, Any]:
+    return {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def _host() -> str:
+    """Name this machine, and where process numbers are shared with no other container, this container."""
+    try:
+        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _started(pid: int) -> str | None:
+    """Tell when a process started, so that a number given out again is not taken for it; None where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return None
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        return "unknown"
+    return None if fields[0] == "Z" else fields[19]

@@ -1,0 +1,238 @@
+"""One trial per cell, whoever starts, claims, dies or comes back; on SQLite and on a PostgreSQL of our own."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+
+from gn_transfer.config import ConfigError
+from gn_transfer.study.definition import Study, read_study
+from gn_transfer.study.planning import Outcome, plan_cells
+from gn_transfer.study.store import Store
+
+CLAIMER = Path(__file__).with_name("claimer.py")
+GRID = """
+base: sample_gnws.yaml
+grid: {model.norm: [none, bn, gn], data.batch_size: [1, 2, 4, 8]}
+seeds: 2
+"""
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "sweep_grid.yaml"
+    path.write_text(GRID)
+    return path
+
+
+@pytest.fixture
+def study(file) -> Study:
+    return read_study(file)
+
+
+@pytest.fixture(scope="module")
+def postgresql() -> Iterator[str]:
+    """A server of our own on loopback, in a temporary folder."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not programs:
+        pytest.skip("no PostgreSQL under /usr/lib/postgresql: apt-get install postgresql")
+    pytest.importorskip("psycopg", reason="pip install 'gn-transfer[postgresql]'")
+    user = "postgres" if os.getuid() == 0 else None  # the server refuses root
+    folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
+    if user:
+        shutil.chown(folder, user)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    quiet = {"user": user, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    data = str(folder / "data")
+    subprocess.run([str(programs[-1]), "-D", data, "-A", "trust", "-U", "tester", "-N"], check=True, **quiet)
+    command = [str(programs[-1].with_name("postgres")), "-D", data, "-p", str(port), "-k", str(folder)]
+    server = subprocess.Popen([*command, "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"], **quiet)
+    url = f"postgresql://tester@127.0.0.1:{port}/postgres"
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        time.sleep(0.5)
+        yield url
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(20)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, tmp_path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'study.db'}"
+    base = request.getfixturevalue("postgresql")
+    import psycopg
+
+    name = f"t{random.randrange(10**9)}"
+    with psycopg.connect(base, autocommit=True) as connection:
+        connection.execute(f"create database {name}")
+    return base.replace("/postgres", f"/{name}") if base.endswith("/postgres") else base
+
+
+def start(url: str, file: Path, log: Path, seconds: float = 0.02) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, str(CLAIMER), url, str(file), str(log), str(seconds)])
+
+
+def trials(url: str, study: Study) -> list[optuna.trial.FrozenTrial]:
+    store = Store(url, study.name)
+    store.begin(study.shared_settings())
+    found = store._study.get_trials()
+    store.close()
+    return found
+
+
+def check_each_once(url: str, study: Study) -> None:
+    found = trials(url, study)
+    assert Counter(trial.user_attrs["cell"] for trial in found) == Counter(c.name for c in plan_cells(study, {}).cells)
+    assert {trial.state for trial in found} == {optuna.trial.TrialState.COMPLETE}
+
+
+def test_two_workers_that_start_at_once_share_the_cells(url, file, study, tmp_path):
+    workers = [start(url, file, tmp_path / "log") for _ in range(2)]
+    assert [worker.wait(60) for worker in workers] == [0, 0]
+    check_each_once(url, study)
+    begun = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert len(begun) == len({cell for cell, _ in begun}) == 24
+    assert len({pid for _, pid in begun}) == 2
+
+
+def test_killed_workers_lose_and_double_nothing(url, file, study, tmp_path):
+    generator = random.Random(4)
+    kills, log = 0, tmp_path / "log"
+    log.touch()
+    while True:
+        workers = [start(url, file, log, 0.15) for _ in range(2)]
+        if kills == 2:
+            assert [worker.wait(60) for worker in workers] == [0, 0]
+            break
+        before = log.stat().st_size
+        while log.stat().st_size == before:  # importing takes most of the time: kill behind it
+            time.sleep(0.02)
+        time.sleep(generator.uniform(0.0, 0.8))
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+        kills += 1
+    check_each_once(url, study)
+    begun = Counter(line.split()[0] for line in log.read_text().splitlines())
+    assert len(begun) == 24
+    assert 0 < sum(begun.values()) - 24 <= 2 * kills  # those that were under way were begun again
+
+
+def open_store(url: str, study: Study) -> Store:
+    store = Store(url, study.name)
+    store.begin(study.shared_settings())
+    return store
+
+
+def test_claims_outcomes_and_retries(study, tmp_path):
+    store = open_store(f"sqlite:///{tmp_path / 'study.db'}", study)
+    cells = plan_cells(study, {}).cells[:2]
+    by_name = {cell.name: cell for cell in cells}
+    assert store.enter(cells) == 2
+    assert store.enter(cells) == 0
+    first, second = store.claim(by_name), store.claim(by_name)
+    assert [first.cell.name, second.cell.name] == [cell.name for cell in cells]
+    assert store.claim(by_name) is None  # both are ours, and we live
+    assert store.owned_by(os.getpid()) == cells[0].name
+    assert store.finish(first, Outcome("complete", 0.75, 0.5, 2.0))
+    assert store.finish(second, Outcome("failed", reason="no luck"))
+    assert not store.finish(second, Outcome("complete", 1.0, 0.0))
+    outcomes = store.outcomes()
+    assert outcomes[cells[0].name] == Outcome("complete", 0.75, 0.5, 2.0)
+    assert (outcomes[cells[1].name].state, outcomes[cells[1].name].reason) == ("failed", "no luck")
+    assert store.enter(cells, retry_failed=True) == 1
+    assert store.outcomes()[cells[1].name].state == "waiting"
+
+
+def test_a_cell_of_another_machine_is_taken_over_when_its_heart_stops(study, tmp_path, monkeypatch):
+    store = open_store(f"sqlite:///{tmp_path / 'study.db'}", study)
+    cells = plan_cells(study, {}).cells[:1]
+    by_name = {cell.name: cell for cell in cells}
+    store.enter(cells)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("gn_transfer.study.store._host", lambda: "elsewhere")
+        theirs = store.claim(by_name)
+    assert store.claim(by_name) is None
+    store._storage.grace_period = 0
+    time.sleep(2.1)  # SQLite's clock counts seconds
+    ours = store.claim(by_name)
+    assert ours is not None
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("gn_transfer.study.store._host", lambda: "elsewhere")
+        assert not store.finish(theirs, Outcome("complete", 0.1, 1.0))
+    assert store.finish(ours, Outcome("complete", 0.2, 1.0))
+    assert store.outcomes()[cells[0].name].accuracy == 0.2
+
+
+def test_changed_settings_are_refused(file, study, tmp_path):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    store = open_store(url, study)
+    store.enter(plan_cells(study, {}).cells)
+    with pytest.raises(ConfigError, match=r"model\.lr was 0\.01 and is 0\.5"):
+        open_store(url, read_study(file)).begin({**study.shared_settings(), "model.lr": 0.5})
+    changed = read_study(file, overrides={"samples": 64})
+    with pytest.raises(ConfigError, match="samples was None and is 64"):
+        store.enter(plan_cells(changed, {}).cells)
+    grown = read_study(file, overrides={"seeds": 3})
+    assert store.enter(plan_cells(grown, {}).cells) == 12
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("nonsense", "is no database URL"),
+        ("sqlite://", "in memory is lost"),
+        ("postgresql://tester@127.0.0.1:1/none", "cannot be used"),
+        ("mysql+mysqldb://127.0.0.1/none", "driver of this database is not installed"),
+    ],
+)
+def test_databases_that_cannot_be_used(url, message):
+    with pytest.raises(ConfigError, match=message):
+        Store(url, "study")
+
+
+def test_a_password_is_not_shown():
+    pytest.importorskip("psycopg")
+    with pytest.raises(ConfigError) as caught:
+        Store("postgresql://tester:secret@127.0.0.1:1/none", "study")
+    assert "secret" not in str(caught.value)
+
+
+def test_files_that_are_no_database_of_ours(study, tmp_path):
+    text = tmp_path / "notes.db"
+    text.write_text("this is no database, but it is long enough to be looked at" * 20)
+    with pytest.raises(ConfigError, match="file is not a database"):
+        Store(f"sqlite:///{text}", "study")
+    foreign = tmp_path / "foreign.db"
+    with sqlite3.connect(foreign) as connection:
+        connection.execute("create table songs (title text)")
+    connection.close()
+    with pytest.raises(ConfigError, match="holds tables of another program \\(songs\\)"):
+        Store(f"sqlite:///{foreign}", "study")
+    url = f"sqlite:///{tmp_path / 'optuna.db'}"
+    optuna.create_study(storage=url, study_name=study.name)
+    with pytest.raises(ConfigError, match="not gn-transfer's"):
+        open_store(url, study)

@@ -1,0 +1,213 @@
+"""The verb sweep through the real command line, on small pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+
+from gn_transfer import sweep
+from gn_transfer.__main__ import main
+from gn_transfer.study.cells import Cell
+from gn_transfer.study.definition import read_study
+from gn_transfer.study.planning import Outcome, plan_cells
+from gn_transfer.study.worker import Bench, run_cell
+
+SMALL = """
+base: pets_gnws.yaml
+samples: 24
+set: {{data.root: {root}, data.img_size: 32, model.backbone: resnetv2_18, model.pretrained: null, model.lr: 0.01,
+  mixed_precision.mode: fp32, accumulation.effective_batch_size: 4, data.batch_size: 4}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def reported(monkeypatch) -> list[list[str]]:
+    """The runs that the report was asked for."""
+    asked: list[list[str]] = []
+
+    def write_report(runs, output, baseline, title, notes):
+        asked.append([run.name for run in runs])
+        return "the table"
+
+    monkeypatch.setattr(sweep, "write_report", write_report)
+    return asked
+
+
+def study_file(root: Path, rest: str) -> Path:
+    path = Path("sweep_small.yaml")
+    path.write_text(SMALL.format(root=root) + rest)
+    return path
+
+
+def metrics(cell: str) -> dict:
+    return json.loads(Path("runs/sweep_small", cell, "metrics.json").read_text())
+
+
+def test_a_study_from_choice_to_test(pets_root, reported, capsys):
+    rest = """
+grid: {model.norm: [gn_ws]}
+select: {values: [0.001, 0.01, 0.1], seeds: 1, extend: 0}
+test: last
+"""
+    path = study_file(pets_root, rest)
+    path.write_text(path.read_text().replace("model.lr: 0.01,", ""))
+    assert main(["sweep", "--config", str(path), "--workers", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "chosen" in printed
+    assert "5/5" in printed
+    assert "the table" in printed
+    [finals] = reported
+    assert [name.split("-lr")[0] for name in finals] == ["gn_ws"]
+    for name in finals:
+        found = metrics(name)
+        assert (found["status"], found["samples_seen"], found["stage"]) == ("finished", 24, "final")
+        assert found["test/checkpoint"] == "last.ckpt"
+        assert found["weight_norm"] > 0
+    chosen = [json.loads(path.read_text()) for path in Path("runs/sweep_small").glob("select-*/metrics.json")]
+    assert len(chosen) == 3
+    assert not any("test/acc1" in one for one in chosen)
+    assert not list(Path("checkpoints").rglob("*.ckpt"))
+
+    stamps = {path: path.stat().st_mtime for path in Path("runs").rglob("metrics.json")}
+    assert main(["sweep", "--config", str(path)]) == 0  # nothing is left to do but the report
+    assert {path: path.stat().st_mtime for path in Path("runs").rglob("metrics.json")} == stamps
+
+
+def test_failed_cells_are_told_and_the_rest_goes_on(pets_root, reported, capsys):
+    path = study_file(pets_root, "cases: {bn at 1: {model.norm: bn, data.batch_size: 1}, gn: {model.norm: gn_ws}}")
+    assert main(["sweep", "--config", str(path)]) == 3
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "failed bn_at_1-seed0: data.img_size=32 with data.batch_size=1 cannot be trained" in printed
+    assert reported == [["gn-seed0"]]
+
+
+def test_dry_run_prints_cells_and_time_and_leaves_nothing(pets_root, capsys):
+    path = study_file(pets_root, "grid: {model.norm: [gn, gn_ws]}\nseeds: 2")
+    assert main(["sweep", "--config", str(path), "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "gn_ws" in printed
+    assert "4 cells (4 final); about" in printed
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("rest", "words", "message"),
+    [
+        ("grid: {model.nrom: [bn]}", [], "model.nrom is not a key; did you mean 'model.norm'"),
+        ("grid: {model.norm: [bn]}", ["--model.lrr", "1"], "model.lrr is not a key; did you mean 'model.lr'"),
+        ("grid: {model.norm: [bn, gnws]}", [], "cell gnws-seed0: model.norm=gnws is not allowed"),
+        ("grid: {model.norm: []}", [], "is empty"),
+        ("grid: {seed_everything: [1]}", [], "use seeds of the study"),
+        ("grid: {model.norm: [gn], model.bn_evaluation: [batch]}", [], "takes no statistics from a batch"),
+        ("grid: {model.norm: [bn]}", ["--storage", "postgresql://nobody@127.0.0.1:1/none"], "cannot be used"),
+        ("grid: {model.norm: [bn]}", ["--workers", "0"], "--workers 0: use 1 to"),
+        ("grid: {model.norm: [bn]}", ["stray"], "belongs to no option"),
+    ],
+)
+def test_bad_input_is_one_message(pets_root, capsys, rest, words, message):
+    assert main(["sweep", "--config", str(study_file(pets_root, rest)), *words]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+    assert not list(Path().glob("runs/*/*/"))
+
+
+def test_runs_that_the_database_does_not_know_are_left_alone(pets_root, capsys):
+    folder = Path("runs/sweep_small/bn-seed0")
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text("{}")
+    assert main(["sweep", "--config", str(study_file(pets_root, "grid: {model.norm: [bn]}"))]) == 2
+    assert "knows nothing of it" in capsys.readouterr().err
+
+
+def bench_and_cell(root: Path, rest: str) -> tuple[Bench, Cell]:
+    study = read_study(study_file(root, rest))
+    return Bench(study, Path()), plan_cells(study, {}).cells[0]
+
+
+def test_a_begun_cell_goes_on_from_its_checkpoint(pets_root, monkeypatch):
+    bench, cell = bench_and_cell(pets_root, "grid: {model.norm: [gn_ws], checkpoint.every_minutes: [0]}\nkeep: last")
+
+    def stop(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("gn_transfer.callbacks.record.RunRecord.on_validation_end", stop)
+        assert run_cell(bench, cell) == Outcome(
+            "failed", seconds=pytest.approx(0, abs=60), reason="RuntimeError: killed"
+        )
+    checkpoint = Path("checkpoints/sweep_small", cell.name, "last.ckpt")
+    began = checkpoint.stat().st_mtime
+    outcome = run_cell(bench, cell)
+    assert outcome.state == "complete"
+    assert "continuing" in Path("runs/sweep_small", cell.name, "run.log").read_text()
+    assert metrics(cell.name)["samples_seen"] == 24
+    assert checkpoint.stat().st_mtime > began
+
+
+def test_a_cell_with_a_damaged_checkpoint_starts_again(pets_root):
+    bench, cell = bench_and_cell(pets_root, "grid: {model.norm: [gn_ws]}")
+    checkpoint = Path("checkpoints/sweep_small", cell.name, "last.ckpt")
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"half of a checkpo")
+    assert run_cell(bench, cell).state == "complete"
+
+
+def test_memory_is_stable_from_cell_to_cell(pets_root):
+    bench, _ = bench_and_cell(pets_root, "grid: {model.norm: [gn_ws]}\nseeds: 4")
+
+    def resident_mib() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    sizes = []
+    for cell in plan_cells(bench.study, {}).cells:
+        assert run_cell(bench, cell).state == "complete"
+        sizes.append(resident_mib())
+    assert sizes[-1] - sizes[1] < 20  # weights, gradients and momentum take 130
+
+
+@pytest.mark.slow
+def test_ten_kills_of_a_study_of_24_cells(tmp_path):
+    path = Path("sweep_killed.yaml")
+    path.write_text("""
+base: digits.yaml
+samples: 512
+grid: {model.norm: [none, bn, gn], data.batch_size: [4, 8]}
+seeds: 4
+""")
+    words = [
+        sys.executable,
+        "-c",
+        "import sys; from gn_transfer import sweep; sweep.write_report = lambda *_: ''; "
+        "from gn_transfer.__main__ import main; sys.exit(main(sys.argv[1:]))",
+    ]
+    words += ["sweep", "--config", str(path), "--workers", "2"]
+    generator = random.Random(7)
+    for _ in range(10):
+        with Path("out.log").open("a") as log:
+            command = subprocess.Popen(words, stdout=log, stderr=log)
+        time.sleep(generator.uniform(4.0, 20.0))
+        command.send_signal(signal.SIGKILL)
+        command.wait()
+        time.sleep(0.3)
+    assert subprocess.run(words, capture_output=True).returncode == 0
+    trials = optuna.load_study(storage="sqlite:///runs/sweep_killed/study.db", study_name="sweep_killed").trials
+    assert Counter(trial.state.name for trial in trials) == {"COMPLETE": 24}
+    assert len({trial.user_attrs["cell"] for trial in trials}) == 24
+    records = [json.loads(path.read_text()) for path in Path("runs/sweep_killed").glob("*/metrics.json")]
+    assert [(record["status"], record["samples_seen"]) for record in records] == [("finished", 512)] * 24
