@@ -77,9 +77,10 @@ def headline(report: Report) -> list[str]:
     lines = []
     for contrast in sorted(report.contrasts, key=lambda contrast: (contrast.p_holm, -abs(contrast.difference)))[:5]:
         verdict = "" if contrast.p_holm <= 0.05 else "; not below 0.05"
+        pairs = f"{contrast.test.pairs} pair{'s' if contrast.test.pairs > 1 else ''}"
         lines.append(
             f"{contrast.group.label}, against {contrast.against}: {100 * contrast.difference:+.1f} points "
-            f"(95 % interval {100 * contrast.low:+.1f} to {100 * contrast.high:+.1f}, {contrast.test.pairs} pair{'s' * (contrast.test.pairs > 1)}, "
+            f"(95 % interval {100 * contrast.low:+.1f} to {100 * contrast.high:+.1f}, {pairs}, "
             f"p {contrast.test.p:.2g}, after Holm {contrast.p_holm:.2g}){verdict}."
         )
     return lines
