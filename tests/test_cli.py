@@ -49,7 +49,7 @@ def failure(capsys, *arguments: str) -> str:
 
 
 def test_the_public_surface():
-    assert list(VERBS) == [*"fit validate test sweep data export predict compare backbones".split()]
+    assert list(VERBS) == ["fit", "validate", "test", "sweep", "data", "export", "predict", "compare", "backbones"]
 
 
 def test_help_imports_no_torch_and_is_quick():
