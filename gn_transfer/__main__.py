@@ -17,10 +17,18 @@ VERBS = {
     "data": "know the pictures before training: gn-transfer data check|sample|cache|show --config pets_gnws.yaml",
     "export": "write a checkpoint as a bundle for inference: gn-transfer export CKPT --output BUNDLE",
     "predict": "classify pictures with a bundle: gn-transfer predict BUNDLE PICTURES",
+    "compare": "runs side by side, as tables and a page: gn-transfer compare RUNS... --output DIR",
     "backbones": "list the nets that have pretrained weights, or fetch these ahead: gn-transfer backbones --norm gn_ws",
 }
 
-_MODULES = {"sweep": "sweep", "data": "data_cli", "export": "export", "predict": "predict", "backbones": "catalogue"}
+_MODULES = {
+    "sweep": "sweep",
+    "data": "data_cli",
+    "export": "export",
+    "predict": "predict",
+    "compare": "compare",
+    "backbones": "catalogue",
+}
 
 _HELP = """\
 usage: gn-transfer VERB [options]

@@ -30,6 +30,7 @@ from gn_transfer.callbacks import (
     LastCheckpoint,
     MixedPrecision,
     OptionalEarlyStopping,
+    PicturePredictions,
     ProgressBar,
     RunRecord,
     Throughput,
@@ -44,6 +45,7 @@ from gn_transfer.classifier import TransferClassifier
 from gn_transfer.config import ConfigError
 from gn_transfer.data import Digits, Folder, Pets, PictureData, Sample, TinyImageNet
 from gn_transfer.data.base import core_count
+from gn_transfer.data.splits import split_digest
 from gn_transfer.files import write_json
 from gn_transfer.learning_rate import range_test, smooth, suggest
 from gn_transfer.loggers import (
@@ -141,6 +143,7 @@ class Command(LightningCLI):
         self.exit_code = 0
         self.run_folder: RunFolder | None = None
         self.best = BestCheckpoint()
+        self.predictions = PicturePredictions()
         strict = {"exit_on_error": False}
         super().__init__(
             TransferClassifier,
@@ -251,7 +254,7 @@ class Command(LightningCLI):
         config = self._section()
         accelerator = str(config.trainer.accelerator)
         self.precision = resolve_precision(config.mixed_precision.mode, device_type(accelerator))
-        callbacks = [Throughput(), EpochLines(self.log.print)]
+        callbacks = [Throughput(), self.predictions, EpochLines(self.log.print)]
         interactive = sys.stdout.isatty() and config.trainer.enable_progress_bar is not False
         if interactive and self.subcommand == "fit":
             callbacks.append(ProgressBar(leave=False))
@@ -404,9 +407,17 @@ class Command(LightningCLI):
         last = self._get(self.config_init, "checkpoint")
         last.directory = run_folder.checkpoints
         averaged = self._get(self.config_init, "ema").describe()
+        assert model.report is not None
+        split = data.split()
         facts = {
             **hparams,
             **environment(),
+            "data": type(data).__name__,
+            "data_root": str(Path(data.root).resolve()),
+            **{f"{name}_split": split_digest(paths) for name, paths in split.items()},
+            "architecture": model.report.architecture,
+            "weights": model.report.source,
+            "weights_saw": model.report.saw,
             "evaluated_weights": averaged,
             "config": self.arguments.config_name,
             "run": run_folder.name,
@@ -416,10 +427,9 @@ class Command(LightningCLI):
             (run_folder.logs / "config.yaml").write_text(
                 yaml.safe_dump(_without_links(plain), sort_keys=False), encoding="utf-8"
             )
-            write_json(run_folder.logs / "split.json", data.split())
-            assert model.report is not None
+            write_json(run_folder.logs / "split.json", split)
             write_json(run_folder.logs / "transfer_report.json", model.report.as_dict())
-        trainer.callbacks.append(RunRecord(run_folder.logs / "metrics.json", facts, self.best))  # type: ignore[attr-defined]
+        trainer.callbacks.append(RunRecord(run_folder.logs / "metrics.json", facts, self.best, self.predictions))  # type: ignore[attr-defined]
         if config.trainer.logger is not False:
             own = RunLogger(run_folder, hparams)
             for logger in self.extra_loggers:
@@ -485,7 +495,10 @@ class Command(LightningCLI):
         record = None if run_folder is None else run_folder.logs / "metrics.json"
         if stage == "test" and record is not None and record.is_file():
             known = yaml.safe_load(record.read_text(encoding="utf-8"))
-            write_json(record, {**known, **metrics, "test/checkpoint": checkpoint.name})
+            pictures, classes = self.datamodule.test_dataset.pictures, self.datamodule.classes
+            digest = split_digest(picture.path for picture in pictures)
+            self.predictions.write(record.with_name("predictions_test.csv"), pictures, classes)
+            write_json(record, {**known, **metrics, "test/checkpoint": checkpoint.name, "test_split": digest})
             self.log.print(f"noted in {record}")
 
 

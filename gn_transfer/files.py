@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,33 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         path: Target file; its folder exists.
         values: Plain values.
     """
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file atomically.
+
+    Args:
+        path: Target file; its folder exists.
+        header: Names of the columns.
+        rows: Their values; None is an empty field.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, as UTF-8.
+
+    Args:
+        path: Target file; its folder exists.
+        text: What goes into it; names of files that are no text are written as the bytes that they are.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors="surrogateescape")
     partial.replace(path)
 
 

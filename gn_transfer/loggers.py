@@ -15,7 +15,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich import get_console
 from rich.console import Console
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams as hparams_summary
+
+HPARAMS_FIRST = ("norm", "batch_size", "num_groups", "lr", "seed")
+"""The hyper-parameters that the HPARAMS tab shows first; the others are a click away."""
 
 HPARAM_METRICS = ("val/acc1", "val/acc_per_class", "val/loss", "train/loss", "train/images_per_sec")
 """The metrics of the HPARAMS tab, the same in every run: runs with other keys vanish from it."""
@@ -207,8 +211,14 @@ class RunLog:
 
 
 def _summaries(flat: dict[str, Any]) -> tuple[Any, Any, Any]:
-    summaries: tuple[Any, Any, Any] = hparams_summary(flat, dict.fromkeys(HPARAM_METRICS, 0.0))  # type: ignore[no-untyped-call]
-    return summaries
+    experiment, start, end = hparams_summary(flat, dict.fromkeys(HPARAM_METRICS, 0.0))  # type: ignore[no-untyped-call]
+    # TensorBoard shows only the first few axes, and takes those first of which it is told that they differ.
+    stored = experiment.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(stored.content)
+    for info in content.experiment.hparam_infos:
+        info.differs = info.name in HPARAMS_FIRST
+    stored.content = content.SerializeToString()
+    return experiment, start, end
 
 
 def environment() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gn_transfer.__main__ import VERBS, main
 from gn_transfer.callbacks import read_checkpoint
+from gn_transfer.data.splits import split_digest
 
 SMALL = ["--model.backbone", "resnet18", "--data.img_size", "64", "--trainer.max_epochs", "1"]
 SMALL += ["--mixed_precision.mode", "fp32"]
@@ -29,6 +31,11 @@ def pets(root: Path) -> list[str]:
     return ["--config", "pets_gnws.yaml", "--data.root", str(root), "--model.pretrained", "null", *SMALL]
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def failure(capsys, *arguments: str) -> str:
     began = time.monotonic()
     assert main(list(arguments)) == 2
@@ -42,7 +49,7 @@ def failure(capsys, *arguments: str) -> str:
 
 
 def test_the_public_surface():
-    assert list(VERBS) == ["fit", "validate", "test", "sweep", "data", "export", "predict", "backbones"]
+    assert list(VERBS) == ["fit", "validate", "test", "sweep", "data", "export", "predict", "compare", "backbones"]
 
 
 def test_help_imports_no_torch_and_is_quick():
@@ -84,7 +91,17 @@ def test_fit_validate_test(pets_root, capsys, norm):
     expected = {"norm": norm, "backbone": "resnet18", "batch_size": 1, "effective_batch_size": 4, "seed": 0}
     assert expected.items() <= metrics.items()
     assert {"images_per_sec", "peak_memory_mib", "wall_time_s", "versions", "git_commit", "device"} <= metrics.keys()
-    assert json.loads((run / "split.json").read_text()).keys() == {"train", "val"}
+    split = json.loads((run / "split.json").read_text())
+    assert split.keys() == {"train", "val"}
+    assert metrics["format_version"] == 1
+    assert (metrics["val_split"], metrics["weights"]) == (split_digest(split["val"]), "from scratch")
+    [epoch] = read_csv(run / "epochs.csv")
+    assert (epoch["epoch"], epoch["samples_seen"]) == ("1", "24")
+    assert float(epoch["val/acc1"]) == metrics["val/acc1"]
+    for name in ("predictions_val.csv", "predictions_best_val.csv"):
+        rows = read_csv(run / name)
+        assert [row["path"] for row in rows] == split["val"]
+        assert sum(row["target"] == row["predicted"] for row in rows) / len(rows) == pytest.approx(metrics["val/acc1"])
     assert "epoch 1/1" in (run / "run.log").read_text()
 
     for name, prefix in (("best", "best/val"), ("last", "val")):
@@ -99,6 +116,9 @@ def test_fit_validate_test(pets_root, capsys, norm):
     noted = json.loads((run / "metrics.json").read_text())
     assert f"test/acc1            {noted['test/acc1']:.4f}" in capsys.readouterr().out
     assert noted.items() >= metrics.items()
+    rows = read_csv(run / "predictions_test.csv")
+    assert noted["test_split"] == split_digest(row["path"] for row in rows)
+    assert sum(row["target"] == row["predicted"] for row in rows) / len(rows) == pytest.approx(noted["test/acc1"])
 
 
 def test_a_second_run_overwrites_nothing_and_repeats_the_first(pets_root):

@@ -1,6 +1,9 @@
 from concurrent.futures import ThreadPoolExecutor
 
-from gn_transfer.loggers import RunLog, claim_run, find_last, flat_hparams, run_of_checkpoint
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from gn_transfer.loggers import RunLog, RunLogger, claim_run, find_last, flat_hparams, run_of_checkpoint
 
 
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
@@ -63,3 +66,15 @@ def test_the_log_file_begins_with_what_was_said_before_it_was_there(tmp_path, ca
     log.close()
     assert (tmp_path / "run.log").read_text() == "[plan] first\nsecond\n"
     assert capsys.readouterr().out == "[plan] first\nsecond\n"
+
+
+def test_the_hparams_tab_shows_norm_and_batch_size_first(tmp_path):
+    logger = RunLogger(claim_run(tmp_path, "pets", "bn", 1, 0), flat_hparams(config()))
+    logger.announce()
+    logger.finalize("success")
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    stored = HParamsPluginData.FromString(events.PluginTagToContent("hparams")["_hparams_/experiment"])
+    first = {info.name for info in stored.experiment.hparam_infos if info.differs}
+    assert first == {"norm", "batch_size", "num_groups", "lr", "seed"}
+    assert len(stored.experiment.hparam_infos) == len(flat_hparams(config()))

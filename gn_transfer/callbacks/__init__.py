@@ -6,6 +6,7 @@ from gn_transfer.callbacks.early_stopping import OptionalEarlyStopping
 from gn_transfer.callbacks.figures import TrainingPictures, ValidationFigures, training_sheet
 from gn_transfer.callbacks.ema import WeightAverage
 from gn_transfer.callbacks.figures import ValidationFigures
+from gn_transfer.callbacks.predictions import PicturePredictions
 from gn_transfer.callbacks.precision import MixedPrecision, device_type, resolve_precision
 from gn_transfer.callbacks.progress import EpochLines, ProgressBar, Throughput, peak_memory_mib
 from gn_transfer.callbacks.record import RunRecord
@@ -18,6 +19,7 @@ __all__ = [
     "LastCheckpoint",
     "MixedPrecision",
     "OptionalEarlyStopping",
+    "PicturePredictions",
     "ProgressBar",
     "RunRecord",
     "Throughput",

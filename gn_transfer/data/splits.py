@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -94,6 +95,23 @@ def few_shots(
         order = np.random.default_rng([seed, target, _FEW_SHOTS]).permutation(len(positions))
         chosen += [positions[place] for place in order[:shots]]
     return sorted(chosen)
+
+
+def split_digest(paths: Iterable[str]) -> str:
+    """Fingerprint a list of files, whatever their order: equal lists have equal digests.
+
+    Args:
+        paths: Paths relative to the data's root.
+
+    Returns:
+        The first 16 hexadecimal digits of a SHA-256.
+
+    Example:
+        >>> split_digest(["b.jpg", "a.jpg"]) == split_digest(["a.jpg", "b.jpg"]) != split_digest(["a.jpg"])
+        True
+    """
+    joined = "\0".join(sorted(paths)).encode("utf-8", "surrogateescape")
+    return hashlib.sha256(joined).hexdigest()[:16]
 
 
 def balanced_weights(targets: Sequence[int], num_classes: int) -> list[float]:

@@ -1,0 +1,357 @@
+"""Figures of a comparison as SVG that takes its ink from the page, so that light and dark mode both work."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from gn_transfer.comparison.grouping import label, shown
+from gn_transfer.comparison.importance import Importance
+from gn_transfer.comparison.pictures import ClassDifference
+from gn_transfer.comparison.report import Group, Report
+from gn_transfer.comparison.runs import Setting
+
+_INK = "#0a0b0c"  # becomes currentColor
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.18,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), _INK
+    ),
+}
+# Of middling lightness: readable on white and on near-black.
+_COLOURS = ("#2f7ed8", "#e0702f", "#2ca36b", "#c0529d", "#8f7ae0", "#a98a1c", "#d1495b", "#3c9fb0", "#8a8a8a")
+_OF_NORM = dict(zip(("gn_ws", "bn", "gn", "bn_frozen", "ln", "bn_ws", "in", "none", "bn_sync"), _COLOURS, strict=True))
+_BAD_TO_GOOD = LinearSegmentedColormap.from_list("bad to good", ["#d1495b", "#c9932c", "#2f7ed8"])
+_ON_LINES = "onlines"  # id of texts that lines run behind: the page gives them a rim of paper
+_MOST_LINES = 10
+_MOST_ROWS = 40
+
+
+class Picture(NamedTuple):
+    """A figure of the page.
+
+    Attributes:
+        name: Name of its file.
+        heading: Its heading.
+        svg: The drawing.
+        caption: What is seen in it.
+    """
+
+    name: str
+    heading: str
+    svg: str
+    caption: str
+
+
+def draw(report: Report, importances: Sequence[Importance], by_class: ClassDifference | None) -> list[Picture]:
+    """Draw every figure that the runs are good for.
+
+    Args:
+        report: The comparison.
+        importances: See :func:`gn_transfer.comparison.importance.importances`.
+        by_class: The difference between two groups class by class, or None.
+
+    Returns:
+        The figures, the most telling first.
+    """
+    found: list[Picture] = []
+    with matplotlib.rc_context(_STYLE):
+        panels = batch_panels(report.groups)
+        if panels:
+            found.append(
+                Picture(
+                    "batch_size",
+                    "Error against batch size",
+                    _svg(_batch_figure(panels), "batch_size"),
+                    "Mean over seeds with its 95 % interval; pale dots are single seeds. Under accumulation, a norm "
+                    "that does not look across pictures has the same gradient at every micro-batch.",
+                )
+            )
+        rest = f" The first {_MOST_ROWS} of {len(report.groups)} groups." if len(report.groups) > _MOST_ROWS else ""
+        found.append(
+            Picture(
+                "groups",
+                "Groups",
+                _svg(_forest(report), "groups"),
+                f"{report.metric}: mean over seeds with its 95 % interval; pale dots are single seeds.{rest}",
+            )
+        )
+        curves = _curves(report)
+        if curves is not None:
+            found.append(
+                Picture(
+                    "curves", "Learning curves", _svg(curves, "curves"), "Validation accuracy; bands span the seeds."
+                )
+            )
+        if report.grouping.keys and len(report.runs) > 2:
+            found.append(
+                Picture(
+                    "parallel",
+                    "Parallel coordinates",
+                    _svg(_parallel(report), "parallel"),
+                    f"One line per run, coloured by {report.metric} on the right-hand axis; - where a setting does not "
+                    "apply.",
+                )
+            )
+        if importances:
+            found.append(
+                Picture(
+                    "importance",
+                    "Importance of each setting",
+                    _svg(_importance_figure(importances), "importance"),
+                    " ".join(dict.fromkeys(part.note for part in importances)),
+                )
+            )
+        if by_class is not None:
+            found.append(
+                Picture(
+                    "classes",
+                    "Class by class",
+                    _svg(_class_figure(by_class), "classes"),
+                    f"Accuracy of {by_class.first.label} less that of {by_class.second.label}, in percentage points, "
+                    f"on the pictures that both saw ({by_class.pictures:,}).",
+                )
+            )
+    return found
+
+
+def batch_panels(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
+    """Sort groups into the arms of a study over batch sizes.
+
+    Args:
+        groups: The groups.
+
+    Returns:
+        Title and groups of each arm with at least two batch sizes: one without accumulation, one per fixed effective
+        batch. A group whose batch is the effective batch can be in two.
+    """
+
+    def sizes(group: Group) -> tuple[Setting, Setting]:
+        settings = group.runs[0].settings
+        return settings["batch_size"], settings["effective_batch_size"]
+
+    arms: list[tuple[str, Callable[[Group], bool]]] = [
+        ("no accumulation: batch = effective batch", lambda group: sizes(group)[0] == sizes(group)[1])
+    ]
+    arms += [
+        (f"accumulated to an effective batch of {effective}", _has_effective(effective))
+        for effective in sorted({int(sizes(group)[1] or 0) for group in groups})
+    ]
+    panels = [(title, [group for group in groups if belongs(group)]) for title, belongs in arms]
+    return [(title, some) for title, some in panels if len({sizes(group)[0] for group in some}) > 1]
+
+
+def _has_effective(effective: int) -> Callable[[Group], bool]:
+    return lambda group: group.runs[0].settings["effective_batch_size"] == effective
+
+
+def _batch_figure(panels: Sequence[tuple[str, list[Group]]]) -> Figure:
+    series: dict[str, None] = {}
+    for _, groups in panels:
+        series |= {_series(group): None for group in groups}
+    height = 3.4 + 0.2 * (-(-len(series) // 2))
+    figure = Figure(figsize=(max(5.6, 4.2 * len(panels)), height), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    handles: dict[str, Any] = {}
+    for axes, (title, groups) in zip(all_axes, panels, strict=True):
+        of_series: dict[str, list[Group]] = defaultdict(list)
+        for group in groups:
+            of_series[_series(group)].append(group)
+        for number, name in enumerate(name for name in series if name in of_series):
+            members = sorted(of_series[name], key=_batch_size)
+            shift = 1.03 ** (number - len(of_series) / 2)  # so that intervals do not hide each other
+            x = [_batch_size(group) * shift for group in members]
+            colour, dashes = _look(name, list(series))
+            for place, group in zip(x, members, strict=True):
+                errors = [100 * (1 - value) for value in group.by_seed.values()]
+                axes.plot([place] * len(errors), errors, "o", color=colour, alpha=0.25, markersize=3)
+            y, below, above = _errors(members)
+            drawn = axes.errorbar(x, y, (below, above), color=colour, linestyle=dashes, marker="o", ms=5, capsize=2)
+            handles.setdefault(name, drawn)
+        ticks = sorted({_batch_size(group) for group in groups})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("batch size (pictures per forward)")
+        axes.set_title(title, loc="left")
+    all_axes[0].set_ylabel("error, %")
+    figure.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=2)
+    return figure
+
+
+def _errors(groups: Sequence[Group]) -> tuple[list[float], list[float], list[float]]:
+    """Error in percent, and the lengths of its bars down and up."""
+    y = [100 * (1 - group.mean) for group in groups]
+    below = [0.0 if group.high is None else 100 * max(0.0, group.high - group.mean) for group in groups]
+    above = [0.0 if group.low is None else 100 * max(0.0, group.mean - group.low) for group in groups]
+    return y, below, above
+
+
+def _forest(report: Report) -> Figure:
+    groups = report.groups[:_MOST_ROWS]
+    figure = Figure(figsize=(7.6, 1.0 + 0.3 * len(groups)), layout="constrained")
+    axes = figure.add_subplot()
+    for row, group in enumerate(groups):
+        colour = _norm_colour(group)
+        seeds = [100 * value for value in group.by_seed.values()]
+        axes.plot(seeds, [row] * len(seeds), "o", color=colour, alpha=0.3, markersize=4)
+        if group.low is not None and group.high is not None:
+            axes.plot([100 * group.low, 100 * group.high], [row, row], color=colour, linewidth=2)
+        axes.plot([100 * group.mean], [row], "D", color=colour, markersize=6)
+    axes.set_yticks(range(len(groups)), [group.label for group in groups])
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.set_xlabel(f"{report.metric}, %")
+    axes.grid(visible=False, axis="y")
+    return figure
+
+
+def _curves(report: Report) -> Figure | None:
+    many = len(report.groups) > _MOST_LINES
+    figure = Figure(figsize=(7.6, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    names = [group.label for group in report.groups]
+    for group in report.groups:
+        runs = [rows for run in group.runs if (rows := run.epochs()) and {"val/acc1", "samples_seen"} <= rows[0].keys()]
+        length = min(map(len, runs), default=0)
+        if not length:
+            continue
+        values = 100 * np.array([[row["val/acc1"] for row in rows[:length]] for rows in runs])
+        samples = [row["samples_seen"] for row in runs[0][:length]]
+        colour, dashes = (_norm_colour(group), "-") if many else _look(group.label, names)
+        said = str(group.runs[0].settings["norm"]) if many else group.label
+        axes.plot(
+            samples, values.mean(axis=0), color=colour, linestyle=dashes, marker="o", markersize=3,
+            alpha=0.55 if many else 1.0, label=said,
+        )  # fmt: skip
+        if not many and len(runs) > 1:
+            axes.fill_between(samples, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, linewidth=0)
+    if not axes.lines:
+        return None
+    axes.set_xlabel("training pictures seen")
+    axes.set_ylabel("val/acc1, %")
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    figure.legend(list(once.values()), list(once), loc="outside lower left", ncols=2)
+    return figure
+
+
+def _parallel(report: Report) -> Figure:
+    keys = report.grouping.keys[:10]
+    figure = Figure(figsize=(max(5.6, 1.5 * (len(keys) + 1)), 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    scores = [float(run.metrics[report.metric]) for run in report.runs]
+    low, high = min(scores), max(scores)
+    span = (high - low) or 1.0
+    places = {key: _places([run.settings.get(key) for run in report.runs]) for key in keys}
+    jitter = np.random.default_rng(0).uniform(-0.018, 0.018, (len(report.runs), len(keys)))
+    for score, run, moved in sorted(zip(scores, report.runs, jitter, strict=True), key=lambda item: item[0]):
+        height = (score - low) / span
+        path = [places[key][shown(run.settings.get(key))] + move for key, move in zip(keys, moved, strict=True)]
+        axes.plot([*range(len(keys)), len(keys)], [*path, height], color=_BAD_TO_GOOD(height), alpha=0.6, linewidth=1.1)
+    for number, key in enumerate(keys):
+        axes.axvline(number, color=_INK, linewidth=0.8)
+        for text, height in places[key].items():
+            axes.text(number + 0.04, height, text, fontsize=9, va="center", gid=_ON_LINES)
+    axes.axvline(len(keys), color=_INK, linewidth=0.8)
+    for height in np.linspace(0, 1, 5):
+        axes.text(len(keys) + 0.04, height, f"{100 * (low + height * (high - low)):.1f}", fontsize=9, va="center")
+    axes.set_xticks(range(len(keys) + 1), [*keys, f"{report.metric}, %"])
+    axes.set_xlim(-0.1, len(keys) + 0.35)
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return figure
+
+
+def _places(values: Sequence[Setting]) -> dict[str, float]:
+    """Spread the different values of an axis evenly, numbers in order."""
+    numbers = sorted({value for value in values if isinstance(value, int | float)})
+    words = sorted({shown(value) for value in values if not isinstance(value, int | float)})
+    texts = [*words, *map(shown, numbers)]
+    return {text: 0.5 if len(texts) == 1 else place / (len(texts) - 1) for place, text in enumerate(texts)}
+
+
+def _importance_figure(importances: Sequence[Importance]) -> Figure:
+    rows = sum(len(part.shares) + 1 for part in importances)
+    figure = Figure(figsize=(7.6, 0.7 + 0.3 * rows), layout="constrained")
+    ratios = [len(part.shares) + 0.5 for part in importances]
+    all_axes = figure.subplots(len(importances), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    for axes, part in zip(all_axes, importances, strict=True):
+        names = list(part.shares)
+        colours = [_COLOURS[-1] if name == "seed" else _COLOURS[0] for name in names]
+        axes.barh(names, [100 * part.shares[name] for name in names], color=colours)
+        axes.invert_yaxis()
+        axes.set_title(f"{part.heading} ({part.runs} runs)", loc="left")
+        axes.grid(visible=False, axis="y")
+    all_axes[-1].set_xlabel("importance, %")
+    return figure
+
+
+def _class_figure(by_class: ClassDifference) -> Figure:
+    ordered = sorted(by_class.difference.items(), key=lambda item: -abs(item[1]))[:_MOST_ROWS]
+    ordered.sort(key=lambda item: item[1])
+    figure = Figure(figsize=(7.6, 1.0 + 0.26 * len(ordered)), layout="constrained")
+    axes = figure.add_subplot()
+    values = [100 * value for _, value in ordered]
+    axes.barh([name for name, _ in ordered], values, color=[_COLOURS[0] if v > 0 else _COLOURS[1] for v in values])
+    axes.axvline(0, color=_INK, linewidth=0.8)
+    axes.set_xlabel("difference, percentage points")
+    axes.grid(visible=False, axis="y")
+    return figure
+
+
+def _series(group: Group) -> str:
+    rest = {key: value for key, value in group.settings.items() if key not in ("batch_size", "effective_batch_size")}
+    return label(rest)
+
+
+def _batch_size(group: Group) -> float:
+    return float(group.runs[0].settings["batch_size"] or 0)
+
+
+def _norm_colour(group: Group) -> str:
+    return _OF_NORM.get(str(group.runs[0].settings["norm"]), _COLOURS[-1])
+
+
+def _look(name: str, names: Sequence[str]) -> tuple[str, str]:
+    """Choose colour and dashes of a line: the norm's colour, and dashes that tell lines of the same norm apart."""
+    norm = name.split(",")[0]
+    if norm not in _OF_NORM:
+        place = list(names).index(name)
+        return _COLOURS[place % len(_COLOURS)], ("-", "--", ":", "-.")[place // len(_COLOURS) % 4]
+    same = [other for other in names if other.split(",")[0] == norm]
+    return _OF_NORM[norm], ("-", "--", ":", "-.")[same.index(name) % 4]
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """Write a figure as an ``<svg>`` element that fills its place, without random parts."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = text.replace(f'id="{_ON_LINES}"', f'class="{_ON_LINES}"')
+    text = re.sub(r"\bid=\"([\w.]+)\"", rf'id="{name}-\1"', text)  # ids are shared by all figures of a page
+    text = re.sub(r"(url\(#|xlink:href=\"#)", rf"\1{name}-", text)
+    return re.sub(r'(<svg [^>]*?) width="([\d.]+)pt"([^>]*?)', r'\1 style="max-width: \2pt"\3', text, count=1)

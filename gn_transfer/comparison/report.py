@@ -1,0 +1,296 @@
+"""The comparison of runs in numbers: groups, contrasts against a baseline, and what to know beside them."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gn_transfer.comparison.checks import choose_metric, confounds, incomparable, too_many_contrasts
+from gn_transfer.comparison.grouping import Grouping, find_baselines, group_runs, label, select
+from gn_transfer.comparison.runs import Predictions, Problem, Run, Setting, find_run_folders, read_runs
+from gn_transfer.comparison.statistics import (
+    RESAMPLES,
+    Array,
+    PairedTest,
+    holm,
+    interval,
+    picture_bootstrap,
+    sign_flip_test,
+)
+from gn_transfer.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        settings: What tells the group apart.
+        label: The same in words.
+        runs: Its runs.
+        by_seed: Accuracy of each seed, as a fraction; runs of the same seed are averaged.
+        low: Lower end of the 95 % interval of the mean; None for one seed without predictions.
+        high: Upper end.
+    """
+
+    settings: dict[str, Setting]
+    label: str
+    runs: list[Run]
+    by_seed: dict[int, float]
+    low: float | None
+    high: float | None
+
+    @property
+    def n(self) -> int:
+        """Number of seeds."""
+        return len(self.by_seed)
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy over seeds."""
+        return float(np.mean(list(self.by_seed.values())))
+
+    @property
+    def sd(self) -> float | None:
+        """Standard deviation over seeds; None for one."""
+        return float(np.std(list(self.by_seed.values()), ddof=1)) if self.n > 1 else None
+
+    def average(self, name: str) -> float:
+        """Average another figure of metrics.json over the runs that have it."""
+        values = [run.metrics[name] for run in self.runs if isinstance(run.metrics.get(name), int | float)]
+        return float(np.mean(values)) if values else float("nan")
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A group against its baseline, paired by seed.
+
+    Attributes:
+        group: The group.
+        baseline: What it is measured against.
+        difference: Mean difference of the accuracies over the seeds that both have.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        test: The paired test.
+        p_holm: Its p-value after Holm's correction over all contrasts of the report.
+    """
+
+    group: Group
+    baseline: Group
+    difference: float
+    low: float
+    high: float
+    test: PairedTest
+    p_holm: float
+
+    @property
+    def against(self) -> str:
+        """The baseline in words: only that in which it differs from the group."""
+        ours, theirs = self.group.settings, self.baseline.settings
+        return label({key: value for key, value in theirs.items() if value is not None and value != ours[key]})
+
+
+@dataclass(frozen=True)
+class Report:
+    """A comparison.
+
+    Attributes:
+        title: Its heading.
+        metric: The key of metrics.json that runs are compared by.
+        metric_note: What to say about it.
+        groups: The groups, in order.
+        contrasts: Against the baseline; empty without one.
+        grouping: How the runs were grouped.
+        forced: Why the runs are not comparable, where that was overruled.
+        notes: The caller's, then what differs beside the settings.
+        problems: Folders that could not be used.
+        predictions: Of each run that has them.
+    """
+
+    title: str
+    metric: str
+    metric_note: str
+    groups: list[Group]
+    contrasts: list[Contrast]
+    grouping: Grouping
+    forced: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    predictions: dict[Path, Predictions] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs that are compared."""
+        return [run for group in self.groups for run in group.runs]
+
+    @property
+    def exit_code(self) -> int:
+        """3 where some folders could not be used, else 0."""
+        return 3 if self.problems else 0
+
+    def terminal(self, width: int | None = None) -> str:
+        """Write tables and remarks as text.
+
+        Args:
+            width: Columns of the terminal; None: no line is broken.
+        """
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        from gn_transfer.comparison.tables import contrast_note, contrast_rows, group_count_tables, group_rows
+
+        console = Console(file=io.StringIO(), width=width or 10_000, color_system=None, highlight=False, markup=False)
+        tables = [("", group_rows(self)), (contrast_note(self), contrast_rows(self)), *group_count_tables(self)]
+        for heading, rows in tables:
+            if not rows:
+                continue
+            if heading:
+                console.print(Text(heading), soft_wrap=width is None)
+            table = Table(box=None, pad_edge=False)
+            for name, value in rows[0].items():
+                table.add_column(name, justify="right" if _is_number(value) else "left", overflow="fold")
+            for row in rows:
+                table.add_row(*map(Text, row.values()))
+            console.print(table)
+            console.print()
+        for line in self.remarks():
+            console.print(Text(line), soft_wrap=width is None)
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+
+    def remarks(self) -> list[str]:
+        """List all that stands beside the tables, one line each."""
+        lines = [f"Compared by {self.metric}: {self.metric_note}."]
+        lines += [f"NOT COMPARABLE, compared all the same (--force): {reason}" for reason in self.forced]
+        lines += [f"note: {note}" for note in self.notes]
+        return lines
+
+
+def compare(
+    sources: Sequence[Path],
+    *,
+    baseline: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+    metric: str | None = None,
+    title: str = "Comparison of runs",
+    notes: Sequence[str] = (),
+    force: bool = False,
+) -> Report:
+    """Compare runs; nothing is written.
+
+    Args:
+        sources: Run folders, or folders that hold some.
+        baseline: What the others are measured against, such as ``{"norm": "bn"}``; None takes that where the runs
+            differ in the norm and some have ``bn``.
+        where: Compare only runs with these settings, such as ``{"batch_size": "1"}``.
+        metric: ``test/acc1``, ``val/acc1`` or ``best/val/acc1``; None chooses one that all runs have.
+        title: Heading of the report.
+        notes: What the caller has to say beside the result.
+        force: Compare what is not comparable, and say so.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: No run can be used, they are not comparable, or the baseline or metric is not there.
+    """
+    runs, problems = read_runs(find_run_folders(sources))
+    if not runs:
+        listed = "; ".join(f"{problem.folder}: {problem.reason}" for problem in problems[:5])
+        raise ConfigError(f"none of {len(problems)} runs can be compared. {listed}.")
+    runs = select(runs, where or {})
+    metric, metric_note = choose_metric(runs, metric)
+    reasons = incomparable(runs, metric)
+    if reasons and not force:
+        raise ConfigError(
+            f"these runs cannot be compared: {'. '.join(reasons)}. Leave out the runs that differ, or add --force, "
+            "which says so beside the result."
+        )
+    grouping = group_runs(runs)
+    predictions = {run.folder: found for run in runs if (found := run.predictions(metric)) is not None}
+    redrawn = _redraw(runs, metric, predictions)
+    groups = {key: _summarize(grouping, key, metric, redrawn, predictions) for key in grouping.groups}
+    if baseline is None and "norm" in grouping.keys and any(run.settings["norm"] == "bn" for run in runs):
+        baseline = {"norm": "bn"}
+    pairs = find_baselines(grouping, baseline) if baseline else {}
+    contrasts = _contrasts([(groups[one], groups[other]) for one, other in pairs.items()], redrawn)
+    least = min((contrast.test.smallest_p for contrast in contrasts), default=1.0)
+    without = [run.name for run in runs if run.folder not in predictions]
+    return Report(
+        title=title,
+        metric=metric,
+        metric_note=metric_note,
+        groups=list(groups.values()),
+        contrasts=contrasts,
+        grouping=grouping,
+        forced=reasons,
+        notes=[*notes, *too_many_contrasts(len(contrasts), least), *confounds(grouping, without)],
+        problems=problems,
+        predictions=predictions,
+    )
+
+
+def _redraw(runs: Sequence[Run], metric: str, predictions: Mapping[Path, Predictions]) -> dict[Path, Array]:
+    """Give each run's accuracy on every draw of pictures; without predictions the accuracy repeated."""
+    on: dict[str, list[Run]] = defaultdict(list)
+    redrawn = {run.folder: np.full(RESAMPLES, float(run.metrics[metric])) for run in runs}
+    for run in runs:
+        if run.folder in predictions:
+            on[predictions[run.folder].digest].append(run)
+    drawn = picture_bootstrap(
+        {digest: [predictions[run.folder].correct for run in some] for digest, some in on.items()}
+    )
+    for digest, some in on.items():
+        redrawn |= {run.folder: values for run, values in zip(some, drawn[digest], strict=True)}
+    return redrawn
+
+
+def _summarize(
+    grouping: Grouping,
+    key: tuple[Setting, ...],
+    metric: str,
+    redrawn: Mapping[Path, Array],
+    predictions: Mapping[Path, Predictions],
+) -> Group:
+    runs = grouping.groups[key]
+    values: dict[int, list[float]] = defaultdict(list)
+    for run in runs:
+        values[run.seed].append(float(run.metrics[metric]))
+    by_seed = {seed: float(np.mean(some)) for seed, some in sorted(values.items())}
+    ends: tuple[float | None, float | None] = (None, None)
+    if len(by_seed) > 1 or any(run.folder in predictions for run in runs):
+        ends = interval(list(_by_seed(runs, redrawn).values()))
+    settings = dict(zip(grouping.keys, key, strict=True))
+    return Group(settings, grouping.label(key), runs, by_seed, *ends)
+
+
+def _contrasts(pairs: Sequence[tuple[Group, Group]], redrawn: Mapping[Path, Array]) -> list[Contrast]:
+    found = []
+    for group, baseline in pairs:
+        seeds = [seed for seed in group.by_seed if seed in baseline.by_seed]
+        if not seeds:
+            continue
+        differences = [group.by_seed[seed] - baseline.by_seed[seed] for seed in seeds]
+        ours, theirs = _by_seed(group.runs, redrawn), _by_seed(baseline.runs, redrawn)
+        low, high = interval([ours[seed] - theirs[seed] for seed in seeds])
+        found.append((group, baseline, float(np.mean(differences)), low, high, sign_flip_test(differences)))
+    adjusted = holm([test.p for *_, test in found])
+    return [Contrast(*parts, p_holm) for parts, p_holm in zip(found, adjusted, strict=True)]
+
+
+def _by_seed(runs: Sequence[Run], redrawn: Mapping[Path, Array]) -> dict[int, Array]:
+    parts: dict[int, list[Array]] = defaultdict(list)
+    for run in runs:
+        parts[run.seed].append(redrawn[run.folder])
+    return {seed: np.mean(some, axis=0) for seed, some in sorted(parts.items())}
+
+
+def _is_number(text: Any) -> bool:
+    return str(text)[:1] in "0123456789+-["

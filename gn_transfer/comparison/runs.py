@@ -1,0 +1,297 @@
+"""Run folders into memory: what a run was set to, what it reached, and why a folder cannot be used."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from gn_transfer.config import ConfigError
+
+Setting: TypeAlias = bool | int | float | str | None
+
+FORMAT_VERSION = 1
+"""The newest ``format_version`` of metrics.json that is understood here."""
+
+PREDICTIONS = {
+    "test/acc1": "predictions_test.csv",
+    "val/acc1": "predictions_val.csv",
+    "best/val/acc1": "predictions_best_val.csv",
+}
+"""The metrics that runs can be compared by, with the file that holds each picture's part in it."""
+
+# Where the pictures lie and who fetches them changes nothing that is learned; the seed is a dimension of its own.
+_NOT_SETTINGS = {"root", "num_workers", "cache", "cache_dir", "download", "on_bad_image", "seed"}
+_SECTIONS = ("mixed_precision", "ema", "early_stopping")
+_TRAINER = ("max_epochs", "max_steps", "limit_train_batches")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: Where it lies.
+        metrics: Its metrics.json.
+        settings: What it was set to, by short name (``norm``, ``batch_size``, ``lr``, ``ema.decay``); None where a
+            setting does not apply, such as ``num_groups`` without GroupNorm, and ``"null"`` where it is null.
+        seed: Its seed.
+        notes: What its transfer report says that a reader must know.
+        data_root: The folder of its pictures when it ran.
+    """
+
+    folder: Path
+    metrics: dict[str, Any]
+    settings: dict[str, Setting]
+    seed: int
+    notes: tuple[str, ...] = ()
+    data_root: str = ""
+
+    @property
+    def name(self) -> str:
+        """``<config>/<norm>-bs<batch>-seed<seed>[-k]``."""
+        return str(self.metrics.get("run") or self.folder.name)
+
+    def epochs(self) -> list[dict[str, float]]:
+        """Read the curve: one row per validation; empty where none was stored or it is damaged."""
+        try:
+            with (self.folder / "epochs.csv").open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            return [{name: float(value or "nan") for name, value in row.items()} for row in rows]
+        except (OSError, ValueError, TypeError, csv.Error):
+            return []
+
+    def predictions(self, metric: str) -> Predictions | None:
+        """Read what the net said of each picture.
+
+        Args:
+            metric: One of :data:`PREDICTIONS`.
+
+        Returns:
+            None where that was not stored, is damaged, or does not fit the metric.
+        """
+        try:
+            with (self.folder / PREDICTIONS[metric]).open(
+                encoding="utf-8", errors="surrogateescape", newline=""
+            ) as file:
+                rows = csv.reader(file)
+                if next(rows)[:3] != ["path", "target", "predicted"]:
+                    return None
+                # Interned: the same names come in every run.
+                columns = list(zip(*([sys.intern(word) for word in row[:3]] for row in rows), strict=True))
+            found = Predictions(*map(list, columns))
+        except (OSError, ValueError, StopIteration, TypeError, csv.Error):
+            return None
+        return found if math.isclose(float(found.correct.mean()), self.metrics[metric], abs_tol=1e-4) else None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a net said of the pictures of a split.
+
+    Attributes:
+        paths: Relative to the data's root.
+        targets: Names of their classes.
+        predicted: Names of the classes that the net gave.
+    """
+
+    paths: list[str]
+    targets: list[str]
+    predicted: list[str]
+
+    @cached_property
+    def correct(self) -> npt.NDArray[np.float32]:
+        """1 where the net was right, shape ``(P,)``."""
+        return np.array([a == b for a, b in zip(self.targets, self.predicted, strict=True)], dtype=np.float32)
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for runs that were evaluated on the same pictures in the same order."""
+        return hashlib.sha256("\0".join(self.paths).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A folder that could not be used, and why."""
+
+    folder: Path
+    reason: str
+
+
+def find_run_folders(sources: Sequence[Path]) -> list[Path]:
+    """Find the runs in folders and in all below them; a run does not hold others.
+
+    Args:
+        sources: Run folders, or folders that hold some.
+
+    Returns:
+        Each once, sorted within a source.
+
+    Raises:
+        ConfigError: A source is not there, or there is no run in any of them.
+    """
+    found: dict[Path, Path] = {}
+    for source in sources:
+        if not source.is_dir():
+            raise ConfigError(f"{source}: no such folder; give runs, or folders of runs, such as runs/pets_gnws.")
+        for parent, folders, names in os.walk(source):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if {"metrics.json", "config.yaml", "split.json"} & set(names):
+                folders.clear()
+                found.setdefault(Path(parent).resolve(), Path(parent))
+    if not found:
+        said = ", ".join(map(str, sources)) or "nothing"
+        raise ConfigError(f"{said}: no run in there; gn-transfer fit writes them to runs/CONFIG/RUN.")
+    return list(found.values())
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Problem]]:
+    """Read what can be read.
+
+    Args:
+        folders: Run folders.
+
+    Returns:
+        The finished runs, and the others with the reason.
+    """
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except UnusableRunError as error:
+            problems.append(Problem(folder, str(error)))
+    return runs, problems
+
+
+class UnusableRunError(ValueError):
+    """A folder is not a finished run that this version understands; the message says why."""
+
+
+def read_run(folder: Path) -> Run:
+    """Read a finished run.
+
+    Args:
+        folder: Its folder.
+
+    Returns:
+        The run; its curve and predictions stay on the disk until they are asked for.
+
+    Raises:
+        UnusableRunError: See there.
+    """
+    metrics = _read_mapping(folder / "metrics.json")
+    if not {"norm", "status", "samples_seen"} <= metrics.keys():
+        raise UnusableRunError("metrics.json is not one of gn-transfer fit (norm, status or samples_seen is missing)")
+    version = metrics.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise UnusableRunError(f"metrics.json has format_version {version}; repeat the run with this gn-transfer")
+    if version > FORMAT_VERSION:
+        raise UnusableRunError(
+            f"a newer gn-transfer wrote it (format_version {version}, this one reads {FORMAT_VERSION}); update this one"
+        )
+    status = metrics["status"]
+    if status == "running":
+        minutes = (time.time() - (folder / "metrics.json").stat().st_mtime) / 60
+        raise UnusableRunError(f"still running, or killed: metrics.json was last written {minutes:,.0f} minutes ago")
+    if status != "finished":
+        raise UnusableRunError(f"the run {'was ' if status == 'interrupted' else ''}{status}; its run.log says more")
+    seed = metrics.get("seed")
+    if not isinstance(seed, int):
+        raise UnusableRunError(f"metrics.json has seed {seed}, not a whole number")
+    for name in ("val/acc1", "samples_seen", "effective_batch_size", "images_per_sec", "peak_memory_mib"):
+        value = metrics.get(name)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise UnusableRunError(f"metrics.json has {name} {value}, not a number")
+    config = _read_mapping(folder / "config.yaml")
+    try:
+        settings = flat_settings(config, metrics)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UnusableRunError(
+            f"config.yaml is not one of gn-transfer fit ({error} is missing or misplaced)"
+        ) from error
+    try:
+        notes = _read_mapping(folder / "transfer_report.json").get("notes") or ()
+    except UnusableRunError:
+        notes = ()
+    return Run(folder, metrics, settings, seed, tuple(map(str, notes)), str(metrics.get("data_root") or ""))
+
+
+def flat_settings(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Setting]:
+    """List what decides the course of a training, but for the seed.
+
+    Args:
+        config: The resolved configuration of the run, nested.
+        metrics: Its metrics.json, which knows what null became.
+
+    Returns:
+        Values by short name, the norm and the batch first.
+    """
+    data, model = config["data"], config["model"]
+    flat: dict[str, Any] = {
+        "norm": model["norm"],
+        "batch_size": data["init_args"]["batch_size"],
+        "effective_batch_size": metrics["effective_batch_size"],
+        "num_groups": metrics["num_groups"],
+        "group_size": model["group_size"],
+        "backbone": model["backbone"],
+        "data": str(data["class_path"]).rsplit(".", 1)[-1],
+    }
+    for name, value in (*model.items(), *data["init_args"].items()):
+        if name not in _NOT_SETTINGS:
+            flat.setdefault(name, value)
+    for section in _SECTIONS:
+        flat |= {f"{section}.{name}": value for name, value in config.get(section, {}).items()}
+    flat |= {f"trainer.{name}": config.get("trainer", {}).get(name) for name in _TRAINER}
+    plain: dict[str, Setting] = {
+        name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+        for name, value in flat.items()
+    }
+    with_groups = flat["norm"] in ("gn", "gn_ws")
+    if not with_groups or flat["group_size"] is not None:
+        plain["num_groups"] = None
+    if not with_groups or flat["group_size"] is None:
+        plain["group_size"] = None
+    return plain
+
+
+def short_name(key: str) -> str:
+    """Give the short name of a configuration key.
+
+    Example:
+        >>> short_name("model.norm"), short_name("data.init_args.batch_size"), short_name("ema.decay")
+        ('norm', 'batch_size', 'ema.decay')
+    """
+    for prefix in ("data.init_args.", "data.", "model.", "accumulation."):
+        key = key.removeprefix(prefix)
+    return key
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """Read a JSON or YAML file that holds a mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        # libyaml reads 200 configurations in the time in which Python's reader takes 20.
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=loader)
+    except FileNotFoundError:
+        raise UnusableRunError(f"it has no {path.name}: not a run, or one that stopped before its first step") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UnusableRunError(
+            f"{path.name} cannot be read ({type(error).__name__}): damaged or half-written"
+        ) from error
+    if not isinstance(content, dict):
+        raise UnusableRunError(f"{path.name} holds no mapping: not of gn-transfer, or damaged")
+    return content

@@ -1,0 +1,134 @@
+"""Means over seeds with honest intervals, an exact paired test, Holm's correction. numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[np.float64]
+
+RESAMPLES = 2000
+"""Bootstrap samples of an interval."""
+
+MOST_ENUMERATED = 16
+"""Pairs up to which all sign flips are tried; beyond, 2^16 random ones."""
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """A sign-flip test of paired differences.
+
+    Attributes:
+        pairs: Number of pairs.
+        p: Two-sided p-value.
+        smallest_p: The smallest p-value that so many pairs can reach.
+        exact: Whether all flips were tried.
+    """
+
+    pairs: int
+    p: float
+    smallest_p: float
+    exact: bool
+
+
+def sign_flip_test(differences: Sequence[float]) -> PairedTest:
+    r"""Test whether paired differences are centred at zero, by flipping their signs.
+
+    Under the null hypothesis each difference is as likely to have the other sign, so the p-value is the share of the
+    ``2^n`` sign patterns whose sum is at least as far from zero as the one seen. Source: Fisher 1935, "The Design of
+    Experiments", section 21.
+
+    Args:
+        differences: One per pair, at least one.
+
+    Returns:
+        The test.
+
+    Example:
+        >>> sign_flip_test([0.1, 0.2, 0.1, 0.3, 0.1])
+        PairedTest(pairs=5, p=0.0625, smallest_p=0.0625, exact=True)
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    pairs = len(values)
+    exact = pairs <= MOST_ENUMERATED
+    if exact:
+        signs = 1 - 2 * ((np.arange(2**pairs)[:, None] >> np.arange(pairs)) & 1)
+    else:
+        signs = np.random.default_rng(0).choice([-1, 1], size=(2**MOST_ENUMERATED, pairs))
+    # Accuracies are fractions of few pictures, so sums tie: rounding must not break the ties.
+    extreme = int((np.abs(signs @ values) >= abs(values.sum()) - 1e-9).sum())
+    if exact:
+        return PairedTest(pairs, extreme / len(signs), min(1.0, 2.0 / 2**pairs), exact)
+    return PairedTest(pairs, (extreme + 1) / (len(signs) + 1), 1 / (len(signs) + 1), exact)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values for several contrasts.
+
+    The k-th smallest of m is multiplied by ``m - k + 1``, and none gets below the one before. Source: Holm 1979, "A
+    simple sequentially rejective multiple test procedure".
+
+    Args:
+        p_values: One per contrast.
+
+    Returns:
+        The adjusted ones, in the same order, at most 1.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = highest
+    return adjusted
+
+
+def picture_bootstrap(
+    correct: Mapping[str, Sequence[npt.NDArray[np.float32]]], seed: int = 0
+) -> dict[str, list[Array]]:
+    """Say how accurate runs would have been on pictures drawn anew.
+
+    Runs that were evaluated on the same pictures get the same draws, so that differences between them are paired by
+    picture.
+
+    Args:
+        correct: For each list of pictures (by its digest), one array per run, 1 where it was right, else 0, shape
+            ``(P,)``.
+        seed: Seed of the draws.
+
+    Returns:
+        In the same places, the accuracy on each draw, shape ``(RESAMPLES,)``.
+    """
+    redrawn = {}
+    for number, digest in enumerate(sorted(correct)):
+        stacked = np.stack(correct[digest])
+        pictures = stacked.shape[1]
+        generator = np.random.default_rng([seed, number])
+        counts = generator.multinomial(pictures, np.full(pictures, 1 / pictures), size=RESAMPLES).astype(np.float32)
+        redrawn[digest] = list((stacked @ counts.T / pictures).astype(np.float64))
+    return redrawn
+
+
+def interval(seeds: Sequence[Array], level: float = 0.95, seed: int = 1) -> tuple[float, float]:
+    """Bootstrap a mean over seeds: seeds are drawn anew on top of what varies within each.
+
+    Args:
+        seeds: For each seed its value on every draw of pictures (see :func:`picture_bootstrap`), or its one value
+            repeated, shape ``(RESAMPLES,)``.
+        level: Coverage of the percentile interval.
+        seed: Seed of the draws.
+
+    Returns:
+        Its ends.
+    """
+    values_SB = np.stack(seeds)
+    drawn_SB = np.random.default_rng(seed).integers(len(seeds), size=(len(seeds), RESAMPLES))
+    means = np.take_along_axis(values_SB, drawn_SB, axis=0).mean(axis=0)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

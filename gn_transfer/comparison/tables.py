@@ -1,0 +1,209 @@
+"""The report as tables: for people (percent, rounded), and for programs (fractions, unrounded)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from gn_transfer.comparison.grouping import label, shown
+from gn_transfer.comparison.report import Contrast, Group, Report
+from gn_transfer.comparison.runs import Run, Setting
+
+Row: TypeAlias = dict[str, str]
+
+_FIGURES = ("images_per_sec", "peak_memory_mib", "wall_time_s")
+
+
+def group_rows(report: Report) -> list[Row]:
+    """Tabulate the groups, accuracy in percent."""
+    return [
+        {
+            **{key: shown(value) for key, value in group.settings.items()},
+            "n": str(group.n),
+            f"{report.metric} %": _percent(group.mean),
+            "95 % interval": _interval(group.low, group.high),
+            "sd": "-" if group.sd is None else _percent(group.sd),
+            "images/s": f"{group.average('images_per_sec'):.1f}",
+            "peak MiB": f"{group.average('peak_memory_mib'):,.0f}",
+        }
+        for group in report.groups
+    ]
+
+
+def contrast_rows(report: Report) -> list[Row]:
+    """Tabulate the contrasts, differences in percentage points."""
+    return [
+        {
+            "group": contrast.group.label,
+            "against": contrast.against,
+            "pairs": str(contrast.test.pairs),
+            "difference": f"{100 * contrast.difference:+.2f}",
+            "95 % interval": _interval(contrast.low, contrast.high, sign="+"),
+            "p (sign flip)": f"{contrast.test.p:.3g}",
+            "p (Holm)": f"{contrast.p_holm:.3g}",
+            "smallest p": f"{contrast.test.smallest_p:.2g}",
+        }
+        for contrast in report.contrasts
+    ]
+
+
+def contrast_note(report: Report) -> str:
+    """Explain the columns of the contrasts; empty without any."""
+    if not report.contrasts:
+        return ""
+    exact = all(contrast.test.exact for contrast in report.contrasts)
+    flips = "all 2^n flips" if exact else "all 2^n flips up to 16 pairs, 65,536 random ones beyond"
+    return (
+        "Differences in percentage points, paired by seed. p: two-sided sign-flip test of the paired differences "
+        f"({flips}); Holm over {len(report.contrasts)} contrasts; the last column is the smallest p that so many pairs "
+        "can reach. Intervals: percentile bootstrap over seeds, and over pictures where predictions are stored."
+    )
+
+
+def group_count_tables(report: Report) -> list[tuple[str, list[Row]]]:
+    """Tabulate studies of the number of groups and of channels per group in the form of arXiv:1803.08494, table 2.
+
+    Returns:
+        Heading and rows of each: mean error in percent, one column per value, the greatest first; below each row how
+        far each is from the best.
+    """
+    tables = []
+    for name, heading in (("num_groups", "groups"), ("group_size", "channels per group")):
+        if name not in report.grouping.keys:
+            continue
+        studies: dict[str, dict[float, Group]] = defaultdict(dict)
+        for group in report.groups:
+            value = group.settings[name]
+            if isinstance(value, int | float):
+                rest = {key: other for key, other in group.settings.items() if key not in ("num_groups", "group_size")}
+                studies[label(rest)][value] = group
+        columns = sorted({value for study in studies.values() for value in study}, reverse=True)
+        rows = []
+        for said, study in studies.items():
+            if len(study) < 2:
+                continue
+            best = max(group.mean for group in study.values())
+            cells = {f"{value:g}": study.get(value) for value in columns}
+            rows.append({"": said} | {k: "-" if g is None else _percent(1 - g.mean) for k, g in cells.items()})
+            rows.append(
+                {"": "above the best"} | {k: "-" if g is None else _percent(best - g.mean) for k, g in cells.items()}
+            )
+        if rows:
+            tables.append((f"Error in percent by number of {heading}", rows))
+    return tables
+
+
+def run_rows(report: Report) -> list[dict[str, Setting]]:
+    """List every run with its settings and figures, unrounded."""
+    return [_run_row(report, run) for run in report.runs]
+
+
+def _run_row(report: Report, run: Run) -> dict[str, Setting]:
+    names = [*report.grouping.keys, *report.grouping.tied]
+    wanted = ("test/acc1", "val/acc1", "best/val/acc1", "val/loss", "samples_seen", *_FIGURES)
+    facts = ("weights", "device", "git_commit", "val_split", "test_split")
+    return {
+        "run": run.name,
+        "seed": run.seed,
+        **{name: run.settings.get(name) for name in names},
+        **{name: run.metrics.get(name) for name in (*wanted, *facts)},
+        "folder": str(run.folder),
+    }
+
+
+def group_records(report: Report) -> list[dict[str, Any]]:
+    """List the groups with unrounded fractions."""
+    return [
+        {
+            **group.settings,
+            "n": group.n,
+            "metric": report.metric,
+            "mean": group.mean,
+            "sd": group.sd,
+            "low": group.low,
+            "high": group.high,
+            **{name: _finite(group.average(name)) for name in _FIGURES},
+        }
+        for group in report.groups
+    ]
+
+
+def as_dict(report: Report) -> dict[str, Any]:
+    """Give the whole report as plain values."""
+    return {
+        "title": report.title,
+        "metric": report.metric,
+        "metric_note": report.metric_note,
+        "keys": report.grouping.keys,
+        "tied": report.grouping.tied,
+        "equal": report.grouping.equal,
+        "groups": [
+            {**record, "label": group.label, "by_seed": {str(seed): value for seed, value in group.by_seed.items()}}
+            for group, record in zip(report.groups, group_records(report), strict=True)
+        ],
+        "contrasts": [_contrast_record(contrast) for contrast in report.contrasts],
+        "not_comparable": report.forced,
+        "notes": report.notes,
+        "problems": [{"folder": str(problem.folder), "reason": problem.reason} for problem in report.problems],
+        "runs": run_rows(report),
+    }
+
+
+def _contrast_record(contrast: Contrast) -> dict[str, Any]:
+    return {
+        "group": contrast.group.label,
+        "baseline": contrast.baseline.label,
+        "pairs": contrast.test.pairs,
+        "difference": contrast.difference,
+        "low": contrast.low,
+        "high": contrast.high,
+        "p": contrast.test.p,
+        "p_holm": contrast.p_holm,
+        "smallest_p": contrast.test.smallest_p,
+        "exact": contrast.test.exact,
+    }
+
+
+def markdown(report: Report) -> str:
+    """Write the report as Markdown, ready to be pasted."""
+    parts = [f"# {_plain(report.title)}", markdown_table(group_rows(report))]
+    if report.contrasts:
+        parts += [markdown_table(contrast_rows(report)), contrast_note(report)]
+    for heading, rows in group_count_tables(report):
+        parts += [f"{heading}:", markdown_table(rows)]
+    parts += ["\n".join(f"- {_plain(line)}" for line in report.remarks())]
+    if report.problems:
+        listed = "\n".join(f"- `{problem.folder}`: {_plain(problem.reason)}" for problem in report.problems)
+        parts += [f"Left out:\n\n{listed}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Write rows as a Markdown table.
+
+    Example:
+        >>> print(markdown_table([{"norm": "bn", "n": "8"}]))
+        | norm | n |
+        | --- | --- |
+        | bn | 8 |
+    """
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}"
+
+
+def _interval(low: float | None, high: float | None, sign: str = "") -> str:
+    return "-" if low is None or high is None else f"[{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,331 @@
+"""``gn-transfer compare`` on made-up runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gn_transfer.__main__ import main
+from gn_transfer.comparison import compare, write_report
+from gn_transfer.comparison.figures import batch_panels
+from gn_transfer.comparison.importance import importances
+from gn_transfer.comparison.tables import group_count_tables
+from gn_transfer.config import ConfigError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fabricate import fabricate
+
+
+def two_norms(root: Path, seeds: int = 5, **options) -> Path:
+    for seed in range(seeds):
+        fabricate(root, "gn_ws", 1, seed, 0.7 + 0.025 * (seed % 2), **options)
+        fabricate(root, "bn", 1, seed, 0.4, **options)
+    return root
+
+
+def failure(capsys, *arguments: str) -> str:
+    assert main(["compare", *arguments]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_two_norms_by_hand(tmp_path):
+    report = compare([two_norms(tmp_path)])
+    bn, gn_ws = report.groups
+    assert (bn.label, bn.n, bn.mean, bn.sd) == ("bn", 5, pytest.approx(0.4), pytest.approx(0))
+    assert (gn_ws.mean, gn_ws.n) == (pytest.approx(0.71), 5)
+    assert gn_ws.low < 0.71 < gn_ws.high
+    [contrast] = report.contrasts
+    assert (contrast.group, contrast.baseline, contrast.against) == (gn_ws, bn, "bn")
+    assert contrast.difference == pytest.approx(0.31)
+    assert (contrast.test.p, contrast.p_holm, contrast.test.exact) == (0.0625, 0.0625, True)
+    assert report.metric == "test/acc1"
+    assert report.grouping.equal["num_groups"] == 32  # it does not apply to bn, so the groups do not differ in it
+    text = report.terminal()
+    assert "71.00" in text
+    assert "0.0625" in text
+    for said in (
+        "The runs start from different weights: bn from gn_transfer:resnetv2_18.bn (saw Tiny-ImageNet)",
+        "one pretraining per norm",
+        "BiT weights saw ImageNet-21k",
+        "Fewer than 6 seeds",
+        "cannot get below 0.062 after Holm's correction",
+    ):
+        assert said in text
+
+
+def test_json_and_csv_go_to_standard_output(tmp_path, capsys):
+    two_norms(tmp_path)
+    assert main(["compare", str(tmp_path), "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [group["mean"] for group in found["groups"]] == pytest.approx([0.4, 0.71])
+    assert found["contrasts"][0]["p"] == 0.0625
+    assert main(["compare", str(tmp_path), "--format", "csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(row["norm"], row["n"]) for row in rows] == [("bn", "5"), ("gn_ws", "5")]
+
+
+def test_the_page_stands_alone_and_all_files_are_there(tmp_path, write_picture):
+    pictures = tmp_path / "pictures"
+    for number in range(40):
+        write_picture(pictures / f"est_{number}.jpg", seed=number)
+    output = tmp_path / "report"
+    two_norms(tmp_path / "runs", data_root=str(pictures))
+    for seed in range(5):
+        fabricate(tmp_path / "runs", "bn", 4, seed, 0.5, data_root=str(pictures))
+        fabricate(tmp_path / "runs", "gn_ws", 4, seed, 0.7, data_root=str(pictures))
+    write_report([tmp_path / "runs"], output, title="BN & GN <at batch 1>", notes=["learning rates chosen before"])
+    page = (output / "index.html").read_text()
+    assert "BN &amp; GN &lt;at batch 1&gt;" in page
+    assert "learning rates chosen before" in page
+    assert "data:image/jpeg;base64," in page
+    assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page)
+    assert not re.findall(r"@import|url\((?!#)", page)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(#|href="#)([^)"]+)', page)) <= set(ids)
+    drawn = {path.stem for path in (output / "figures").iterdir()}
+    assert drawn == {"batch_size", "groups", "curves", "parallel", "importance", "classes"}
+    assert all("<svg" in (output / "figures" / f"{name}.svg").read_text() for name in drawn)
+    assert "| gn_ws | 1 | 5 | 71.00 |" in (output / "table.md").read_text()
+    with (output / "rows.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 20
+    assert json.loads((output / "report.json").read_text())["metric"] == "test/acc1"
+
+
+def test_a_baseline_is_matched_in_all_other_settings(tmp_path):
+    for norm in ("bn", "bn_frozen", "gn_ws"):
+        for batch_size in (1, 4):
+            for seed in range(2):
+                fabricate(tmp_path, norm, batch_size, seed, 0.5)
+    found = {
+        (c.group.label, c.baseline.label) for c in compare([tmp_path], baseline={"model.norm": "bn_frozen"}).contrasts
+    }
+    assert found == {
+        ("bn, batch 1", "bn_frozen, batch 1"),
+        ("bn, batch 4", "bn_frozen, batch 4"),
+        ("gn_ws, batch 1", "bn_frozen, batch 1"),
+        ("gn_ws, batch 4", "bn_frozen, batch 4"),
+    }
+    one = compare([tmp_path], baseline={"norm": "bn", "batch_size": "1"})
+    assert {contrast.baseline.label for contrast in one.contrasts} == {"bn, batch 1"}
+    assert len(one.contrasts) == 5
+    some = compare([tmp_path], where={"batch_size": "1", "norm": "bn|gn_ws"})
+    assert [group.label for group in some.groups] == ["bn", "gn_ws"]
+
+
+def test_settings_that_others_determine_are_no_groups_of_their_own(tmp_path):
+    for seed in range(2):
+        fabricate(tmp_path, "bn", 1, seed, config={"lr": 0.001})
+        fabricate(tmp_path, "gn_ws", 1, seed, config={"lr": 0.003})
+    report = compare([tmp_path])
+    assert report.grouping.keys == ["norm"]
+    assert "lr differs too: 0.001 for bn; 0.003 for gn_ws." in report.notes
+
+
+def test_runs_of_the_same_seed_are_averaged(tmp_path):
+    for accuracy in (0.5, 0.7):
+        fabricate(tmp_path, "gn", 1, 0, accuracy)
+    [group] = compare([tmp_path]).groups
+    assert (group.n, group.mean, group.sd) == (1, pytest.approx(0.6), None)
+
+
+def test_one_metric_for_all(tmp_path):
+    two_norms(tmp_path, seeds=2)
+    last = fabricate(tmp_path, "bn", 1, 2, tested=False)
+    report = compare([tmp_path])
+    assert report.metric == "val/acc1"
+    assert "1 of 5 runs have not been tested" in report.metric_note
+    with pytest.raises(ConfigError, match=r"--metric test/acc1: made_up/bn-bs1-seed2 have no such figure"):
+        compare([tmp_path], metric="test/acc1")
+    with pytest.raises(ConfigError, match="did you mean 'val/acc1'"):
+        compare([tmp_path], metric="val/acc")
+    metrics = json.loads((last / "metrics.json").read_text())
+    (last / "metrics.json").write_text(
+        json.dumps(metrics | {"test/acc1": 0.6, "test/checkpoint": "last.ckpt", "test_split": "the test pictures"})
+    )
+    assert "different checkpoints: best.ckpt, last.ckpt" in compare([tmp_path]).metric_note
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"test_split": "others"}, "the list of test pictures differs: the test pictures in"),
+        ({"samples_seen": 1616}, "samples_seen differs: 1600 in"),
+        ({"tested": False, "val_split": "others"}, "the list of validation pictures of seed 0 differs"),
+    ],
+)
+def test_what_is_not_comparable_is_refused_unless_forced(tmp_path, capsys, changes, said):
+    for seed in range(2):
+        fabricate(tmp_path / "runs", "bn", 1, seed)
+    fabricate(tmp_path / "runs", "gn_ws", 1, 0, **changes)
+    message = failure(capsys, str(tmp_path / "runs"))
+    assert said in message
+    assert "--force" in message
+    assert main(["compare", str(tmp_path / "runs"), "--force", "--output", str(tmp_path / "report")]) == 0
+    assert said in capsys.readouterr().out
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "These runs are not comparable" in page
+    assert said in page
+
+
+def test_less_than_an_optimizer_step_apart_is_comparable(tmp_path):
+    fabricate(tmp_path, "bn", 1, 0)
+    fabricate(tmp_path, "gn_ws", 1, 0, samples_seen=1607)
+    assert "The runs saw between 1,600 and 1,607 training pictures." in compare([tmp_path]).notes
+
+
+def test_another_machine_is_a_confound(tmp_path):
+    fabricate(tmp_path, "bn", 1, 0)
+    fabricate(tmp_path, "gn_ws", 1, 0, device="NVIDIA H100", versions={"torch": "2.12.0"}, train_split="other")
+    notes = " ".join(compare([tmp_path]).notes)
+    assert "The hardware differs: NVIDIA H100, cpu AVX512" in notes
+    assert "Versions differ: torch 2.11.0 and 2.12.0." in notes
+    assert "trained on different lists of pictures" in notes
+
+
+def test_what_cannot_be_used_is_named_and_the_rest_compared(tmp_path, capsys):
+    runs = two_norms(tmp_path / "runs", seeds=2)
+    broken = {
+        "half": ('{"norm": "bn", "sta', "metrics.json cannot be read (JSONDecodeError): damaged or half-written"),
+        "foreign": ('{"accuracy": 0.9}', "metrics.json is not one of gn-transfer fit"),
+        "list": ("[1]", "metrics.json holds no mapping"),
+        "binary": ("\udcff\udcfe", "metrics.json cannot be read"),
+    }
+    for name, (text, _) in broken.items():
+        (runs / name).mkdir()
+        (runs / name / "metrics.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    said = [message for _, message in broken.values()]
+    for number, (changes, message) in enumerate(
+        [
+            ({"format_version": 7}, "a newer gn-transfer wrote it (format_version 7, this one reads 1)"),
+            ({"format_version": None}, "metrics.json has format_version None"),
+            ({"status": "running"}, "still running, or killed"),
+            ({"status": "failed"}, "the run failed; its run.log says more"),
+            ({"status": "interrupted"}, "the run was interrupted"),
+            ({"val/acc1": float("nan")}, "metrics.json has val/acc1 nan, not a number"),
+            ({"peak_memory_mib": None}, "metrics.json has peak_memory_mib None, not a number"),
+        ]
+    ):
+        fabricate(runs, "gn", 8, number, **changes)
+        said.append(message)
+    (fabricate(runs, "gn", 16, 0) / "config.yaml").write_text("model: [")
+    (fabricate(runs, "gn", 16, 1) / "config.yaml").write_text("model: {}")
+    (fabricate(runs, "gn", 16, 2) / "metrics.json").unlink()
+    said += ["config.yaml cannot be read", "config.yaml is not one of gn-transfer fit", "it has no metrics.json"]
+    assert main(["compare", str(runs), "--output", str(tmp_path / "report")]) == 3
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    assert f"{len(said)} of {len(said) + 4} runs left out" in captured.err
+    page = (tmp_path / "report" / "index.html").read_text()
+    for message in said:
+        assert message in captured.err
+        assert message in page
+    assert "gn_ws" in captured.out
+
+
+def test_damaged_curves_and_predictions_only_leave_out_what_needs_them(tmp_path):
+    runs = two_norms(tmp_path / "runs", seeds=2)
+    for folder in runs.iterdir():
+        (folder / "epochs.csv").write_text("epoch,val/acc1\n1,xyz\n")
+        (folder / "predictions_test.csv").write_bytes(b"path,target,predicted,prob_target\na.jpg,pu")
+    report = write_report([runs], tmp_path / "report")
+    assert {path.stem for path in (tmp_path / "report" / "figures").iterdir()} == {"groups", "parallel"}
+    assert any("4 of 4 runs hold no predictions per picture" in note for note in report.notes)
+
+
+def test_bad_arguments(tmp_path, capsys):
+    two_norms(tmp_path / "runs", seeds=2)
+    runs = str(tmp_path / "runs")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    assert "nowhere: no such folder" in failure(capsys, "nowhere")
+    assert "no run in there" in failure(capsys, str(tmp_path / "empty"))
+    assert "write KEY=VALUE" in failure(capsys, runs, "--baseline", "bn")
+    assert "did you mean 'norm'" in failure(capsys, runs, "--baseline", "nrom=bn")
+    assert "did you mean 'bn'" in failure(capsys, runs, "--baseline", "norm=bnn")
+    assert "did you mean 'batch_size'" in failure(capsys, runs, "--where", "batch_siz=1")
+    assert "none of 4 runs is set so" in failure(capsys, runs, "--where", "batch_size=9")
+    assert "required: RUNS" in failure(capsys)
+    assert main(["compare", runs, "--output", str(tmp_path / "file")]) == 2
+    assert "cannot be written to" in capsys.readouterr().err
+    fabricate(tmp_path / "bad", status="failed")
+    assert "none of 1 runs can be compared" in failure(capsys, str(tmp_path / "bad"))
+
+
+def test_a_study_of_group_counts_in_the_form_of_the_paper(tmp_path):
+    for groups, accuracy in ((64, 0.75), (32, 0.8), (1, 0.7)):
+        fabricate(tmp_path, "gn", 1, 0, accuracy, config={"num_groups": groups})
+    for size, accuracy in ((16, 0.75), (1, 0.5)):
+        fabricate(tmp_path, "gn", 1, 0, accuracy, config={"group_size": size})
+    fabricate(tmp_path, "bn", 1, 0, 0.5)
+    counts, sizes = group_count_tables(compare([tmp_path]))
+    assert counts == (
+        "Error in percent by number of groups",
+        [
+            {"": "gn", "64": "25.00", "32": "20.00", "1": "30.00"},
+            {"": "above the best", "64": "5.00", "32": "0.00", "1": "10.00"},
+        ],
+    )
+    assert sizes[1][0] == {"": "gn", "16": "25.00", "1": "50.00"}
+
+
+def test_the_two_arms_of_a_study_over_batch_sizes(tmp_path):
+    for batch_size in (1, 4, 8):
+        fabricate(tmp_path, "bn", batch_size, 0, effective_batch_size=8)
+        if batch_size < 8:
+            fabricate(tmp_path, "bn", batch_size, 0, effective_batch_size=batch_size)
+    panels = batch_panels(compare([tmp_path]).groups)
+    assert [(title, len(groups)) for title, groups in panels] == [
+        ("no accumulation: batch = effective batch", 3),
+        ("accumulated to an effective batch of 8", 3),
+    ]
+
+
+def test_importance_of_what_matters_and_of_what_applies_to_some_runs_only(tmp_path):
+    for seed in range(4):
+        for batch_size in (1, 2, 4):
+            fabricate(tmp_path, "bn", batch_size, seed, 0.3 + 0.1 * batch_size)
+            for groups in (1, 8):
+                fabricate(tmp_path, "gn", batch_size, seed, 0.5 + 0.03 * groups, config={"num_groups": groups})
+    everywhere, where_groups = importances(compare([tmp_path]))
+    assert set(everywhere.shares) == {"norm", "batch_size", "seed"}
+    assert (where_groups.heading, where_groups.runs) == ("where num_groups applies", 24)
+    assert next(iter(where_groups.shares)) == "num_groups"
+    assert sum(everywhere.shares.values()) == pytest.approx(1)
+
+
+def test_two_hundred_runs_without_torch_within_time_and_memory(tmp_path):
+    for seed in range(10):
+        for norm in ("bn", "bn_frozen", "gn", "gn_ws"):
+            for batch_size in (1, 2, 4, 8, 16):
+                fabricate(tmp_path / "runs", norm, batch_size, seed, 0.5 + 0.02 * seed, effective_batch_size=16)
+    code = (
+        "import resource, sys\n"
+        "from gn_transfer.__main__ import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "assert not {'torch', 'lightning', 'timm'} & set(sys.modules)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    command = [sys.executable, "-c", code, "compare", str(tmp_path / "runs"), "--output", str(tmp_path / "report")]
+    began = time.monotonic()
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert time.monotonic() - began < 60  # about 5 s when nothing else runs
+    assert int(output.split()[-1]) < 500 * 1024
+
+
+def test_help_is_light():
+    code = (
+        "import sys; from gn_transfer.__main__ import main; main(['compare', '--help'])\n"
+        "assert not {'torch', 'matplotlib', 'optuna', 'numpy', 'yaml'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
+    assert "--baseline" in result.stdout
