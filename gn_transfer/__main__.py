@@ -22,6 +22,7 @@ VERBS = {
 }
 
 _MODULES = {
+    "sweep": "sweep",
     "data": "data_cli",
     "export": "export",
     "predict": "predict",

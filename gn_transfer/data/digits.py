@@ -69,7 +69,7 @@ def write_digits(folder: Path, source: DigitSource) -> None:
     stamp = {"version": _VERSION, "source": source}
     if _read_stamp(folder) == stamp:
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(folder.iterdir()) and _read_stamp(folder) != stamp:  # another run may just have put it
         raise ConfigError(f"{folder} holds something else than these digits; give them another data.root.")
     splits = _sklearn_digits() if source == "sklearn" else _mnist(folder.parent)
     try:
@@ -84,10 +84,8 @@ def write_digits(folder: Path, source: DigitSource) -> None:
                     _, png = cv2.imencode(".png", np.pad(image_HW, margin))
                     (fresh / split / str(digit) / f"{number:05}.png").write_bytes(png.tobytes())
             (fresh / _STAMP).write_text(json.dumps(stamp), encoding="utf-8")
-            if folder.exists():
-                folder.rmdir()
             try:
-                fresh.rename(folder)
+                fresh.rename(folder)  # replaces an empty folder
             except OSError:  # another run has put its own there meanwhile
                 if _read_stamp(folder) != stamp:
                     raise
