@@ -22,7 +22,6 @@ VERBS = {
 }
 
 _MODULES = {
-    "sweep": "sweep",
     "data": "data_cli",
     "export": "export",
     "predict": "predict",

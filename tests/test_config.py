@@ -52,7 +52,8 @@ def test_arms_differ_in_the_norm_and_what_it_implies_alone(name, base, allowed):
 
 @pytest.mark.parametrize("path", builtin_configs().values(), ids=lambda path: path.name)
 def test_each_config_begins_with_what_it_does_and_the_command(path):
-    head = path.read_text().split("seed_everything")[0]
+    study = path.stem.startswith("sweep_")
+    head = path.read_text().split("title:" if study else "seed_everything")[0]
     assert head.startswith("# ")
-    assert f"gn-transfer fit --config {path.name}" in head
-    assert load(path.stem)["model.norm"] in NORMS
+    assert f"gn-transfer {'sweep' if study else 'fit'} --config {path.name}" in head
+    assert study or load(path.stem)["model.norm"] in NORMS

@@ -40,6 +40,9 @@ def config(**model):
         "label_smoothing": 0,
         "mixup": 0,
         "cutmix": 0,
+        "bn_momentum": None,
+        "reestimate_bn": 0,
+        "bn_evaluation": "running",
     }
     return {
         "seed_everything": 3,

@@ -209,7 +209,7 @@ def test_foreseeing_a_whole_study(study):
         ("arms: {A: {base: x}}", "arms.A: base is not a key"),
         ("seeds: 0", "seeds=0"),
         ("samples: -1", "samples=-1"),
-        ("test: twice", "test=twice is not allowed"),
+        ("grid: {model.norm: [bn]}\ntest: twice", "test=twice is not allowed"),
         ("select: {values: [1]}", "two or more numbers"),
         ("select: {values: [1, 2], sedes: 3}", "did you mean 'seeds'"),
         ("grid: [1]", "no mapping"),
