@@ -32,6 +32,8 @@ class Arguments:
         self.typed = list(arguments)
         self.argv = list(arguments)
         configs = [self._replace(index, find_config) for index in self._values_of("--config", "-c")]
+        if studies := [config for config in configs if "base" in _top_level(Path(config))]:
+            raise ConfigError(f"{studies[0]} is a study of many runs: gn-transfer sweep --config {studies[0]}.")
         self.config_name = Path(configs[-1]).stem if configs else "default"
         self.checkpoint: Path | None = None
         self.stored: dict[str, Any] | None = None
@@ -72,7 +74,7 @@ class Arguments:
         A default of the parser would hand its own arguments down to the data that is chosen instead.
         """
         chosen = bool(self._values_of("--data")) or any(
-            _names_data(Path(self._get(index))) for index in self._values_of("--config", "-c")
+            "data" in _top_level(Path(self._get(index))) for index in self._values_of("--config", "-c")
         )
         return [] if chosen else ["--data", "Sample"]
 
@@ -109,9 +111,9 @@ class Arguments:
         return value
 
 
-def _names_data(config: Path) -> bool:
+def _top_level(config: Path) -> set[str]:
     try:
         content = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return True  # the parser will say what is wrong with it
-    return isinstance(content, dict) and "data" in content
+        return {"data"}  # the parser will say what is wrong with it
+    return set(content) if isinstance(content, dict) else set()

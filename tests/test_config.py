@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gn_transfer.__main__ import main
 from gn_transfer.config import NORMS, ConfigError, builtin_configs, find_config
 
 PETS = ("pets_gnws", "pets_bn", "pets_bn_frozen", "pets_gn")
@@ -57,3 +58,15 @@ def test_each_config_begins_with_what_it_does_and_the_command(path):
     assert head.startswith("# ")
     assert f"gn-transfer {'sweep' if study else 'fit'} --config {path.name}" in head
     assert study or load(path.stem)["model.norm"] in NORMS
+
+
+@pytest.mark.parametrize(
+    ("verb", "config", "message"),
+    [
+        ("fit", "sweep_blog.yaml", "is a study of many runs: gn-transfer sweep --config"),
+        ("sweep", "sample_gnws.yaml", "configures one run: gn-transfer fit --config sample_gnws.yaml"),
+    ],
+)
+def test_a_study_is_no_configuration_of_a_run(verb, config, message, capsys):
+    assert main([verb, "--config", config]) == 2
+    assert message in capsys.readouterr().err
