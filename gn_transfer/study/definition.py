@@ -132,7 +132,9 @@ def read_study(path: Path, *, name: str | None = None, overrides: Values | None 
     overrides = dict(overrides or {})
     content |= {key: overrides.pop(key) for key in list(overrides) if key in ("samples", "seeds", "test", "keep")}
     if "model" in content or "data" in content:
-        raise ConfigError(f"{path} configures one run: gn-transfer fit --config {path.name}. A study names it as its base.")
+        raise ConfigError(
+            f"{path} configures one run: gn-transfer fit --config {path.name}. It can be the base of a study."
+        )
     _known(content, _TOP, f"{path}")
     if not isinstance(content.get("base"), str):
         raise ConfigError(f"{path}: say which configuration every run starts from, base: pets_gnws.yaml.")
