@@ -144,10 +144,16 @@ class EpochLines(Callback):
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
         self._started = 0.0
+        self._validated = False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the epoch's clock."""
         self._started = time.perf_counter()
+        self._validated = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the figures are this epoch's."""
+        self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the epoch."""
@@ -156,7 +162,8 @@ class EpochLines(Callback):
         throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
         metrics = trainer.callback_metrics
         parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", f"loss {throughput.recent_loss:.3f}"]
-        parts += [f"{name} {float(metrics[name]):.3f}" for name in ("val/acc1", "val/loss") if name in metrics]
+        if self._validated:
+            parts += [f"{name} {float(metrics[name]):.3f}" for name in ("val/acc1", "val/loss") if name in metrics]
         parts += [f"{throughput.recent_images_per_sec:.1f} images/s"]
         if self._started:
             parts += [f"{time.perf_counter() - self._started:.1f} s"]
