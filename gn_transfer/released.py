@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from gn_transfer.config import ConfigError, Norm
@@ -155,7 +155,8 @@ def write_released(weights: Mapping[str, Tensor], card: Card, folder: Path) -> P
     path = folder / f"{card.name}.safetensors"
     partial = folder / f".{path.name}.{os.getpid()}.part"
     try:
-        save_file({key: value.contiguous() for key, value in half.items()}, partial, metadata={"format": "pt"})
+        content = save({key: value.contiguous() for key, value in half.items()}, metadata={"format": "pt"})
+        partial.write_bytes(content)  # save_file would make it private
         if partial.stat().st_size > MAX_BYTES:
             raise ConfigError(
                 f"{path.name} would take {partial.stat().st_size:,} bytes, more than {MAX_BYTES:,}; release a smaller "

@@ -74,6 +74,13 @@ def test_an_unknown_verb(capsys):
     assert "did you mean 'fit'" in failure(capsys, "fti")
 
 
+def test_an_epoch_without_validation_shows_no_older_one(pets_root, capsys):
+    more = ["--trainer.max_epochs", "3", "--trainer.check_val_every_n_epoch", "2", "--trainer.limit_train_batches", "1"]
+    assert main(["fit", *pets(pets_root), *more]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert ["val/acc1" in line for line in lines] == [False, True, False]
+
+
 @pytest.mark.parametrize("norm", ["gn_ws", "bn"])
 def test_fit_validate_test(pets_root, capsys, norm):
     command = [*pets(pets_root), "--accumulation.effective_batch_size", "4", "--model.norm", norm]

@@ -60,6 +60,7 @@ def test_the_file_is_float16_with_timms_keys_and_the_card_knows_its_checksum(fol
     assert state.keys() == nets["bn"].state_dict().keys()
     assert {value.dtype for value in state.values()} == {torch.float16, torch.int64}
     assert path.stat().st_size < released.MAX_BYTES
+    assert path.stat().st_mode & 0o044  # others may read it: a wheel keeps the mode
     card = json.loads(path.with_suffix(".json").read_text())
     assert card["sha256"] == released.sha256(path)
     assert card["samples_seen"] == 1000
