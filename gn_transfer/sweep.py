@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,6 +107,7 @@ class _Foreman:
             task = progress.add_task("cells", total=len(planned.cells), left="")
             try:
                 while True:
+                    began = time.thread_time()
                     outcomes = self.store.outcomes()
                     planned = plan_cells(study, outcomes)
                     if any(cell.name not in outcomes for cell in planned.cells):
@@ -115,7 +117,8 @@ class _Foreman:
                     if all(outcomes[cell.name].ended for cell in planned.cells):
                         return planned, outcomes
                     self._employ(sum(not outcomes[cell.name].ended for cell in planned.cells))
-                    self.stop.wait(IDLE_SECONDS)
+                    # Reading hundreds of cells takes a tenth of a second, from cores on which workers compute.
+                    self.stop.wait(max(IDLE_SECONDS, 30 * (time.thread_time() - began)))
             except KeyboardInterrupt:
                 self.console.print("stopping: the cells at hand are saved; the same command goes on")
                 for worker in self.workers.values():
