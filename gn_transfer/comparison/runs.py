@@ -91,7 +91,8 @@ class Run:
                 if next(rows)[:3] != ["path", "target", "predicted"]:
                     return None
                 # Interned: the same names come in every run.
-                columns = list(zip(*([sys.intern(word) for word in row[:3]] for row in rows), strict=True))
+                # Sorted: BN evaluated with batch statistics sees its pictures in an order of its own.
+                columns = list(zip(*sorted([sys.intern(word) for word in row[:3]] for row in rows), strict=True))
             found = Predictions(*map(list, columns))
         except (OSError, ValueError, StopIteration, TypeError, csv.Error):
             return None
@@ -103,7 +104,7 @@ class Predictions:
     """What a net said of the pictures of a split.
 
     Attributes:
-        paths: Relative to the data's root.
+        paths: Relative to the data's root, sorted.
         targets: Names of their classes.
         predicted: Names of the classes that the net gave.
     """
@@ -119,7 +120,7 @@ class Predictions:
 
     @cached_property
     def digest(self) -> str:
-        """Equal for runs that were evaluated on the same pictures in the same order."""
+        """Equal for runs that were evaluated on the same pictures, whatever the order was."""
         return hashlib.sha256("\0".join(self.paths).encode("utf-8", "surrogateescape")).hexdigest()
 
 

@@ -10,6 +10,7 @@ from gn_transfer.layers import (
     BatchNormAct2d,
     FrozenBatchNorm2d,
     FrozenBatchNormAct2d,
+    batch_statistics,
     corrected_momentum,
     reestimate_statistics,
 )
@@ -32,6 +33,26 @@ def test_frozen_uses_the_stored_statistics_in_training_and_keeps_them():
     frozen(x).square().sum().backward()
     assert frozen.weight.grad.abs().min() > 0
     assert frozen.bias.grad.abs().min() > 0
+
+
+def test_batch_statistics_are_those_of_the_batch_at_hand_and_leave_the_running_ones():
+    net = nn.Sequential(nn.BatchNorm2d(1), FrozenBatchNorm2d(1)).eval()
+    net[1].running_mean.fill_(3.0)
+    before = [buffer.clone() for buffer in net.buffers()]
+    x = torch.tensor([1.0, 2.0, 3.0, 6.0]).view(2, 1, 1, 2)  # mean 3, biased variance 3.5
+    with batch_statistics(net):
+        found = net(x)
+    torch.testing.assert_close(found, (x - 3.0) / 3.5**0.5 - 3.0, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), before, strict=True))
+    torch.testing.assert_close(net(x), x - 3.0, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_statistics_need_a_norm_that_looks_at_its_batch():
+    with (
+        pytest.raises(ConfigError, match="no batch norm that looks at its batch"),
+        batch_statistics(FrozenBatchNorm2d(1)),
+    ):
+        pass
 
 
 def test_frozen_works_on_one_value_per_channel():
