@@ -217,6 +217,7 @@ def finetuned(options: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune every arm with every seed, arms in turn within a seed."""
     bn, gn = str(options.bn.resolve()), {"model.norm": "gn", "model.pretrained": str(options.bn.resolve())}
     arms: dict[str, dict[str, str]] = {
+        "bn from scratch": {"model.norm": "bn"},
         "gn from scratch": {"model.norm": "gn"},
         "gn_ws from scratch": {"model.norm": "gn_ws"},
         "gn naive copy": {**gn, "model.conversion": "copy"},
