@@ -302,6 +302,22 @@ def test_importance_of_what_matters_and_of_what_applies_to_some_runs_only(tmp_pa
     assert sum(everywhere.shares.values()) == pytest.approx(1)
 
 
+def test_importance_without_scikit_learn(tmp_path):
+    for seed in range(3):
+        for batch_size in (1, 2, 4):
+            fabricate(tmp_path, "bn", batch_size, seed, 0.3 + 0.1 * batch_size)
+    code = (
+        "import sys; sys.modules['sklearn'] = None\n"
+        "from pathlib import Path\n"
+        "from gn_transfer.comparison.importance import importances\n"
+        "from gn_transfer.comparison.report import compare\n"
+        "[found] = importances(compare([Path(sys.argv[1])]))\n"
+        "print(next(iter(found.shares)), found.note)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("batch_size Optuna's PED-ANOVA")
+
+
 def test_two_hundred_runs_without_torch_within_time_and_memory(tmp_path):
     for seed in range(10):
         for norm in ("bn", "bn_frozen", "gn", "gn_ws"):
