@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,9 +72,11 @@ def run(arguments: Sequence[str]) -> int:
         )
     store.begin(study.shared_settings())
     folder.mkdir(parents=True, exist_ok=True)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems ask in this way
     try:
         planned, outcomes = _Foreman(store, url, bench, options.workers, console).run(options.retry_failed)
     finally:
+        signal.signal(signal.SIGTERM, before)
         store.close()
     return _conclude(console, bench, planned, outcomes)
 

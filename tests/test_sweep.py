@@ -40,10 +40,11 @@ def in_tmp_path(monkeypatch, tmp_path):
 def reported(monkeypatch) -> list[list[str]]:
     """The runs that the report was asked for."""
     asked: list[list[str]] = []
+    write = sweep.write_report
 
     def write_report(runs, output, baseline, title, notes):
         asked.append([run.name for run in runs])
-        return "the table"
+        return write(runs, output, baseline, title, notes)
 
     monkeypatch.setattr(sweep, "write_report", write_report)
     return asked
@@ -71,7 +72,8 @@ test: last
     printed = capsys.readouterr().out
     assert "chosen" in printed
     assert "5/5" in printed
-    assert "the table" in printed
+    assert "gn_ws" in printed.partition("5/5")[2]
+    assert "</html>" in Path("runs/sweep_small/report/index.html").read_text()
     [finals] = reported
     assert [name.split("-lr")[0] for name in finals] == ["gn_ws"]
     for name in finals:
@@ -181,6 +183,17 @@ def test_memory_is_stable_from_cell_to_cell(pets_root):
     assert sizes[-1] - sizes[1] < 20  # weights, gradients and momentum take 130
 
 
+def test_asked_to_end_it_says_how_to_go_on(pets_root):
+    path = study_file(pets_root, "seeds: 40\ngrid: {model.norm: [bn]}")
+    words = [sys.executable, "-u", "-m", "gn_transfer", "sweep", "--config", str(path)]
+    command = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert command.stdout.readline().startswith("1/40")
+    command.terminate()
+    said, _ = command.communicate(timeout=120)
+    assert command.returncode == 130
+    assert "the same command goes on" in said
+
+
 @pytest.mark.slow
 def test_ten_kills_of_a_study_of_24_cells(tmp_path):
     path = Path("sweep_killed.yaml")
@@ -190,13 +203,7 @@ samples: 512
 grid: {model.norm: [none, bn, gn], data.batch_size: [4, 8]}
 seeds: 4
 """)
-    words = [
-        sys.executable,
-        "-c",
-        "import sys; from gn_transfer import sweep; sweep.write_report = lambda *_: ''; "
-        "from gn_transfer.__main__ import main; sys.exit(main(sys.argv[1:]))",
-    ]
-    words += ["sweep", "--config", str(path), "--workers", "2"]
+    words = [sys.executable, "-m", "gn_transfer", "sweep", "--config", str(path), "--workers", "2"]
     generator = random.Random(7)
     for _ in range(10):
         with Path("out.log").open("a") as log:
