@@ -55,9 +55,10 @@ def contrast_note(report: Report) -> str:
         return ""
     exact = all(contrast.test.exact for contrast in report.contrasts)
     flips = "all 2^n flips" if exact else "all 2^n flips up to 16 pairs, 65,536 random ones beyond"
+    contrasts = f"{len(report.contrasts)} contrast{'s' * (len(report.contrasts) != 1)}"
     return (
         "Differences in percentage points, paired by seed. p: two-sided sign-flip test of the paired differences "
-        f"({flips}); Holm over {len(report.contrasts)} contrasts; the last column is the smallest p that so many pairs "
+        f"({flips}); Holm over {contrasts}; the last column is the smallest p that so many pairs "
         "can reach. Intervals: percentile bootstrap over seeds, and over pictures where predictions are stored."
     )
 
