@@ -13,9 +13,8 @@ from gn_transfer import hub
 from gn_transfer.backbones import auto_table, named_weights, resolve_pretrained
 from gn_transfer.config import NORMS, ConfigError, Norm, did_you_mean
 from gn_transfer.messages import Parser
+from gn_transfer.transfer import trained_as
 from gn_transfer.weights import Weights, read_weights
-
-_SHARED: dict[Norm, Norm] = {"bn_frozen": "bn", "bn_sync": "bn"}
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -56,7 +55,7 @@ def catalogue(norm: Norm | None = None) -> list[dict[str, Any]]:
     """
     rows = []
     for backbone, trained, full in auto_table():
-        if norm is not None and trained != _SHARED.get(norm, norm):
+        if norm is not None and trained != trained_as(norm):
             continue
         row: dict[str, Any] = {"backbone": backbone, "norm": trained, "weights": full}
         try:
