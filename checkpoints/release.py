@@ -33,7 +33,7 @@ TERMS = (
 )
 
 
-def release(checkpoint: Path, data: PictureData, folder: Path, terms: str) -> Path:
+def release(checkpoint: Path, data: PictureData, folder: Path, terms: str, history: str = "") -> Path:
     """Write weights and card.
 
     Args:
@@ -41,6 +41,7 @@ def release(checkpoint: Path, data: PictureData, folder: Path, terms: str) -> Pa
         data: The run's data, to be set up for validation.
         folder: Where to write.
         terms: Licence note.
+        history: How training went where the last configuration does not say it.
 
     Returns:
         Path of the weights.
@@ -88,6 +89,7 @@ def release(checkpoint: Path, data: PictureData, folder: Path, terms: str) -> Pa
         license=terms.format(data=type(data).__name__),
         config=without_paths(ours["config"]),
         environment={key: metrics[key] for key in ("versions", "git_commit", "device", "wall_time_s")},
+        history=history,
     )
     return write_released(net.state_dict(), card, folder)
 
@@ -126,13 +128,16 @@ def main() -> int:
     parser.add_argument("--data_root", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--license", default=TERMS, help="licence note; {data} is the data module")
+    parser.add_argument(
+        "--history", default="", help="how training went where it was continued with another configuration"
+    )
     options = parser.parse_args()
     try:
         stored = read_checkpoint(options.checkpoint)["gn_transfer"]["config"]["data"]["init_args"]
         data = getattr(data_modules, options.data)(
             options.data_root, img_size=stored["img_size"], batch_size=128, num_workers=0
         )
-        path = release(options.checkpoint, data, options.output, options.license)
+        path = release(options.checkpoint, data, options.output, options.license, options.history)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -79,6 +79,8 @@ _FREE_ON_RESUME = {
     "data.init_args.download",
     "data.init_args.cache",
     "data.init_args.cache_dir",
+    "data.init_args.recipe",
+    "data.init_args.crop_area",
     "model.compile",
     "model.channels_last",
     "model.pretrained",
@@ -142,6 +144,7 @@ class Command(LightningCLI):
         self.plan: Plan | None = None
         self.exit_code = 0
         self.run_folder: RunFolder | None = None
+        self.augmentation_changes: list[str] = []
         self.best = BestCheckpoint()
         self.predictions = PicturePredictions()
         strict = {"exit_on_error": False}
@@ -234,6 +237,11 @@ class Command(LightningCLI):
                 f"--ckpt_path {self.arguments.checkpoint} belongs to another run: {said}. To continue that run leave "
                 "these options out; to start a new run from its weights set model.pretrained to the checkpoint instead."
             )
+        self.augmentation_changes = [
+            f"{key.removeprefix('data.init_args.')} {theirs.get(key)} -> {ours[key]}"
+            for key in ("data.init_args.recipe", "data.init_args.crop_area")
+            if theirs.get(key) != ours.get(key)
+        ]
 
     def plain_config(self) -> dict[str, Any]:
         """Give the resolved configuration as plain values, with the seed and without what only this call needs."""
@@ -323,6 +331,8 @@ class Command(LightningCLI):
             verb = "continuing" if resumed is not None and self._continues(run_folder) else "run"
             self.log.print(f"{verb:<9}  {run_folder.logs}")
             self.log.attach(run_folder.logs / "run.log")
+            if self.augmentation_changes:
+                self.log.print(f"augmented  otherwise from here on: {', '.join(self.augmentation_changes)}")
         try:
             trainer.fit(model, datamodule=data, ckpt_path=kwargs.get("ckpt_path"))
             if trainer.is_global_zero:

@@ -47,6 +47,7 @@ class Card:
         license: On which terms the weights may be used, and what the pictures' terms are.
         config: The resolved configuration of the training run.
         environment: Versions, device and git commit of the training run.
+        history: What the configuration does not say: how training went where it was continued in another way.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Card:
     license: str
     config: dict[str, Any]
     environment: dict[str, Any]
+    history: str = ""
 
 
 def find_card(name: str) -> tuple[Card, Path] | None:
@@ -192,7 +194,8 @@ def _folders() -> list[Path]:
 def _read_card(path: Path) -> Card:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Card(**{field.name: content[field.name] for field in fields(Card)})
+        names = {field.name for field in fields(Card)}
+        return Card(**{key: content[key] for key in content if key in names})
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path} is not a model card ({type(error).__name__}: {error}); install gn-transfer again."

@@ -180,6 +180,15 @@ def test_a_finished_run_goes_on_with_more_epochs_in_its_own_folder(pets_root):
     assert (metrics["samples_seen"], metrics["epochs"]) == (48, 2)
 
 
+def test_a_run_goes_on_with_milder_crops_and_says_so(pets_root, capsys):
+    assert main(["fit", *pets(pets_root), "--data.recipe", "crop_flip"]) == 0
+    assert main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "2", "--data.crop_area", "0.7"]) == 0
+    assert "augmented  otherwise from here on: crop_area None -> 0.7" in capsys.readouterr().out
+    run = Path("runs/pets_gnws/gn_ws-bs1-seed0")
+    assert "crop_area None -> 0.7" in (run / "run.log").read_text()
+    assert json.loads((run / "metrics.json").read_text())["epochs"] == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -70,6 +70,7 @@ class PictureData(lightning.LightningDataModule, ABC):
             the data has no validation split of its own.
         recipe: Augmentation of the training pictures: none, light (squash, flip, cutout), crop_flip (random resized
             crop and flip), bit (squash, random crop, flip) or strong (crop_flip, colours, cutout).
+        crop_area: Least share of a picture's area that a random crop keeps; null: 0.35 for crop_flip, 0.25 for strong.
         backend: Library that carries out the recipe: opencv (fastest), albumentations or torchvision; the draws are
             the same.
         cache: Where decoded pictures are kept, which changes speed and not a pixel: none, ram (this run), disk (shared
@@ -109,6 +110,7 @@ class PictureData(lightning.LightningDataModule, ABC):
         num_workers: int | None = None,
         val_fraction: float = 0.2,
         recipe: Recipe = "crop_flip",
+        crop_area: float | None = None,
         backend: Backend = "opencv",
         cache: CacheMode = "auto",
         cache_dir: Path | None = None,
@@ -124,6 +126,7 @@ class PictureData(lightning.LightningDataModule, ABC):
         self.num_workers = num_workers
         self.val_fraction = val_fraction
         self.recipe: Recipe = recipe
+        self.crop_area = crop_area
         self.backend: Backend = backend
         self.cache: CacheMode = cache
         self.cache_dir = default_cache_dir() if cache_dir is None else cache_dir
@@ -227,7 +230,7 @@ class PictureData(lightning.LightningDataModule, ABC):
             train = [train[position] for position in chosen]
         self.val_dataset = self._eval_dataset(val)
         if stage == "fit":
-            augmentation = Augmentation(self.recipe, self.img_size, self.backend)
+            augmentation = Augmentation(self.recipe, self.img_size, self.backend, self.crop_area)
             self.train_dataset = self._dataset(train, augmentation)
             self.train_sampler = self._sampler(self.train_dataset, self.batch_size, shuffle=True)
         self.cache_plan = self._plan_cache()
@@ -289,10 +292,11 @@ class PictureData(lightning.LightningDataModule, ABC):
         """Give the rows that ``fit`` prints about its data; after ``setup``."""
         counts = self.class_counts
         pictures = ", ".join(f"{split} {sum(per_class.values()):,}" for split, per_class in counts.items())
+        crops = "" if self.crop_area is None else f", crops from {self.crop_area:.0%} of the area"
         per_class = counts.get("train", next(iter(counts.values())))
         rows = [
             ("data", f"{type(self).__name__} in {self.root}"),
-            ("pictures", f"{pictures}; {self.img_size} px, recipe {self.recipe}"),
+            ("pictures", f"{pictures}; {self.img_size} px, recipe {self.recipe}{crops}"),
             ("classes", f"{self.num_classes}: {_shortened(self.classes)}"),
             ("class balance", f"{_balance(per_class)}; class weights {self.class_weights}"),
             ("cache", self._describe_cache()),

@@ -63,28 +63,42 @@ class Augmentation:
     - ``none``: what evaluation sees.
     - ``light``: the blog's: the whole picture squashed to the square, flip, and in half of the pictures one hole of 10
       to 25 % of the side.
-    - ``crop_flip``: a random crop of 35-100 % of the area, aspect 3/4-4/3, and flip.
+    - ``crop_flip``: a random crop of 35-100 % of the area (or from ``crop_area`` up), aspect 3/4-4/3, and flip.
     - ``bit``: BiT's: the picture squashed to 16/15 of the side (512 for 480; 5/4 up to 128 px, 160 for 128), a random
       square crop, and flip (arXiv:1912.11370, section 3.3).
-    - ``strong``: a random crop of 25-100 % of the area, flip, brightness, contrast and saturation by factors in
-      [0.6, 1.4], and in half of the pictures one hole of 10 to 50 % of the side.
+    - ``strong``: a random crop of 25-100 % of the area (likewise), flip, brightness, contrast and saturation by factors
+      in [0.6, 1.4], and in half of the pictures one hole of 10 to 50 % of the side.
 
     Args:
         recipe: Name of the recipe.
         img_size: Side of the result in pixels.
         backend: Who carries it out; see :data:`BACKENDS`.
+        crop_area: Least share of the area that a random crop keeps, in (0, 1], instead of the recipe's own.
 
     Attributes:
         view: What the recipe needs of each picture: its input.
+
+    Raises:
+        ConfigError: An unknown backend, a share out of range, or one for a recipe without random crops.
     """
 
-    def __init__(self, recipe: Recipe, img_size: int, backend: Backend = "opencv") -> None:
+    def __init__(
+        self, recipe: Recipe, img_size: int, backend: Backend = "opencv", crop_area: float | None = None
+    ) -> None:
         if backend not in BACKENDS:
             raise ConfigError(f"data.backend={backend} is not known; use one of {', '.join(BACKENDS)}.")
+        if crop_area is not None and recipe not in _LEAST_AREA:
+            raise ConfigError(
+                f"data.crop_area={crop_area:g}: data.recipe={recipe} draws no crops of random size; set data.recipe to "
+                f"{' or '.join(_LEAST_AREA)}, or leave crop_area out."
+            )
+        if crop_area is not None and not 0 < crop_area <= 1:
+            raise ConfigError(f"data.crop_area={crop_area:g} must be a share of the area, above 0 and at most 1.")
         self.recipe = recipe
         self.img_size = img_size
         self.backend = backend
-        self.view = recipe_view(recipe, img_size)
+        self.crop_area = crop_area
+        self.view = recipe_view(recipe, img_size, crop_area)
         self._apply = BACKENDS[backend]
 
     def __call__(self, view_HWC: Pixels, uniforms: Sequence[float]) -> Pixels:
@@ -100,19 +114,22 @@ class Augmentation:
         if self.recipe == "none":
             return view_HWC
         height, width = view_HWC.shape[:2]
-        return self._apply(view_HWC, draw(self.recipe, height, width, self.img_size, uniforms), self.img_size)
+        drawn = draw(self.recipe, height, width, self.img_size, uniforms, self.crop_area)
+        return self._apply(view_HWC, drawn, self.img_size)
 
 
-def recipe_view(recipe: Recipe, img_size: int) -> View:
+def recipe_view(recipe: Recipe, img_size: int, crop_area: float | None = None) -> View:
     """Choose the view that a recipe needs.
 
     For a random crop, large pictures are reduced to a short side of ``img_size / sqrt(least area * least aspect)``, 438
     pixels for ``crop_flip`` at 224: the narrowest crop that can be drawn still covers ``img_size`` of them, so nothing
-    is magnified that the file had in more detail.
+    is magnified that the file had in more detail. Milder crops than the recipe's own read the same view, and so the
+    same cache.
 
     Args:
         recipe: The recipe.
         img_size: Side of the result in pixels.
+        crop_area: Least share of the area that a random crop keeps, instead of the recipe's own.
 
     Example:
         >>> recipe_view("crop_flip", 224), recipe_view("bit", 480)
@@ -124,10 +141,13 @@ def recipe_view(recipe: Recipe, img_size: int) -> View:
         return View("square", img_size)
     if recipe == "bit":
         return View("square", round(img_size * (5 / 4 if img_size <= 128 else 16 / 15)))
-    return View("short", math.ceil(img_size / math.sqrt(_LEAST_AREA[recipe] * RATIO[0])))
+    least = min(_LEAST_AREA[recipe], 1.0 if crop_area is None else crop_area)
+    return View("short", math.ceil(img_size / math.sqrt(least * RATIO[0])))
 
 
-def draw(recipe: Recipe, height: int, width: int, img_size: int, uniforms: Sequence[float]) -> Draw:
+def draw(
+    recipe: Recipe, height: int, width: int, img_size: int, uniforms: Sequence[float], crop_area: float | None = None
+) -> Draw:
     """Turn random numbers into what happens to one picture; a pure function.
 
     Args:
@@ -136,6 +156,7 @@ def draw(recipe: Recipe, height: int, width: int, img_size: int, uniforms: Seque
         width: Likewise.
         img_size: Side of the result in pixels.
         uniforms: :data:`NUM_UNIFORMS` numbers in [0, 1); each serves one purpose, whatever the picture.
+        crop_area: Least share of the area that a random crop keeps, instead of the recipe's own.
 
     Returns:
         The draw.
@@ -158,7 +179,7 @@ def draw(recipe: Recipe, height: int, width: int, img_size: int, uniforms: Seque
     if recipe == "bit":
         side = min(img_size, height, width)
         return Draw((int(rest[0] * (height - side + 1)), int(rest[1] * (width - side + 1)), side, side), flip)
-    crop = random_crop(height, width, _LEAST_AREA[recipe], rest)
+    crop = random_crop(height, width, _LEAST_AREA[recipe] if crop_area is None else crop_area, rest)
     if recipe == "crop_flip":
         return Draw(crop, flip)
     brightness, contrast, saturation = (1 - _JITTER + 2 * _JITTER * u for u in rest[-3:])

@@ -200,3 +200,27 @@ def test_on_real_pictures_the_filters_hardly_differ(real_data: Path) -> None:
 def test_an_unknown_library() -> None:
     with pytest.raises(ConfigError, match=r"data\.backend=pillow is not known; use one of opencv"):
         Augmentation("light", 32, "pillow")  # type: ignore[arg-type]
+
+
+def test_milder_crops_keep_the_share_they_are_told_and_read_the_same_view() -> None:
+    assert recipe_view("crop_flip", 64, 0.6) == recipe_view("crop_flip", 64) == View("short", 125)
+    assert recipe_view("crop_flip", 64, 0.2).side > 125
+    shares = []
+    for index in range(2000):
+        _, _, height, width = draw("crop_flip", 300, 300, 64, numbers(index), 0.6).crop
+        shares.append(height * width / 300**2)
+    assert 0.59 < min(shares) < 0.61
+    assert max(shares) > 0.97
+
+
+@pytest.mark.parametrize(
+    ("recipe", "crop_area", "message"),
+    [
+        ("bit", 0.5, r"data\.recipe=bit draws no crops of random size; set data\.recipe to crop_flip or strong"),
+        ("crop_flip", 0.0, r"data\.crop_area=0 must be a share"),
+        ("strong", 1.5, r"data\.crop_area=1\.5 must be a share"),
+    ],
+)
+def test_a_crop_area_that_cannot_be(recipe: Recipe, crop_area: float, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Augmentation(recipe, 64, crop_area=crop_area)
