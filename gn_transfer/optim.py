@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 OptimizerName = Literal["sgd", "adamw", "adam"]
 ScheduleName = Literal["cosine", "constant", "bit"]
@@ -165,7 +165,19 @@ def create_optimizer(
     """
     device = groups[0]["params"][0].device.type
     fused = fused and device in ("cpu", "cuda", "xpu", "mps")
+    optimizer: torch.optim.Optimizer
     if name == "sgd":
-        return torch.optim.SGD(groups, momentum=momentum, fused=fused)
-    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
-    return kind(groups, betas=(momentum, 0.999), fused=fused)
+        optimizer = torch.optim.SGD(groups, momentum=momentum, fused=fused)
+    else:
+        kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+        optimizer = kind(groups, betas=(momentum, 0.999), fused=fused)
+    optimizer.register_load_state_dict_post_hook(_lay_out_like_parameters)
+    return optimizer
+
+
+def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded state the memory layout of its parameters: fused kernels pair them by place in memory, unchecked."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

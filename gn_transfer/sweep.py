@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -231,10 +232,13 @@ def print_plan(console: Console, study: Study, cells: Sequence[Cell], workers: i
     table = Table("stage", "cells", "seeds", "each", box=None, pad_edge=False)
     table.columns[1].overflow = "fold"
     total, measured = 0.0, dict[str, float]()
-    for (stage, name), some in groups.items():
-        each = _seconds(study, some[0], measured)
-        total += each * len(some)
-        table.add_row(stage, name, " ".join(str(cell.overrides["seed_everything"]) for cell in some), duration(each))
+    with _threads(core_count() // workers) as threads:
+        torch.set_num_threads(threads)  # a cell is timed with the threads that it will have
+        for (stage, name), some in groups.items():
+            each = _seconds(study, some[0], measured)
+            total += each * len(some)
+            seeds = " ".join(str(cell.overrides["seed_everything"]) for cell in some)
+            table.add_row(stage, name, seeds, duration(each))
     console.print(table)
     stages = Counter(cell.stage for cell in cells)
     console.print(
@@ -405,13 +409,14 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def _threads(share: int) -> Iterator[None]:
+def _threads(share: int) -> Iterator[int]:
     """Hand workers their share of the cores, or less where the user said so."""
     before = os.environ.get("OMP_NUM_THREADS")
     allowed = int(before) if before and before.isdigit() else share
-    os.environ["OMP_NUM_THREADS"] = str(max(1, min(share, allowed)))
+    threads = max(1, min(share, allowed))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
-        yield
+        yield threads
     finally:
         if before is None:
             del os.environ["OMP_NUM_THREADS"]

@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -62,3 +64,32 @@ def test_optimizers_are_fused_and_step(name):
     parameter.sum().backward()
     optimizer.step()
     assert (parameter < 1).all()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_state_saved_in_another_memory_layout_continues_the_same_run(name):
+    """A run that began on one device may go on where another layout is faster; fused kernels do not notice."""
+    start, gradients = torch.randn(8, 4, 3, 3), torch.randn(2, 8, 4, 3, 3)
+
+    def optimizer_of(weight):
+        return create_optimizer(name, parameter_groups([("w", weight)], lr=0.1, head="fc"), momentum=0.9)
+
+    def step(optimizer, weight, gradient):
+        weight.grad = gradient.clone(memory_format=torch.preserve_format).to(memory_format=layout_of[weight])
+        optimizer.step()
+
+    layout_of = {}
+    first, other = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    layout_of[first] = torch.contiguous_format
+    optimizer = optimizer_of(first)
+    step(optimizer, first, gradients[0])
+
+    with torch.no_grad():
+        other.copy_(first)
+    other.data = other.data.to(memory_format=torch.channels_last)
+    layout_of[other] = torch.channels_last
+    resumed = optimizer_of(other)
+    resumed.load_state_dict(deepcopy(optimizer.state_dict()))
+    step(optimizer, first, gradients[1])
+    step(resumed, other, gradients[1])
+    torch.testing.assert_close(other.detach().contiguous(), first.detach())
