@@ -1,11 +1,19 @@
-"""Small pictures in the real layouts."""
+"""Small pictures in the real layouts, and databases for studies."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -129,3 +137,51 @@ def bundle_dir(tmp_path: Path) -> Path:
 def seal() -> Callable[..., None]:
     """Write the bundle.json of a folder anew, with changes."""
     return _seal
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """A server of our own on loopback, in a temporary folder."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not programs:
+        pytest.skip("no PostgreSQL under /usr/lib/postgresql: apt-get install postgresql")
+    pytest.importorskip("psycopg", reason="pip install 'gn-transfer[postgresql]'")
+    user = "postgres" if os.getuid() == 0 else None  # the server refuses root
+    folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
+    if user:
+        shutil.chown(folder, user)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    quiet: dict[str, Any] = {"user": user, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    data = str(folder / "data")
+    subprocess.run([str(programs[-1]), "-D", data, "-A", "trust", "-U", "tester", "-N"], check=True, **quiet)
+    command = [str(programs[-1].with_name("postgres")), "-D", data, "-p", str(port), "-k", str(folder)]
+    server = subprocess.Popen([*command, "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"], **quiet)
+    url = f"postgresql://tester@127.0.0.1:{port}/postgres"
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        time.sleep(0.5)
+        yield url
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(20)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database for one study: a file, and one on the server."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'study.db'}"
+    base: str = request.getfixturevalue("postgresql")
+    import psycopg
+
+    name = f"t{random.randrange(10**9)}"
+    with psycopg.connect(base, autocommit=True) as connection:
+        connection.execute(f"create database {name}")
+    return base.removesuffix("postgres") + name

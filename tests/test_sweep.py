@@ -195,7 +195,7 @@ def test_asked_to_end_it_says_how_to_go_on(pets_root):
 
 
 @pytest.mark.slow
-def test_ten_kills_of_a_study_of_24_cells(tmp_path):
+def test_ten_kills_of_a_study_of_24_cells(url):
     path = Path("sweep_killed.yaml")
     path.write_text("""
 base: digits.yaml
@@ -203,7 +203,7 @@ samples: 512
 grid: {model.norm: [none, bn, gn], data.batch_size: [4, 8]}
 seeds: 4
 """)
-    words = [sys.executable, "-m", "gn_transfer", "sweep", "--config", str(path), "--workers", "2"]
+    words = [sys.executable, "-m", "gn_transfer", "sweep", "--config", str(path), "--workers", "2", "--storage", url]
     generator = random.Random(7)
     for _ in range(10):
         with Path("out.log").open("a") as log:
@@ -213,7 +213,8 @@ seeds: 4
         command.wait()
         time.sleep(0.3)
     assert subprocess.run(words, capture_output=True).returncode == 0
-    trials = optuna.load_study(storage="sqlite:///runs/sweep_killed/study.db", study_name="sweep_killed").trials
+    storage = url.replace("postgresql:", "postgresql+psycopg:")
+    trials = optuna.load_study(storage=storage, study_name="sweep_killed").trials
     assert Counter(trial.state.name for trial in trials) == {"COMPLETE": 24}
     assert len({trial.user_attrs["cell"] for trial in trials}) == 24
     records = [json.loads(path.read_text()) for path in Path("runs/sweep_killed").glob("*/metrics.json")]

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
-import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -42,53 +37,6 @@ def file(tmp_path) -> Path:
 @pytest.fixture
 def study(file) -> Study:
     return read_study(file)
-
-
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[str]:
-    """A server of our own on loopback, in a temporary folder."""
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not programs:
-        pytest.skip("no PostgreSQL under /usr/lib/postgresql: apt-get install postgresql")
-    pytest.importorskip("psycopg", reason="pip install 'gn-transfer[postgresql]'")
-    user = "postgres" if os.getuid() == 0 else None  # the server refuses root
-    folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
-    if user:
-        shutil.chown(folder, user)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    quiet = {"user": user, "cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    data = str(folder / "data")
-    subprocess.run([str(programs[-1]), "-D", data, "-A", "trust", "-U", "tester", "-N"], check=True, **quiet)
-    command = [str(programs[-1].with_name("postgres")), "-D", data, "-p", str(port), "-k", str(folder)]
-    server = subprocess.Popen([*command, "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"], **quiet)
-    url = f"postgresql://tester@127.0.0.1:{port}/postgres"
-    try:
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        time.sleep(0.5)
-        yield url
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(20)
-        shutil.rmtree(folder)
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request, tmp_path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'study.db'}"
-    base = request.getfixturevalue("postgresql")
-    import psycopg
-
-    name = f"t{random.randrange(10**9)}"
-    with psycopg.connect(base, autocommit=True) as connection:
-        connection.execute(f"create database {name}")
-    return base.replace("/postgres", f"/{name}") if base.endswith("/postgres") else base
 
 
 def start(url: str, file: Path, log: Path, seconds: float = 0.02) -> subprocess.Popen[bytes]:
