@@ -163,11 +163,9 @@ def finetune(arm: dict[str, str], options: argparse.Namespace, seed: int) -> flo
     words = [word for key, value in arguments.items() for word in (f"--{key}", value)]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         with contextlib.redirect_stdout(io.StringIO()):
-            code = gn_transfer(["fit", *words])
-            [last] = Path("checkpoints").glob("*/*/last.ckpt")
-            code = code or gn_transfer(["test", "--ckpt_path", str(last)])
-        if code:
-            raise SystemExit(code)
+            for verb in (["fit", *words], ["test", "--ckpt_path", "last"]):
+                if code := gn_transfer(verb):
+                    raise SystemExit(code)
         [path] = Path("runs").glob("*/*/metrics.json")
         return float(json.loads(path.read_text())["test/acc1"])
 
@@ -231,7 +229,7 @@ def finetuned(options: argparse.Namespace) -> dict[str, Any]:
     if options.gn_ws is not None:
         arms["gn_ws trained as such"] = {"model.norm": "gn_ws", "model.pretrained": str(options.gn_ws.resolve())}
     scores: dict[str, list[float]] = {name: [] for name in arms if not options.arms or name in options.arms}
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for name in scores:
             scores[name].append(finetune(arms[name], options, seed))
             print(name, scores[name], flush=True)
@@ -250,6 +248,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="+", default=[4, 1, 2, 8, 16, 32])
     parser.add_argument("--pictures", type=int, nargs="+", default=[256, 64, 128, 512, 1024])
     parser.add_argument("--seeds", type=int, default=0, help="fine-tuning runs per arm; 0 leaves them out")
+    parser.add_argument("--first_seed", type=int, default=0, help="seeds are this one and those after it")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--lr", type=float, default=0.003)
     parser.add_argument("--arms", nargs="+", help="only these arms of the fine-tuning")
@@ -258,7 +257,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "what": "accuracy after exchanging the norms of a BN net",
         "weights": options.bn.name,
-        **{key: getattr(options, key) for key in ("backbone", "limit", "seeds", "epochs", "lr")},
+        **{key: getattr(options, key) for key in ("backbone", "limit", "seeds", "first_seed", "epochs", "lr")},
     }
     if options.tiny_imagenet is not None:
         result["untrained"] = source_and_probe(options)
