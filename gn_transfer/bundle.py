@@ -1,4 +1,4 @@
-"""A bundle: what leaves the trainer. Reading, verifying and running one needs numpy, OpenCV, Pillow and onnxruntime.
+"""A bundle: what leaves the trainer. Reading and running one needs no torch.
 
 A bundle is one flat folder:
 

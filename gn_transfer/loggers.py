@@ -98,11 +98,12 @@ def run_of_checkpoint(checkpoint: Path) -> RunFolder | None:
     Returns:
         The run, or ``None`` where the file has been moved out of ``checkpoints/<config>/<run>/``.
     """
-    folder = checkpoint.resolve().parent
-    if folder.parent.parent.name != "checkpoints":
-        return None
-    run = RunFolder(f"{folder.parent.name}/{folder.name}", folder.parent.parent.parent)
-    return run if run.logs.is_dir() else None
+    for path in (checkpoint.absolute(), checkpoint.resolve()):  # checkpoints/ may be a link elsewhere
+        folder = path.parent
+        run = RunFolder(f"{folder.parent.name}/{folder.name}", folder.parent.parent.parent)
+        if folder.parent.parent.name == "checkpoints" and run.logs.is_dir():
+            return run
+    return None
 
 
 def flat_hparams(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:

@@ -16,13 +16,16 @@ from statistics import fmean
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from gn_transfer import cli
 from gn_transfer.arguments import Arguments
+from gn_transfer.backbones import resolve_pretrained
 from gn_transfer.classifier import TransferClassifier
+from gn_transfer.comparison.runs import short_name
 from gn_transfer.config import ConfigError, did_you_mean, find_config
 from gn_transfer.data.base import core_count
 from gn_transfer.loggers import RunLog
@@ -35,6 +38,7 @@ from gn_transfer.study.store import Store
 from gn_transfer.study.worker import Bench, interrupt, work
 
 STUDY_KEYS = ("samples", "seeds", "test", "keep")
+_WEIGHTS_FOLLOW = ("model.backbone", "model.norm", "model.pretrained", "model.conversion")
 MAX_CRASHES = 3
 """So many workers may die of a cell before it is given up."""
 
@@ -105,7 +109,7 @@ class _Foreman:
     def run(self, retry_failed: bool) -> tuple[Planned, dict[str, Outcome]]:
         """Enter cells as they become known, until all have ended."""
         study = self.bench.study
-        planned = plan_cells(study, {} if retry_failed else self.store.outcomes())
+        planned = plan_cells(study, self.store.outcomes())
         self.store.enter(planned.cells, retry_failed=retry_failed)
         with _progress(self.console) as progress, _threads(core_count() // self.count):
             task = progress.add_task("cells", total=len(planned.cells), left="")
@@ -278,10 +282,11 @@ class _Silent(cli.Command):
 
 
 class _Check(cli.Command):
-    """Reads a configuration and builds the model's description, no more."""
+    """Reads a configuration, builds the model's description and looks its weights up, no more."""
 
     def instantiate_classes(self) -> None:
-        TransferClassifier(**self._section().model.as_dict())
+        model = TransferClassifier(**self._section().model.as_dict())
+        resolve_pretrained(model.backbone, model.norm, model.pretrained, model.conversion)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Leave it at that."""
@@ -295,12 +300,12 @@ def check_values(study: Study, cells: Sequence[Cell]) -> None:
         cells: Its cells.
 
     Raises:
-        ConfigError: A value that is not allowed, with the cell that has it.
+        ConfigError: A value that is not allowed, or no weights for a net and its norm, with the cell that has it.
     """
     seen: set[tuple[str, ...]] = set()
     for cell in cells:
         pairs = {(key, str(value)) for key, value in cell.identity().items() if key != "seed_everything"}
-        pairs.add((cell.arm, cell.case))
+        pairs |= {(cell.arm, cell.case), tuple(str(cell.overrides.get(key)) for key in _WEIGHTS_FOLLOW)}
         if pairs <= seen:
             continue
         seen |= pairs
@@ -322,8 +327,14 @@ def _conclude(console: Console, bench: Bench, planned: Planned, outcomes: Mappin
     choices = [str(choice) for choice in planned.choices]
     if runs:
         notes = [*study.notes, *choices]
-        console.print(write_report(runs, folder / "report", study.baseline, study.title, notes))
-        console.print(f"report     {folder / 'report'}")
+        try:
+            report = write_report(runs, folder / "report", study.baseline, study.title, notes)
+        except ConfigError as error:
+            console.print(f"no report: {error}", soft_wrap=True, markup=False)
+        else:
+            width = console.width if console.is_terminal else None
+            console.print(report.terminal(width), soft_wrap=True, markup=False)
+            console.print(f"report     {folder / 'report'}", soft_wrap=True)
     failed = [cell for cell in planned.cells if outcomes[cell.name].state == "failed"]
     for cell in failed:
         console.print(f"failed     {cell.name}: {outcomes[cell.name].reason}", markup=False)
@@ -337,13 +348,19 @@ def _conclude(console: Console, bench: Bench, planned: Planned, outcomes: Mappin
 def write_report(
     runs: Sequence[Path], output: Path, baseline: Mapping[str, str], title: str, notes: Sequence[str]
 ) -> Any:
-    """Compare the final runs, as far as they are comparable; what that imports is imported only now."""
+    """Compare the final runs, without contrasts where the baseline is not among them.
+
+    What that imports is imported only now. A study may vary what else would not be compared: the page says so.
+    """
     from gn_transfer import comparison
 
     try:
-        return comparison.write_report(runs, output, baseline=baseline or None, title=title, notes=notes).terminal()
+        return comparison.write_report(runs, output, baseline=baseline or None, title=title, notes=notes, force=True)
     except ConfigError as error:
-        return f"no report: {error}"
+        if not baseline:
+            raise
+        notes = [*notes, f"No contrasts: {error}"]
+        return comparison.write_report(runs, output, baseline={}, title=title, notes=notes, force=True)
 
 
 def _check_keys(study: Study) -> None:
@@ -360,6 +377,10 @@ def _check_keys(study: Study) -> None:
         named |= {key for condition in arm.where.values() for key in condition}
         if arm.select is not None:
             named |= {arm.select.key, *(arm.select.per or ())}
+    shorts = sorted({short_name(name) for name in known})
+    for key in study.baseline:
+        if (short := short_name(key)) not in shorts:
+            raise ConfigError(f"{study.name}: baseline {key} is not a key; {did_you_mean(short, shorts)}.")
     for key in sorted(named):
         if key in ("seed_everything", "samples"):
             raise ConfigError(
@@ -405,7 +426,10 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
             if found is None:
                 raise ConfigError(f"sweep: --{key} lacks its value.")
             value = found
-        yield key, parse_value(value)
+        try:
+            yield key, parse_value(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"sweep: --{key} {value} is not a value that YAML can read; quote it.") from None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ from gn_transfer.__main__ import main
 from gn_transfer.study.cells import Cell
 from gn_transfer.study.definition import read_study
 from gn_transfer.study.planning import Outcome, plan_cells
+from gn_transfer.study.serve import serve
 from gn_transfer.study.worker import Bench, run_cell
 
 SMALL = """
@@ -92,11 +94,43 @@ test: last
 
 
 def test_failed_cells_are_told_and_the_rest_goes_on(pets_root, reported, capsys):
-    path = study_file(pets_root, "cases: {bn at 1: {model.norm: bn, data.batch_size: 1}, gn: {model.norm: gn_ws}}")
+    rest = "cases: {bn at 1: {model.norm: bn, data.batch_size: 1}, gn: {model.norm: gn_ws}}\nbaseline: {norm: bn}"
+    path = study_file(pets_root, rest)
     assert main(["sweep", "--config", str(path)]) == 3
     printed = " ".join(capsys.readouterr().out.split())
     assert "failed bn_at_1-seed0: data.img_size=32 with data.batch_size=1 cannot be trained" in printed
-    assert reported == [["gn-seed0"]]
+    assert reported[0] == ["gn-seed0"]
+    assert "note: No contrasts: --baseline norm=bn" in printed
+    assert Path("runs/sweep_small/report/index.html").is_file()
+
+
+def test_failed_cells_are_run_again_wherever_in_the_study_they_stand(pets_root, monkeypatch, capsys):
+    """Without workers: each cell ends as it is told to."""
+    failing = {"gn_ws-lr0.02-seed1", "test-gn_ws-lr0.02-seed0"}
+    ran: list[str] = []
+
+    def work(foreman, open_cells):
+        store, stop = foreman.store, threading.Event()
+
+        def run(cell: Cell) -> Outcome:
+            ran.append(cell.name)
+            if sum(not outcome.ended for outcome in store.outcomes().values()) == 1:
+                stop.set()
+            fails = cell.name in failing
+            return Outcome("failed" if fails else "complete", float("lr0.02" in cell.name), 1.0, 0.0, "no room")
+
+        serve(store, foreman.bench.study, run, stop)
+
+    monkeypatch.setattr(sweep._Foreman, "_employ", work)
+    rest = "grid: {model.norm: [gn_ws]}\nselect: {values: [0.01, 0.02, 0.04], seeds: 1}\nseeds: 2\ntest: last"
+    path = study_file(pets_root, rest)
+    path.write_text(path.read_text().replace("model.lr: 0.01,", ""))
+    assert main(["sweep", "--config", str(path)]) == 3
+    assert "failed     gn_ws-lr0.02-seed1: no room" in capsys.readouterr().out
+    ran.clear()
+    failing.clear()
+    assert main(["sweep", "--config", str(path), "--retry_failed"]) == 0
+    assert sorted(ran) == ["gn_ws-lr0.02-seed1", "test-gn_ws-lr0.02-seed0", "test-gn_ws-lr0.02-seed1"]
 
 
 def test_dry_run_prints_cells_and_time_and_leaves_nothing(pets_root, capsys):
@@ -120,6 +154,13 @@ def test_dry_run_prints_cells_and_time_and_leaves_nothing(pets_root, capsys):
         ("grid: {model.norm: [bn]}", ["--storage", "postgresql://nobody@127.0.0.1:1/none"], "cannot be used"),
         ("grid: {model.norm: [bn]}", ["--workers", "0"], "--workers 0: use 1 to"),
         ("grid: {model.norm: [bn]}", ["stray"], "belongs to no option"),
+        ("grid: {model.norm: [bn]}", ["--seeds", "[0, 1"], "--seeds [0, 1 is not a value that YAML can read"),
+        ("grid: {model.norm: [bn, gn]}\nbaseline: {nrom: bn}", [], "baseline nrom is not a key; did you mean 'norm'"),
+        (
+            "grid: {model.norm: [gn]}",
+            ["--model.pretrained", "auto"],
+            "model.pretrained=auto: no weights are known",
+        ),
     ],
 )
 def test_bad_input_is_one_message(pets_root, capsys, rest, words, message):

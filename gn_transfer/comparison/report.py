@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from gn_transfer.comparison.checks import choose_metric, confounds, incomparable, too_many_contrasts
-from gn_transfer.comparison.grouping import Grouping, find_baselines, group_runs, label, select
-from gn_transfer.comparison.runs import Predictions, Problem, Run, Setting, find_run_folders, read_runs
+from gn_transfer.comparison.grouping import Grouping, find_baselines, group_runs, label, select, shown
+from gn_transfer.comparison.runs import Predictions, Problem, Run, Setting, find_run_folders, read_runs, short_name
 from gn_transfer.comparison.statistics import (
     RESAMPLES,
     Array,
@@ -205,6 +205,7 @@ def compare(
     if not runs:
         listed = "; ".join(f"{problem.folder}: {problem.reason}" for problem in problems[:5])
         raise ConfigError(f"none of {len(problems)} runs can be compared. {listed}.")
+    runs, trials = _without_trials(runs)
     runs = select(runs, where or {})
     metric, metric_note = choose_metric(runs, metric)
     reasons = incomparable(runs, metric)
@@ -231,10 +232,43 @@ def compare(
         contrasts=contrasts,
         grouping=grouping,
         forced=reasons,
-        notes=[*notes, *too_many_contrasts(len(contrasts), least), *confounds(grouping, without)],
+        notes=[
+            *notes,
+            *trials,
+            *_without_contrast(grouping, pairs, baseline or {}),
+            *too_many_contrasts(len(contrasts), least),
+            *confounds(grouping, without),
+        ],
         problems=problems,
         predictions=predictions,
     )
+
+
+def _without_trials(runs: list[Run]) -> tuple[list[Run], list[str]]:
+    """Leave the runs out on which a study made its choices: they are not to be counted among those they chose."""
+    kept = [run for run in runs if run.metrics.get("stage") != "select"]
+    if not kept or len(kept) == len(runs):
+        return runs, []
+    return kept, [f"{len(runs) - len(kept)} runs on which a study made its choices are left out."]
+
+
+def _without_contrast(
+    grouping: Grouping, pairs: Mapping[tuple[Setting, ...], tuple[Setting, ...]], baseline: Mapping[str, str]
+) -> list[str]:
+    """Name the groups that have no counterpart."""
+    wanted = {grouping.keys.index(short_name(key)): value for key, value in baseline.items()}
+    lonely = [
+        grouping.label(group)
+        for group in grouping.groups
+        if wanted and group not in pairs and any(shown(group[place]) != value for place, value in wanted.items())
+    ]
+    if not lonely:
+        return []
+    asked = ", ".join(f"{key}={value}" for key, value in baseline.items())
+    return [
+        f"Without a contrast, since no single group with {asked} is otherwise set alike: {'; '.join(lonely)}. "
+        "--where and --baseline choose others."
+    ]
 
 
 def _redraw(runs: Sequence[Run], metric: str, predictions: Mapping[Path, Predictions]) -> dict[Path, Array]:

@@ -249,6 +249,7 @@ def flat_settings(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict
         "group_size": model["group_size"],
         "backbone": model["backbone"],
         "data": str(data["class_path"]).rsplit(".", 1)[-1],
+        "arm": metrics.get("arm") or None,  # before what a study chose for each arm
     }
     for name, value in (*model.items(), *data["init_args"].items()):
         if name not in _NOT_SETTINGS:
@@ -260,6 +261,8 @@ def flat_settings(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict
         name: value if isinstance(value, bool | int | float | str) else json.dumps(value)
         for name, value in flat.items()
     }
+    if flat["arm"] is None:
+        plain["arm"] = None
     with_groups = flat["norm"] in ("gn", "gn_ws")
     if not with_groups or flat["group_size"] is not None:
         plain["num_groups"] = None

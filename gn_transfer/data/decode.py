@@ -1,4 +1,4 @@
-"""From a file to RGB pixels. numpy, OpenCV and Pillow only: ``predict`` uses it without torch.
+"""From a file to RGB pixels. numpy, OpenCV, Pillow and simplejpeg: ``predict`` uses it without torch.
 
 What a file holds is read from its first bytes, never from its name: Pets has a GIF and PNGs named ``.jpg``.
 """

@@ -18,6 +18,9 @@ Values: TypeAlias = Mapping[str, Any]
 Tested = Literal["last", "best", "never"]
 Kept = Literal["last", "none"]
 
+FIRST_SELECTION_SEED = 1000
+"""Runs on which choices are made have seeds from here on, unless they are named."""
+
 _BLOCK = ("set", "grid", "where", "cases", "select")
 _TOP = ("title", "base", "samples", "seeds", "test", "keep", "baseline", "notes", "arms", *_BLOCK)
 _SELECT = ("key", "values", "per", "seeds", "extend")
@@ -232,8 +235,13 @@ def _selection(content: Mapping[str, Any], seeds: tuple[int, ...], place: str) -
     if not all(isinstance(value, (int, float)) and value > 0 for value in values) or len(values) < 2:
         raise ConfigError(f"{place}.values={list(values)}: give two or more numbers above 0.")
     wanted = content.get("seeds", 3)
-    if isinstance(wanted, int):  # others than those of the final runs, which they are not to be chosen on
-        wanted = [max(seeds) + 1 + number for number in range(wanted)]
+    if isinstance(wanted, int):  # the same when seeds are added to the final runs
+        wanted = [FIRST_SELECTION_SEED + number for number in range(wanted)]
+    if shared := set(found := _seeds(wanted, f"{place}.seeds")) & set(seeds):
+        raise ConfigError(
+            f"{place}.seeds={list(found)}: final runs have {sorted(shared)} too, and would be chosen on themselves; "
+            "take others, or say only how many."
+        )
     per = content.get("per")
     extend = content.get("extend", 2)
     if not isinstance(extend, int) or extend < 0:
@@ -241,7 +249,7 @@ def _selection(content: Mapping[str, Any], seeds: tuple[int, ...], place: str) -
     return Selection(
         key=str(content.get("key", "model.lr")),
         values=tuple(sorted(float(value) for value in values)),
-        seeds=_seeds(wanted, f"{place}.seeds"),
+        seeds=found,
         per=None if per is None else tuple(str(key) for key in _tuple(per)),
         extend=extend,
     )

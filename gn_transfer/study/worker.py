@@ -105,8 +105,10 @@ def run_cell(bench: Bench, cell: Cell) -> Outcome:
         What became of it; a failure is told, not raised.
     """
     began = time.monotonic()
+    split = "test" if cell.stage == "test" else "val"
     try:
         record = _test(bench, cell) if cell.stage == "test" else _train(bench, cell)
+        accuracy, loss = float(record[f"{split}/acc1"]), float(record[f"{split}/loss"])
     except (KeyboardInterrupt, SystemExit):
         raise
     except ConfigError as error:
@@ -114,14 +116,13 @@ def run_cell(bench: Bench, cell: Cell) -> Outcome:
     except Exception as error:
         traceback.print_exc()
         return Outcome("failed", seconds=time.monotonic() - began, reason=f"{type(error).__name__}: {error}")
-    split = "test" if cell.stage == "test" else "val"
     seconds = time.monotonic() - began
     _tidy()
-    return Outcome("complete", float(record[f"{split}/acc1"]), float(record[f"{split}/loss"]), seconds)
+    return Outcome("complete", accuracy, loss, seconds)
 
 
 def _train(bench: Bench, cell: Cell) -> dict[str, Any]:
-    """Fit a cell; one that cannot go on starts again."""
+    """Fit a cell; one whose checkpoint cannot be read starts again."""
     run = _folder(bench, cell)
     record = _record(run)
     if record.get("status") == "finished":
@@ -130,17 +131,22 @@ def _train(bench: Bench, cell: Cell) -> dict[str, Any]:
     arguments = ["--config", str(bench.study.base), *_defaults(), *cell.arguments()]
     last = run.checkpoints / "last.ckpt"
     _reset_peak_memory()
-    if last.is_file():
-        with suppress(ConfigError):
-            cli.run("fit", [*arguments, "--ckpt_path", str(last)], lambda given: CellCommand(given, bench, cell))
-        record = _record(run)
-    if record.get("status") != "finished":
+    if _is_readable(last):
+        arguments += ["--ckpt_path", str(last)]
+    else:
         for folder in (run.logs, run.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
-        cli.run("fit", arguments, lambda given: CellCommand(given, bench, cell))
-        record = _record(run)
+    cli.run("fit", arguments, lambda given: CellCommand(given, bench, cell))
     _thin_out(bench.study, cell, run)
-    return record
+    return _record(run)
+
+
+def _is_readable(checkpoint: Path) -> bool:
+    try:
+        read_checkpoint(checkpoint)
+    except ConfigError:
+        return False
+    return True
 
 
 def _test(bench: Bench, cell: Cell) -> dict[str, Any]:
@@ -153,7 +159,7 @@ def _test(bench: Bench, cell: Cell) -> dict[str, Any]:
         arguments += [] if root is None else ["--data.root", str(root)]
         cli.run("test", arguments, lambda given: cli.Command(given, log=_quiet_log()))
         record = _record(run)
-    if bench.study.keep == "none":
+    if bench.study.keep == "none" and "test/acc1" in record:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     return record
 

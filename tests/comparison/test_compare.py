@@ -121,6 +121,29 @@ def test_a_baseline_is_matched_in_all_other_settings(tmp_path):
     assert [group.label for group in some.groups] == ["bn", "gn_ws"]
 
 
+def test_each_arm_has_its_contrast_whatever_the_learning_rates_chosen_for_it(tmp_path):
+    for seed in range(2):
+        for arm, norm, lr in (("A", "bn", 0.03), ("A", "gn_ws", 0.01), ("B", "bn", 0.01), ("B", "gn_ws", 0.001)):
+            fabricate(tmp_path, norm, 16, seed, effective_batch_size=16, config={"lr": lr}, arm=arm, stage="final")
+    report = compare([tmp_path])
+    assert [(c.group.label, c.against) for c in report.contrasts] == [
+        ("gn_ws, arm A", "bn"),
+        ("gn_ws, arm B", "bn"),
+    ]
+    fabricate(tmp_path, "gn_ws", 4, 0, effective_batch_size=16, arm="A", stage="final")
+    assert any("set alike: gn_ws, batch 4, arm A." in note for note in compare([tmp_path]).notes)
+
+
+def test_runs_on_which_a_study_chose_do_not_count(tmp_path):
+    for seed in range(2):
+        fabricate(tmp_path, "bn", seed=seed, stage="final")
+        fabricate(tmp_path, "bn", seed=8 + seed, tested=False, stage="select")
+    report = compare([tmp_path])
+    assert (len(report.runs), report.metric) == (2, "test/acc1")
+    assert "2 runs on which a study made its choices are left out." in report.notes
+    assert len(compare(sorted(tmp_path.glob("*seed[89]"))).runs) == 2
+
+
 def test_settings_that_others_determine_are_no_groups_of_their_own(tmp_path):
     for seed in range(2):
         fabricate(tmp_path, "bn", 1, seed, config={"lr": 0.001})

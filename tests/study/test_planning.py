@@ -10,6 +10,7 @@ from gn_transfer.config import ConfigError, builtin_configs
 from gn_transfer.study.cells import combinations
 from gn_transfer.study.definition import Arm, Study, parse_value, read_study
 from gn_transfer.study.planning import Outcome, foresee, plan_cells
+from gn_transfer.sweep import check_values
 
 
 @pytest.fixture
@@ -115,7 +116,9 @@ def scored(study: Study, accuracy: dict[str, float], loss: float = 1.0) -> dict[
 def test_candidates_come_first_on_seeds_of_their_own(study):
     planned = plan_cells(study(SELECT), {})
     assert len(planned.cells) == 2 * 3 * 2
-    assert {cell.overrides["seed_everything"] for cell in planned.cells} == {3, 4}
+    assert {cell.overrides["seed_everything"] for cell in planned.cells} == {1000, 1001}
+    more = plan_cells(study(SELECT.replace("seeds: 3", "seeds: 12")), {})
+    assert [cell.name for cell in more.cells] == [cell.name for cell in planned.cells]
     assert planned.open == 2
     assert planned.to_come == 2 * 3
 
@@ -150,7 +153,7 @@ def test_candidates_grow_at_the_edge_and_then_it_is_said(study):
     outcomes = scored(read, {"gn_ws-lr0.2": 0.9, "bn-lr0.4": 0.9})
     planned = plan_cells(read, outcomes)
     fresh = [cell.name for cell in planned.cells if cell.name not in outcomes and cell.stage == "select"]
-    assert fresh == ["select-bn-lr0.8-seed3", "select-bn-lr0.8-seed4"]
+    assert fresh == ["select-bn-lr0.8-seed1000", "select-bn-lr0.8-seed1001"]
     outcomes |= {name: Outcome("complete", 0.95, 1.0) for name in fresh}
     [bn, gn_ws] = plan_cells(read, outcomes).choices
     assert (bn.value, bn.at_edge, gn_ws.at_edge) == (0.8, True, False)
@@ -160,7 +163,7 @@ def test_candidates_grow_at_the_edge_and_then_it_is_said(study):
 def test_a_candidate_that_fails_is_none(study):
     read = study(SELECT)
     outcomes = scored(read, {"lr0.4": 0.9, "lr0.2": 0.8})
-    failed = {name: Outcome("failed") for name in outcomes if "lr0.4-seed4" in name}
+    failed = {name: Outcome("failed") for name in outcomes if "lr0.4-seed1001" in name}
     planned = plan_cells(read, outcomes | failed)
     assert [(choice.value, choice.at_edge) for choice in planned.choices] == [(0.2, False)] * 2
     nothing = plan_cells(read, {name: Outcome("failed") for name in outcomes})
@@ -212,6 +215,7 @@ def test_foreseeing_a_whole_study(study):
         ("grid: {model.norm: [bn]}\ntest: twice", "test=twice is not allowed"),
         ("select: {values: [1]}", "two or more numbers"),
         ("select: {values: [1, 2], sedes: 3}", "did you mean 'seeds'"),
+        ("seeds: 3\nselect: {values: [1, 2], seeds: [2, 3]}", "final runs have \\[2\\] too"),
         ("grid: [1]", "no mapping"),
     ],
 )
@@ -236,8 +240,10 @@ def test_numbers_without_a_point():
 
 @pytest.mark.parametrize("name", [name for name in builtin_configs() if name.startswith("sweep_")])
 def test_the_studies_that_ship(name):
-    cells = foresee(read_study(builtin_configs()[name])).cells
+    read = read_study(builtin_configs()[name])
+    cells = foresee(read).cells
     assert len(cells) > 5
+    check_values(read, cells)
 
 
 def test_the_headline_has_every_control():
