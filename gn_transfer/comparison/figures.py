@@ -63,6 +63,9 @@ class Picture(NamedTuple):
     caption: str
 
 
+_PLAIN = "no accumulation: batch = effective batch"
+
+
 def draw(report: Report, importances: Sequence[Importance], by_class: ClassDifference | None) -> list[Picture]:
     """Draw every figure that the runs are good for.
 
@@ -142,23 +145,33 @@ def batch_panels(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
         groups: The groups.
 
     Returns:
-        Title and groups of each arm with at least two batch sizes: one without accumulation, one per fixed effective
-        batch. A group whose batch is the effective batch can be in two.
+        Title and groups of each arm with at least two batch sizes. Where the runs name no arms: one without
+        accumulation, one per fixed effective batch, and a group whose batch is the effective batch can be in two.
     """
 
     def sizes(group: Group) -> tuple[Setting, Setting]:
         settings = group.runs[0].settings
         return settings["batch_size"], settings["effective_batch_size"]
 
-    arms: list[tuple[str, Callable[[Group], bool]]] = [
-        ("no accumulation: batch = effective batch", lambda group: sizes(group)[0] == sizes(group)[1])
-    ]
-    arms += [
-        (f"accumulated to an effective batch of {effective}", _has_effective(effective))
-        for effective in sorted({int(sizes(group)[1] or 0) for group in groups})
-    ]
-    panels = [(title, [group for group in groups if belongs(group)]) for title, belongs in arms]
+    effectives = sorted({int(sizes(group)[1] or 0) for group in groups})
+    if names := sorted({str(group.settings["arm"]) for group in groups if group.settings.get("arm") is not None}):
+        panels = []
+        for name in names:
+            some = [group for group in groups if group.settings["arm"] == name]
+            said = [_PLAIN] if all(sizes(group)[0] == sizes(group)[1] for group in some) else []
+            said += [_accumulated(one) for one in effectives if all(sizes(group)[1] == one for group in some)]
+            panels.append((": ".join([f"arm {name}", *said[:1]]), some))
+    else:
+        arms: list[tuple[str, Callable[[Group], bool]]] = [
+            (_PLAIN, lambda group: sizes(group)[0] == sizes(group)[1]),
+            *((_accumulated(effective), _has_effective(effective)) for effective in effectives),
+        ]
+        panels = [(title, [group for group in groups if belongs(group)]) for title, belongs in arms]
     return [(title, some) for title, some in panels if len({sizes(group)[0] for group in some}) > 1]
+
+
+def _accumulated(effective: int) -> str:
+    return f"accumulated to an effective batch of {effective}"
 
 
 def _has_effective(effective: int) -> Callable[[Group], bool]:
@@ -195,7 +208,8 @@ def _batch_figure(panels: Sequence[tuple[str, list[Group]]]) -> Figure:
         axes.set_xlabel("batch size (pictures per forward)")
         axes.set_title(title, loc="left")
     all_axes[0].set_ylabel("error, %")
-    figure.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=2)
+    columns = 2 if max(map(len, handles)) < 40 else 1
+    figure.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=columns)
     return figure
 
 
@@ -322,8 +336,8 @@ def _class_figure(by_class: ClassDifference) -> Figure:
 
 
 def _series(group: Group) -> str:
-    rest = {key: value for key, value in group.settings.items() if key not in ("batch_size", "effective_batch_size")}
-    return label(rest)
+    in_panel = ("batch_size", "effective_batch_size", "arm")
+    return label({key: value for key, value in group.telling.items() if key not in in_panel})
 
 
 def _batch_size(group: Group) -> float:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gn_transfer.comparison.runs import Run, Setting, short_name
 from gn_transfer.config import ConfigError, did_you_mean
 
+_TOLD = frozenset(
+    ("norm", "batch_size", "effective_batch_size", "num_groups", "group_size", "backbone", "data", "arm", "lr")
+)
 _SHORT = {
     "batch_size": "batch",
     "effective_batch_size": "effective batch",
@@ -40,9 +44,19 @@ class Grouping:
             group: Its values of :attr:`keys`.
 
         Returns:
-            Such as ``"gn_ws, batch 1"``; what does not apply is left out.
+            Such as ``"gn_ws, batch 1"``; what does not apply is left out, and of the rarer keys what most groups have.
         """
-        return label(dict(zip(self.keys, group, strict=True)))
+        return label(self.telling(group))
+
+    def telling(self, group: tuple[Setting, ...]) -> dict[str, Setting]:
+        """Give the settings of a group that its label names."""
+        named = dict(zip(self.keys, group, strict=True))
+        return {key: value for key, value in named.items() if key in _TOLD or value != self._usual(key)}
+
+    def _usual(self, key: str) -> Setting:
+        place = self.keys.index(key)
+        value, count = Counter(group[place] for group in self.groups).most_common(1)[0]
+        return value if count > len(self.groups) / 2 else None
 
 
 def label(settings: Mapping[str, Setting]) -> str:
@@ -92,7 +106,7 @@ def group_runs(runs: Sequence[Run]) -> Grouping:
     return Grouping(
         keys,
         dict(sorted(groups.items(), key=lambda item: [_sortable(value) for value in item[0]])),
-        [name for name in differing if name not in keys],
+        [name for name in differing if name not in keys and name != "arm"],  # the name of what differs in an arm
         {name: present[name] for name in names if name in present and name not in differing},
     )
 

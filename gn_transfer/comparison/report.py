@@ -32,6 +32,7 @@ class Group:
 
     Attributes:
         settings: What tells the group apart.
+        telling: Those of them that the label names.
         label: The same in words.
         runs: Its runs.
         by_seed: Accuracy of each seed, as a fraction; runs of the same seed are averaged.
@@ -40,6 +41,7 @@ class Group:
     """
 
     settings: dict[str, Setting]
+    telling: dict[str, Setting]
     label: str
     runs: list[Run]
     by_seed: dict[int, float]
@@ -302,7 +304,7 @@ def _summarize(
     if len(by_seed) > 1 or any(run.folder in predictions for run in runs):
         ends = interval(list(_by_seed(runs, redrawn).values()))
     settings = dict(zip(grouping.keys, key, strict=True))
-    return Group(settings, grouping.label(key), runs, by_seed, *ends)
+    return Group(settings, grouping.telling(key), grouping.label(key), runs, by_seed, *ends)
 
 
 def _contrasts(pairs: Sequence[tuple[Group, Group]], redrawn: Mapping[Path, Array]) -> list[Contrast]:

@@ -312,6 +312,25 @@ def test_the_two_arms_of_a_study_over_batch_sizes(tmp_path):
     ]
 
 
+def test_arms_with_names_have_a_panel_each_and_labels_leave_out_what_is_usual(tmp_path):
+    for batch_size in (1, 8):
+        for case in ({}, {"reestimate_bn": 256}):
+            settings = {"bn_evaluation": "running", "reestimate_bn": 0, "lr": 0.03, **case}
+            fabricate(tmp_path, "bn", batch_size, 0, effective_batch_size=8, config=settings, arm="A")
+        settings = {"bn_evaluation": "running", "reestimate_bn": 0, "lr": 0.01}
+        fabricate(tmp_path, "bn", batch_size, 0, effective_batch_size=batch_size, config=settings, arm="B")
+    groups = compare([tmp_path]).groups
+    assert [(title, len(some)) for title, some in batch_panels(groups)] == [
+        ("arm A: accumulated to an effective batch of 8", 4),
+        ("arm B: no accumulation: batch = effective batch", 2),
+    ]
+    assert [group.label for group in groups if group.settings["batch_size"] == 8] == [
+        "batch 8, effective batch 8, arm A",
+        "batch 8, effective batch 8, arm A, reestimate_bn 256",
+        "batch 8, effective batch 8, arm B",
+    ]
+
+
 def test_importance_of_what_matters_and_of_what_applies_to_some_runs_only(tmp_path):
     for seed in range(4):
         for batch_size in (1, 2, 4):
