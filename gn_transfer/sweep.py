@@ -304,7 +304,9 @@ def check_values(study: Study, cells: Sequence[Cell]) -> None:
     """
     seen: set[tuple[str, ...]] = set()
     for cell in cells:
-        pairs = {(key, str(value)) for key, value in cell.identity().items() if key != "seed_everything"}
+        pairs: set[tuple[str, ...]] = {
+            (key, str(value)) for key, value in cell.identity().items() if key != "seed_everything"
+        }
         pairs |= {(cell.arm, cell.case), tuple(str(cell.overrides.get(key)) for key in _WEIGHTS_FOLLOW)}
         if pairs <= seen:
             continue
