@@ -254,8 +254,9 @@ seeds: 4
         command.wait()
         time.sleep(0.3)
     assert subprocess.run(words, capture_output=True).returncode == 0
-    storage = url.replace("postgresql:", "postgresql+psycopg:")
+    storage = optuna.storages.RDBStorage(url.replace("postgresql:", "postgresql+psycopg:"))
     trials = optuna.load_study(storage=storage, study_name="sweep_killed").trials
+    storage.engine.dispose()
     assert Counter(trial.state.name for trial in trials) == {"COMPLETE": 24}
     assert len({trial.user_attrs["cell"] for trial in trials}) == 24
     records = [json.loads(path.read_text()) for path in Path("runs/sweep_killed").glob("*/metrics.json")]
