@@ -137,8 +137,11 @@ def _train(bench: Bench, cell: Cell) -> dict[str, Any]:
         for folder in (run.logs, run.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
     cli.run("fit", arguments, lambda given: CellCommand(given, bench, cell))
+    record = _record(run)
+    if record.get("status") != "finished":
+        raise ConfigError(f"the run did not come to its end; {run.logs / 'run.log'} says more.")
     _thin_out(bench.study, cell, run)
-    return _record(run)
+    return record
 
 
 def _is_readable(checkpoint: Path) -> bool:
