@@ -3,7 +3,7 @@
     python benchmarks/compare.py --json
 
 The runs are those of the tests (tests/comparison/fabricate.py): 4 norms x 5 batch sizes x 10 seeds, each with 498
-validation and 498 test pictures. Each round is a process of its own; the first, with cold caches, is not counted.
+validation and 498 test images. Each round is a process of its own; the first, with cold caches, is not counted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
             for norm in ("bn", "bn_frozen", "gn", "gn_ws"):
                 for batch_size in (1, 2, 4, 8, 16):
                     accuracy = 0.5 + 0.01 * seed + 0.02 * len(norm)
-                    fabricate(runs, norm, batch_size, seed, accuracy, effective_batch_size=16, pictures=498)
+                    fabricate(runs, norm, batch_size, seed, accuracy, effective_batch_size=16, images=498)
         command = [sys.executable, "-m", "gn_transfer", "compare", str(runs), "--output", str(Path(folder) / "report")]
         rounds = [measure(command) for _ in range(options.rounds + 1)][1:]
     seconds, peaks = zip(*rounds, strict=True)

@@ -1,12 +1,13 @@
-"""What is left of a batch-norm net after its norms were exchanged: at once, under a linear probe, and fine-tuned.
+"""What is left of a batch-norm net after its norms were replaced: at once, under a linear probe, and fine-tuned.
 
 Measures, for one backbone with BN weights trained on Tiny-ImageNet:
 
-- `source`: top-1 on Tiny-ImageNet's validation pictures right after the exchange, with the net's own head, no training:
+- `source`: top-1 on Tiny-ImageNet's validation images right after the replacement, with the net's own head, no
+training:
   the BN original, the naive copy of its affine into group norms, the calibrated conversion for several numbers of
-  groups and of pictures, and the real GN+WS net where one is given. `recovered` is the share of the way from the naive
+  groups and of images, and the real GN+WS net where one is given. `recovered` is the share of the way from the naive
   copy to the BN original.
-- `probe`: five-fold accuracy of a logistic regression on the pooled features of the 500 trainval pictures of pets5.
+- `probe`: five-fold accuracy of a logistic regression on the pooled features of the 500 trainval images of pets5.
 - `finetune`: test accuracy on pets5 after `gn-transfer fit` at batch size 1, the same recipe and number of samples for
   every arm, mean over seeds; `last.ckpt` is tested, nothing is chosen by it.
 
@@ -35,20 +36,20 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from gn_transfer.__main__ import main as gn_transfer
+from gn_transfer.backbones.weights import Weights, file_weights, read_weights
 from gn_transfer.data import Pets, TinyImageNet
-from gn_transfer.layers import Exchange, StdConv2d, convert_norm
+from gn_transfer.layers import Replacement, StdConv2d, convert_norm
 from gn_transfer.layers.calibrate import BatchNormFunction, calibrate
-from gn_transfer.loggers import environment
-from gn_transfer.weights import Weights, file_weights, read_weights
+from gn_transfer.training.environment import environment
 
 
 class Source:
-    """Pictures of Tiny-ImageNet, normalized for a net."""
+    """Images of Tiny-ImageNet, normalized for a net."""
 
     def __init__(self, root: Path, limit: int, counts: list[int]) -> None:
         data = TinyImageNet(root, num_workers=0, batch_size=250)
         data.setup("fit")
-        self.training = data.training_pictures(max(counts))
+        self.training = data.training_images(max(counts))
         step = max(1, len(data.val_dataset) // limit)
         pairs = [data.val_dataset[index] for index in range(0, len(data.val_dataset), step)]
         self.images = torch.stack([image for image, _ in pairs])
@@ -56,7 +57,7 @@ class Source:
 
     @torch.no_grad()
     def accuracy(self, net: nn.Module, weights: Weights) -> float:
-        """Top-1 on the validation pictures."""
+        """Top-1 on the validation images."""
         net.eval()
         logits = torch.cat([net(normalized(part, weights)) for part in self.images.split(250)])
         return float((logits.argmax(1) == self.targets).float().mean())
@@ -116,7 +117,7 @@ def to_gn_ws(net: nn.Module, head: str, groups: int, batches: list[Tensor]) -> n
 
 
 def pets_features(net: nn.Module, weights: Weights, root: Path) -> tuple[Tensor, Tensor]:
-    """Pooled features and targets of pets5's trainval pictures."""
+    """Pooled features and targets of pets5's trainval images."""
     data = Pets(root, img_size=64, num_workers=0)
     data.setup("fit")
     pairs = [pair for split in (data.train_dataset, data.val_dataset) for pair in (split_plain(split, data))]
@@ -133,7 +134,7 @@ def pets_features(net: nn.Module, weights: Weights, root: Path) -> tuple[Tensor,
 
 def split_plain(split: Any, data: Pets) -> list[tuple[Tensor, int]]:
     """Read a split without augmentation."""
-    plain = type(split)(split.root, split.pictures, data.img_size)
+    plain = type(split)(split.root, split.images, data.img_size)
     return [plain[index] for index in range(len(plain))]
 
 
@@ -155,7 +156,7 @@ def finetune(arm: dict[str, str], options: argparse.Namespace, seed: int) -> flo
         "data.num_workers": "0",
         "seed_everything": str(seed),
         "model.backbone": options.backbone,
-        "model.lr": str(options.lr),
+        "optimizer.lr": str(options.lr),
         "accumulation.effective_batch_size": "8",
         "trainer.max_epochs": str(options.epochs),
         **arm,
@@ -163,8 +164,8 @@ def finetune(arm: dict[str, str], options: argparse.Namespace, seed: int) -> flo
     words = [word for key, value in arguments.items() for word in (f"--{key}", value)]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         with contextlib.redirect_stdout(io.StringIO()):
-            for verb in (["fit", *words], ["test", "--ckpt_path", "last"]):
-                if code := gn_transfer(verb):
+            for command in (["fit", *words], ["test", "--ckpt_path", "last"]):
+                if code := gn_transfer(command):
                     raise SystemExit(code)
         [path] = Path("runs").glob("*/*/metrics.json")
         return float(json.loads(path.read_text())["test/acc1"])
@@ -172,11 +173,11 @@ def finetune(arm: dict[str, str], options: argparse.Namespace, seed: int) -> flo
 
 def source_and_probe(options: argparse.Namespace) -> dict[str, Any]:
     """Convert in every way and measure without training."""
-    pictures = Source(options.tiny_imagenet, options.limit, options.pictures)
+    images = Source(options.tiny_imagenet, options.limit, options.images)
     result: dict[str, Any] = {}
 
     def measure(name: str, net: nn.Module, weights: Weights, **more: Any) -> None:
-        result[name] = {"source_acc1": pictures.accuracy(net, weights), **more}
+        result[name] = {"source_acc1": images.accuracy(net, weights), **more}
         if options.pets is not None:
             result[name]["probe_acc1"] = probe(net, weights, options.pets)
         print(name, result[name]["source_acc1"], result[name].get("probe_acc1"), flush=True)
@@ -187,19 +188,19 @@ def source_and_probe(options: argparse.Namespace) -> dict[str, Any]:
     for groups in options.groups:
         net, _ = load(options.bn, options.backbone, "bn")
         measure(f"gn {groups} naive copy", convert_norm(net, "gn", num_groups=groups, skip=[head]), weights)
-        for count in options.pictures if groups == options.groups[0] else options.pictures[:1]:
+        for count in options.images if groups == options.groups[0] else options.images[:1]:
             net, _ = load(options.bn, options.backbone, "bn")
-            batches = normalized(pictures.training[:count], weights).split(64)
-            report: list[Exchange] = []
+            batches = normalized(images.training[:count], weights).split(64)
+            report: list[Replacement] = []
             convert_norm(net, "gn", num_groups=groups, skip=[head], calibration=batches, report=report)
-            shares = {found.name: found.explained for found in report if found.explained is not None}
-            name = f"gn {groups} calibrated" + ("" if count == options.pictures[0] else f" on {count}")
-            measure(name, net, weights, pictures=count, explained=shares)
+            shares = {found.name: found.r2 for found in report if found.r2 is not None}
+            name = f"gn {groups} calibrated" + ("" if count == options.images[0] else f" on {count}")
+            measure(name, net, weights, images=count, r2=shares)
     net, _ = load(options.bn, options.backbone, "bn")
     measure("gn_ws 32 naive copy", convert_norm(net, "gn_ws", skip=[head]), weights)
     for groups in (32, options.groups[0]):
         net, _ = load(options.bn, options.backbone, "bn")
-        batches = list(normalized(pictures.training[: options.pictures[0]], weights).split(64))
+        batches = list(normalized(images.training[: options.images[0]], weights).split(64))
         measure(f"gn_ws {groups} calibrated (experiment)", to_gn_ws(net, head, groups, batches), weights)
     if options.gn_ws is not None:
         measure("gn_ws trained as such", *load(options.gn_ws, options.backbone, "gn_ws"))
@@ -244,9 +245,9 @@ def main() -> None:
     parser.add_argument("--backbone", default="resnetv2_18")
     parser.add_argument("--tiny_imagenet", type=Path, help="folder of Tiny-ImageNet; without it no source accuracy")
     parser.add_argument("--pets", type=Path, help="folder of pets5; without it neither probe nor fine-tuning")
-    parser.add_argument("--limit", type=int, default=10_000, help="validation pictures of Tiny-ImageNet")
+    parser.add_argument("--limit", type=int, default=10_000, help="validation images of Tiny-ImageNet")
     parser.add_argument("--groups", type=int, nargs="+", default=[4, 1, 2, 8, 16, 32])
-    parser.add_argument("--pictures", type=int, nargs="+", default=[256, 64, 128, 512, 1024])
+    parser.add_argument("--images", type=int, nargs="+", default=[256, 64, 128, 512, 1024])
     parser.add_argument("--seeds", type=int, default=0, help="fine-tuning runs per arm; 0 leaves them out")
     parser.add_argument("--first_seed", type=int, default=0, help="seeds are this one and those after it")
     parser.add_argument("--epochs", type=int, default=5)
@@ -255,7 +256,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here as well")
     options = parser.parse_args()
     result: dict[str, Any] = {
-        "what": "accuracy after exchanging the norms of a BN net",
+        "what": "accuracy after replacing the norms of a BN net",
         "weights": options.bn.name,
         **{key: getattr(options, key) for key in ("backbone", "limit", "seeds", "first_seed", "epochs", "lr")},
     }

@@ -1,4 +1,4 @@
-"""Pictures per second of the data path, per core: ours, cold and cached, against timm, fastai and torchvision v2.
+"""Images per second of the data path, per core: ours, cold and cached, against timm, fastai and torchvision v2.
 
 All sides read the same files (60 originals of Oxford-IIIT Pet, repeated), draw a random resized crop of 35-100 % of
 the area, aspect 3/4-4/3, resize it to 224 px bilinearly, flip half of them, and hand out batches of uint8
@@ -28,7 +28,7 @@ import cv2
 import torch
 
 from gn_transfer.data import Folder
-from gn_transfer.loggers import environment
+from gn_transfer.training.environment import environment
 
 SIDE = 224
 SCALE, RATIO = (0.35, 1.0), (3 / 4, 4 / 3)
@@ -45,7 +45,7 @@ def copies(originals: Path, root: Path, repeat: int) -> list[Path]:
 
 
 def ours(root: Path, batch_size: int, workers: int, cache: str, cache_dir: Path) -> Callable[[], Iterable[Any]]:
-    """Our loader on all pictures but two per class."""
+    """Our loader on all images but two per class."""
     data = Folder(
         root,
         val_fraction=0.01,
@@ -149,7 +149,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        root, cache = Path(folder) / "pictures", Path(folder) / "cache"
+        root, cache = Path(folder) / "images", Path(folder) / "cache"
         copies(options.root, root, options.repeat)
         for workers in options.workers:
             for batch_size in options.batch_sizes:

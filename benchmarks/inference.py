@@ -32,11 +32,11 @@ import timm
 import torch
 from timm.layers import GroupNormAct, StdConv2d
 
-from gn_transfer.backbones import rebuild
-from gn_transfer.bundle import open_graph
+from gn_transfer.backbones.create import rebuild
 from gn_transfer.config import Norm
-from gn_transfer.inference_graph import InferenceNet, write_onnx
-from gn_transfer.loggers import environment
+from gn_transfer.inference.bundle import open_graph
+from gn_transfer.inference.graph import InferenceModel, write_onnx
+from gn_transfer.training.environment import environment
 
 CLASSES = 37
 
@@ -49,7 +49,7 @@ def write_bundle_graph(backbone: str, norm: Norm, head: str, img_size: int, path
         if isinstance(layer, torch.nn.BatchNorm2d | torch.nn.GroupNorm):  # nothing that could be folded away as one
             torch.nn.init.uniform_(layer.weight, 0.2, 0.5)
             torch.nn.init.uniform_(layer.bias, -0.1, 0.1)
-    write_onnx(InferenceNet(net, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), img_size, path)
+    write_onnx(InferenceModel(net, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), img_size, path)
     return path
 
 

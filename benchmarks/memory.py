@@ -1,7 +1,7 @@
 """Peak memory of training by backbone, norm, batch size, resolution and gradient checkpointing.
 
-Each cell runs a window of two micro-batches and an SGD step, twice, in a process of its own, and reports the peak
-resident memory of that process less what it held once torch and the package were imported.
+Each configuration runs an accumulation step of two micro-batches and an SGD step, twice, in a process of its own, and
+reports the peak resident memory of that process less what it held once torch and the package were imported.
 
     python benchmarks/memory.py --json
 """
@@ -19,34 +19,36 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gn_transfer.callbacks import peak_memory_mib
-from gn_transfer.classifier import TransferClassifier
-from gn_transfer.layers import OncePerWindow
-from gn_transfer.loggers import environment
-from gn_transfer.optim import create_optimizer, parameter_groups
+from gn_transfer.backbones.model_config import ModelConfig
+from gn_transfer.layers import AccumulationEngine
+from gn_transfer.training.classification import TransferClassifier
+from gn_transfer.training.environment import environment
+from gn_transfer.training.optimizer import create_optimizer, parameter_groups
+from gn_transfer.training.progress import peak_memory_mib
 
 
-def cell(cell: dict[str, Any]) -> dict[str, float]:
-    """Train two windows of two micro-batches; memory in MiB."""
+def measure(settings: dict[str, Any]) -> dict[str, float]:
+    """Train two steps of two micro-batches; memory in MiB."""
     cpu = torch.device("cpu")
     before = peak_memory_mib(cpu)
-    model = TransferClassifier(
-        backbone=cell["backbone"], norm=cell["norm"], gradient_checkpointing=cell["checkpointing"]
-    )
-    model.build([f"class{index}" for index in range(37)])
-    assert model.net is not None
-    memory_format = model.memory_format("cpu", cell["batch"])
-    net = model.net.to(memory_format=memory_format).train()
-    engine = OncePerWindow(net)
+    config = ModelConfig(settings["backbone"], settings["norm"], gradient_checkpointing=settings["checkpointing"])
+    task = TransferClassifier(config)
+    task.build([f"class{index}" for index in range(37)])
+    assert task.model is not None
+    memory_format = task.memory_format("cpu", settings["batch"])
+    model = task.model.to(memory_format=memory_format).train()
+    engine = AccumulationEngine(model)
     optimizer = create_optimizer(
-        "sgd", parameter_groups(net.named_parameters(), lr=1e-4, head=model.head), momentum=0.9
+        "sgd", parameter_groups(model.named_parameters(), lr=1e-4, head=task.head), momentum=0.9
     )
-    pixels = torch.randn(cell["batch"], 3, cell["img_size"], cell["img_size"]).contiguous(memory_format=memory_format)
-    targets = torch.arange(cell["batch"]) % 37
+    pixels = torch.randn(settings["batch"], 3, settings["img_size"], settings["img_size"]).contiguous(
+        memory_format=memory_format
+    )
+    targets = torch.arange(settings["batch"]) % 37
     for index in range(4):
         engine.micro_batch(first=index % 2 == 0, last=index % 2 == 1)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cell["precision"] == "bf16"):
-            loss = F.cross_entropy(net(pixels).float(), targets)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings["precision"] == "bf16"):
+            loss = F.cross_entropy(model(pixels).float(), targets)
         loss.backward()
         if index % 2:
             optimizer.step()
@@ -64,10 +66,10 @@ def main() -> None:
     parser.add_argument("--img_size", nargs="+", type=int, default=[224])
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--settings", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.cell:
-        print(json.dumps(cell(json.loads(options.cell))))
+    if options.settings:
+        print(json.dumps(measure(json.loads(options.settings))))
         return
     rows = []
     for backbone, norm, batch, img_size, checkpointing in itertools.product(
@@ -82,7 +84,7 @@ def main() -> None:
             "checkpointing": checkpointing,
         }
         done = subprocess.run(
-            [sys.executable, __file__, "--cell", json.dumps(wanted)], check=True, capture_output=True, text=True
+            [sys.executable, __file__, "--settings", json.dumps(wanted)], check=True, capture_output=True, text=True
         )
         rows.append({**wanted, **json.loads(done.stdout.strip().splitlines()[-1])})
         if not options.json:

@@ -1,8 +1,8 @@
-"""Images per second and peak memory of a training step: ours against plain torch loops with timm's nets.
+"""Images per second and peak memory of a training step: ours against plain torch loops with timm's models.
 
-A step is a window of accumulated micro-batches and one fused SGD update. The arms take turns in one process (A B A B),
-each in its faster memory layout, which is found first; the second window of a turn is timed. Medians over the rounds,
-and ratios within a round. The floor is the time that the convolutions of the net take alone, forward and backward, on
+A step is some accumulated micro-batches and one fused SGD update. The arms take turns in one process (A B A B),
+each in its faster memory layout, which is found first; the second step of a turn is timed. Medians over the rounds,
+and ratios within a round. The floor is the time that the convolutions of the model take alone, forward and backward, on
 the shapes of the step. Peak memory is what a process that runs one arm alone takes beyond its imports.
 
     python benchmarks/train_step.py --backbone resnetv2_50 --batch 1 --accumulate 16 --precision bf16 --json
@@ -27,10 +27,10 @@ from timm.layers import GroupNormAct
 from timm.layers import StdConv2d as TimmStdConv2d
 from torch import Tensor, nn
 
-from gn_transfer.backbones import create_backbone
-from gn_transfer.callbacks import peak_memory_mib
-from gn_transfer.layers import OncePerWindow, preferred_memory_format
-from gn_transfer.loggers import environment
+from gn_transfer.backbones.create import create_backbone
+from gn_transfer.layers import AccumulationEngine, preferred_memory_format
+from gn_transfer.training.environment import environment
+from gn_transfer.training.progress import peak_memory_mib
 
 ARMS = ("ours gn_ws", "ours gn", "ours bn", "timm gn_ws", "timm bn")
 COMPILED = "ours gn_ws compiled"
@@ -39,11 +39,11 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
 def build(arm: str, backbone: str) -> nn.Module:
-    """Build an arm's net, from scratch."""
+    """Build an arm's model, from scratch."""
     torch.manual_seed(0)
     side, norm = arm.split()[:2]
     if side == "ours":
-        return create_backbone(backbone, norm=norm, num_classes=CLASSES).net
+        return create_backbone(backbone, norm=norm, num_classes=CLASSES).model
     if norm == "bn":
         return timm.create_model(backbone, num_classes=CLASSES)
     return timm.create_model(
@@ -55,29 +55,29 @@ def build(arm: str, backbone: str) -> nn.Module:
 
 
 class Arm:
-    """A net with its optimizer and a batch, ready to run windows."""
+    """A model with its optimizer and a batch, ready to run steps."""
 
     def __init__(self, arm: str, layout: str, options: argparse.Namespace) -> None:
         self.options = options
-        self.net = build(arm, options.backbone).train().to(memory_format=LAYOUTS[layout])
-        self.engine = OncePerWindow(self.net, compiled=arm == COMPILED) if arm.startswith("ours") else None
+        self.model = build(arm, options.backbone).train().to(memory_format=LAYOUTS[layout])
+        self.engine = AccumulationEngine(self.model, compiled=arm == COMPILED) if arm.startswith("ours") else None
         if arm == COMPILED:
-            self.net.compile()
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-4, momentum=0.9, fused=True)
+            self.model.compile()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9, fused=True)
         size = options.img_size
         images = torch.randn(options.batch, 3, size, size)
         self.images = images.contiguous(memory_format=LAYOUTS[layout])
         self.targets = torch.arange(options.batch) % CLASSES
 
-    def window(self) -> float:
-        """Run one window; images per second."""
+    def step(self) -> float:
+        """Run one accumulation step; images per second."""
         count = self.options.accumulate
         began = time.perf_counter()
         for index in range(count):
             with autocast(self.options):
                 if self.engine is not None:
                     self.engine.micro_batch(first=index == 0, last=index == count - 1)
-                loss = F.cross_entropy(self.net(self.images).float(), self.targets) / count
+                loss = F.cross_entropy(self.model(self.images).float(), self.targets) / count
             loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -97,26 +97,26 @@ def best_layout(arm: str, options: argparse.Namespace) -> str:
     speeds = {}
     for layout in LAYOUTS:
         trial = Arm(arm, layout, options)
-        trial.window()
-        speeds[layout] = max(trial.window() for _ in range(2))
+        trial.step()
+        speeds[layout] = max(trial.step() for _ in range(2))
     return max(speeds, key=lambda layout: speeds[layout])
 
 
 def floor_seconds(options: argparse.Namespace) -> float:
-    """Time the net's convolutions alone, forward and backward of a micro-batch, weights cast beforehand."""
-    net = timm.create_model(options.backbone, num_classes=CLASSES)
+    """Time the model's convolutions alone, forward and backward of a micro-batch, weights cast beforehand."""
+    model = timm.create_model(options.backbone, num_classes=CLASSES)
     calls: list[tuple[nn.Conv2d, Tensor]] = []
 
     def note(module: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
         assert isinstance(module, nn.Conv2d)
         calls.append((module, inputs[0]))
 
-    for module in net.modules():
+    for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(note)
     size = options.img_size
     with torch.no_grad():
-        net.train()(torch.randn(max(2, options.batch), 3, size, size))
+        model.train()(torch.randn(max(2, options.batch), 3, size, size))
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     work = []
     for index, (module, example) in enumerate(calls):
@@ -147,12 +147,12 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
     layouts = {arm: best_layout(arm, options) for arm in options.arms}
     arms = {arm: Arm(arm, layouts[arm], options) for arm in options.arms}
     for arm in arms.values():
-        arm.window()
+        arm.step()
     speeds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(options.rounds):
         for name, arm in arms.items():
-            arm.window()  # the arm before has left its data in caches and heap
-            speeds[name].append(arm.window())
+            arm.step()  # the arm before has left its data in caches and heap
+            speeds[name].append(arm.step())
     floor = options.batch / floor_seconds(options)
     rows = []
     for name, values in speeds.items():
@@ -198,7 +198,7 @@ def main() -> None:
         before = peak_memory_mib(torch.device("cpu"))
         arm = Arm(options.alone, options.layout, options)
         for _ in range(3):  # the second is the first with the optimizer's momentum
-            arm.window()
+            arm.step()
         print(peak_memory_mib(torch.device("cpu")) - before)
         return
     result = measure(options, [word for word in sys.argv[1:] if word != "--json"])

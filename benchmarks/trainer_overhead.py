@@ -1,8 +1,8 @@
 """What `gn-transfer fit` costs beside a bare loop on the same work, in images per second.
 
-Both sides train the same net on the same pictures in the same order with the same engine, optimizer and window; the
-bare loop has no Trainer, no callback, no logger. They take turns in one process (A B A B), `fit` is timed without its
-first window and without validation, the bare loop likewise.
+Both sides train the same model on the same images in the same order with the same engine, optimizer and accumulation;
+the bare loop has no Trainer, no callback, no logger. They take turns in one process (A B A B), `fit` is timed without
+its first step and without validation, the bare loop likewise.
 
     python benchmarks/trainer_overhead.py --json
 """
@@ -23,41 +23,42 @@ import torch
 import torch.nn.functional as F
 
 from gn_transfer.__main__ import main as gn_transfer
-from gn_transfer.classifier import TransferClassifier
+from gn_transfer.backbones.model_config import ModelConfig
 from gn_transfer.data import Sample
-from gn_transfer.layers import OncePerWindow
-from gn_transfer.loggers import environment
-from gn_transfer.optim import create_optimizer, parameter_groups
+from gn_transfer.layers import AccumulationEngine
+from gn_transfer.training.classification import TransferClassifier
+from gn_transfer.training.environment import environment
+from gn_transfer.training.optimizer import create_optimizer, parameter_groups
 
 
 def bare_loop(options: argparse.Namespace, root: Path) -> float:
-    """Train by hand; images per second after the first window."""
+    """Train by hand; images per second after the first optimizer step."""
     data = Sample(root, img_size=options.img_size, batch_size=1)
     data.prepare_data()
     data.setup("fit")
-    model = TransferClassifier(backbone=options.backbone, norm=options.norm)
-    model.build(data.classes)
-    assert model.net is not None
-    memory_format = model.memory_format("cpu", 1)
-    net = model.net.to(memory_format=memory_format).train()
-    engine = OncePerWindow(net)
+    task = TransferClassifier(ModelConfig(options.backbone, options.norm))
+    task.build(data.classes)
+    assert task.model is not None
+    memory_format = task.memory_format("cpu", 1)
+    model = task.model.to(memory_format=memory_format).train()
+    engine = AccumulationEngine(model)
     optimizer = create_optimizer(
-        "sgd", parameter_groups(net.named_parameters(), lr=0.001, head=model.head), momentum=0.9
+        "sgd", parameter_groups(model.named_parameters(), lr=0.001, head=task.head), momentum=0.9
     )
     start, seen = 0.0, 0
     for index, (images, targets) in zip(range(options.images), data.train_dataloader(), strict=False):
-        engine.micro_batch(first=index % options.window == 0, last=(index + 1) % options.window == 0)
+        engine.micro_batch(first=index % options.accumulate == 0, last=(index + 1) % options.accumulate == 0)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.precision == "bf16"):
-            pixels = ((images.float() - model.mean) / model.std).contiguous(memory_format=memory_format)
-            loss = F.cross_entropy(net(pixels).float(), targets) / options.window
+            pixels = task.normalize(images).contiguous(memory_format=memory_format)
+            loss = F.cross_entropy(model(pixels).float(), targets) / options.accumulate
         loss.backward()
-        if (index + 1) % options.window == 0:
+        if (index + 1) % options.accumulate == 0:
             optimizer.step()
             optimizer.zero_grad()
-            if index + 1 == options.window:
+            if index + 1 == options.accumulate:
                 start = time.perf_counter()
             elif start:
-                seen = index + 1 - options.window
+                seen = index + 1 - options.accumulate
     return seen / (time.perf_counter() - start)
 
 
@@ -69,8 +70,8 @@ def our_fit(options: argparse.Namespace, root: Path) -> float:
         "data.img_size": str(options.img_size),
         "model.backbone": options.backbone,
         "model.norm": options.norm,
-        "model.lr": "0.001",
-        "accumulation.effective_batch_size": str(options.window),
+        "optimizer.lr": "0.001",
+        "accumulation.effective_batch_size": str(options.accumulate),
         "mixed_precision.mode": options.precision,
         "trainer.max_epochs": "1",
         "trainer.limit_train_batches": str(options.images),
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--norm", default="gn_ws")
     parser.add_argument("--img_size", type=int, default=224)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
-    parser.add_argument("--window", type=int, default=16)
+    parser.add_argument("--accumulate", type=int, default=16)
     parser.add_argument("--images", type=int, default=112)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")

@@ -1,8 +1,8 @@
 """Turn a checkpoint of `gn-transfer fit` into a released backbone: float16 weights and a model card in this folder.
 
-    python checkpoints/release.py checkpoints/pretrain_tinyimagenet_bn/bn-bs128-seed0/best.ckpt --data_root DATA
+    python checkpoints/release.py checkpoints/pretrain_tinyimagenet/bn-bs128-seed0/best.ckpt --data_root DATA
 
-The accuracy on the card is measured here, on the validation pictures of the run's own data, with the float16 weights.
+The accuracy on the card is measured here, on the validation images of the run's own data, with the float16 weights.
 Commit the two files; `pretrained: auto` finds them by their name.
 """
 
@@ -16,24 +16,24 @@ from pathlib import Path
 import torch
 
 from gn_transfer import data as data_modules
-from gn_transfer.backbones import rebuild
-from gn_transfer.callbacks import read_checkpoint
+from gn_transfer.backbones.create import rebuild
+from gn_transfer.backbones.released import Card, round_to_half, write_released
 from gn_transfer.config import ConfigError
-from gn_transfer.data import PictureData
-from gn_transfer.loggers import run_of_checkpoint
-from gn_transfer.released import Card, round_to_half, write_released
+from gn_transfer.data import ImageDataModule
+from gn_transfer.training.checkpoint import read_checkpoint
+from gn_transfer.training.run_folder import run_of_checkpoint
 
 PREPROCESSING = (
     "centre square of 87.5 % of the short side, resized to img_size (area averaging down, bilinear up); then "
     "(pixel / 255 - mean) / std"
 )
 TERMS = (
-    "Weights: Apache-2.0, trained by gn_transfer. They were trained on {data}, whose pictures come with terms of their "
+    "Weights: Apache-2.0, trained by gn_transfer. They were trained on {data}, whose images come with terms of their "
     "own (for Tiny-ImageNet those of ImageNet: non-commercial research and education)."
 )
 
 
-def release(checkpoint: Path, data: PictureData, folder: Path, terms: str, history: str = "") -> Path:
+def release(checkpoint: Path, data: ImageDataModule, folder: Path, terms: str, history: str = "") -> Path:
     """Write weights and card.
 
     Args:
@@ -57,9 +57,9 @@ def release(checkpoint: Path, data: PictureData, folder: Path, terms: str, histo
     metrics = json.loads((run.logs / "metrics.json").read_text(encoding="utf-8"))
     data.setup("validate")
     if data.classes != ours["classes"]:
-        raise ConfigError(f"{checkpoint} knows other classes than the pictures of {data.root}.")
+        raise ConfigError(f"{checkpoint} knows other classes than the images of {data.root}.")
     built = ours["architecture"]
-    net = rebuild(
+    model = rebuild(
         built["architecture"],
         norm=built["norm"],
         num_classes=len(ours["classes"]),
@@ -67,9 +67,9 @@ def release(checkpoint: Path, data: PictureData, folder: Path, terms: str, histo
         num_groups=built["num_groups"],
         group_size=built["group_size"],
     )
-    weights = {key.removeprefix("net."): v for key, v in content["state_dict"].items() if key.startswith("net.")}
-    net.load_state_dict(weights)
-    round_to_half(net)
+    weights = {key.removeprefix("model."): v for key, v in content["state_dict"].items() if key.startswith("model.")}
+    model.load_state_dict(weights)
+    round_to_half(model)
     dataset = type(data).__name__.lower()
     card = Card(
         name=f"{built['backbone']}.{built['norm']}.{dataset}",
@@ -80,7 +80,7 @@ def release(checkpoint: Path, data: PictureData, folder: Path, terms: str, histo
         dataset=dataset,
         classes=ours["classes"],
         samples_seen=metrics["samples_seen"],
-        val_acc1=accuracy(net, data, built["mean"], built["std"]),
+        val_acc1=accuracy(model, data, built["mean"], built["std"]),
         mean=built["mean"],
         std=built["std"],
         img_size=data.img_size,
@@ -91,27 +91,27 @@ def release(checkpoint: Path, data: PictureData, folder: Path, terms: str, histo
         environment={key: metrics[key] for key in ("versions", "git_commit", "device", "wall_time_s")},
         history=history,
     )
-    return write_released(net.state_dict(), card, folder)
+    return write_released(model.state_dict(), card, folder)
 
 
 @torch.no_grad()
-def accuracy(net: torch.nn.Module, data: PictureData, mean: list[float], std: list[float]) -> float:
+def accuracy(model: torch.nn.Module, data: ImageDataModule, mean: list[float], std: list[float]) -> float:
     """Validation top-1, in [0, 1]."""
-    net.eval()
+    model.eval()
     center, scale = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
     right = total = 0
     for images, targets in data.val_dataloader():
-        right += int((net((images.float() / 255 - center) / scale).argmax(1) == targets).sum())
+        right += int((model((images.float() / 255 - center) / scale).argmax(1) == targets).sum())
         total += len(targets)
     return right / total
 
 
 def without_paths(config: dict[str, object]) -> dict[str, object]:
-    """Drop what belongs to the machine that trained: where its pictures lay, workers, loggers."""
+    """Drop what belongs to the machine that trained: where its images lay, workers, loggers."""
     data = config["data"]
     assert isinstance(data, dict)
     kept = {key: value for key, value in data["init_args"].items() if key not in ("root", "num_workers")}
-    sections = ("seed_everything", "model", "accumulation", "mixed_precision", "ema")
+    sections = ("seed_everything", "model", "optimizer", "regularization", "batch_norm", "freezing", "accumulation")
     epochs = config["trainer"]["max_epochs"]  # type: ignore[index]
     return {
         **{key: config[key] for key in sections if key in config},

@@ -1,19 +1,69 @@
-"""Fine-tune a ResNet on your own pictures at batch size 1-4: GN+WS against BN by one switch."""
+"""Fine-tune a timm model on your own images at batch size 1-4: GroupNorm + Weight Standardization against BatchNorm."""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gn_transfer.bundle import Bundle, Prediction, load_bundle
+    from gn_transfer.backbones.model_config import ModelConfig
+    from gn_transfer.data import Digits, Folder, ImageDataModule, Pets, Sample, TinyImageNet
+    from gn_transfer.inference.bundle import Bundle, Prediction, load_bundle
+    from gn_transfer.layers import convert_norm
+    from gn_transfer.training.accumulation import GradientAccumulation
+    from gn_transfer.training.batch_norm import BatchNormStatistics
+    from gn_transfer.training.classification import RegularizationConfig, TransferClassifier
+    from gn_transfer.training.ema import ExponentialMovingAverage
+    from gn_transfer.training.freezing import BackboneFreezing
+    from gn_transfer.training.optimizer import OptimizerConfig
 
-__all__ = ["Bundle", "Prediction", "load_bundle"]
 __version__ = "0.1.0"
 
+# Names are imported on first use: `gn-transfer --help` and `predict` must not pay for torch.
+_HOMES = {
+    "BackboneFreezing": "training.freezing",
+    "BatchNormStatistics": "training.batch_norm",
+    "Bundle": "inference.bundle",
+    "Digits": "data",
+    "ExponentialMovingAverage": "training.ema",
+    "Folder": "data",
+    "GradientAccumulation": "training.accumulation",
+    "ImageDataModule": "data",
+    "ModelConfig": "backbones.model_config",
+    "OptimizerConfig": "training.optimizer",
+    "Pets": "data",
+    "Prediction": "inference.bundle",
+    "RegularizationConfig": "training.classification",
+    "Sample": "data",
+    "TinyImageNet": "data",
+    "TransferClassifier": "training.classification",
+    "convert_norm": "layers",
+    "load_bundle": "inference.bundle",
+}
 
-def __getattr__(name: str) -> object:  # on first use: `gn-transfer --help` must not pay for onnxruntime
-    if name not in __all__:
+__all__ = [
+    "BackboneFreezing",
+    "BatchNormStatistics",
+    "Bundle",
+    "Digits",
+    "ExponentialMovingAverage",
+    "Folder",
+    "GradientAccumulation",
+    "ImageDataModule",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Pets",
+    "Prediction",
+    "RegularizationConfig",
+    "Sample",
+    "TinyImageNet",
+    "TransferClassifier",
+    "convert_norm",
+    "load_bundle",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gn_transfer import bundle
-
-    return getattr(bundle, name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""The command ``gn-transfer``: finds the verb, imports what it needs, turns the user's errors into exit code 2."""
+"""The program ``gn-transfer``: finds the command, imports what it needs, turns the user's errors into exit code 2."""
 
 from __future__ import annotations
 
@@ -9,50 +9,41 @@ from collections.abc import Sequence
 from gn_transfer import __version__
 from gn_transfer.config import ConfigError, builtin_configs, did_you_mean
 
-VERBS = {
+COMMANDS = {
     "fit": "train: gn-transfer fit --config pets_gnws.yaml",
     "validate": "evaluate a checkpoint on the validation split: gn-transfer validate --ckpt_path CKPT",
     "test": "evaluate a checkpoint on the test split, once all choices are made: gn-transfer test --ckpt_path CKPT",
     "sweep": "run a study of many runs: gn-transfer sweep --config sweep_quickstart.yaml",
-    "data": "know the pictures before training: gn-transfer data check|sample|cache|show --config pets_gnws.yaml",
+    "test": "evaluate a checkpoint on the test split, once: gn-transfer test --ckpt_path CKPT",
     "export": "write a checkpoint as a bundle for inference: gn-transfer export CKPT --output BUNDLE",
-    "predict": "classify pictures with a bundle: gn-transfer predict BUNDLE PICTURES",
-    "compare": "runs side by side, as tables and a page: gn-transfer compare RUNS... --output DIR",
-    "backbones": "list the nets that have pretrained weights, or fetch these ahead: gn-transfer backbones --norm gn_ws",
-}
-
-_MODULES = {
-    "data": "data_cli",
-    "export": "export",
-    "predict": "predict",
-    "compare": "compare",
-    "sweep": "sweep",
-    "backbones": "catalogue",
+    "predict": "classify images with a bundle: gn-transfer predict BUNDLE IMAGES",
+    "compare": "compare runs in tables and on a page: gn-transfer compare RUNS... --output DIR",
+    "backbones": "list models with pretrained weights, or download these: gn-transfer backbones --norm gn_ws",
 }
 
 _HELP = """\
-usage: gn-transfer VERB [options]
+usage: gn-transfer COMMAND [options]
 
-Fine-tune a ResNet on your own pictures at batch size 1-4: GroupNorm + Weight Standardization (gn_ws) against
-BatchNorm (bn) by one switch, --model.norm.
+Fine-tune a timm model on your own images at batch size 1-4. One option, --model.norm, chooses between BatchNorm (bn)
+and GroupNorm + Weight Standardization (gn_ws).
 
-verbs:
-{verbs}
+commands:
+{commands}
 
 built-in configs, for --config:
   {configs}
 
-gn-transfer VERB --help lists the options of a verb. gn-transfer --version prints the version.
-Exit codes: 0 done, 2 a mistake in the input (one message), 3 done but for some inputs (listed), 1 a fault of the
+gn-transfer COMMAND --help lists the options of a command. gn-transfer --version prints the version.
+Exit codes: 0 done, 2 a mistake in the input (one message), 3 done except for some inputs (listed), 1 a fault of the
 program, 130 interrupted.
 """
 
 
 def help_text() -> str:
     """Compose the help of the whole command; imports nothing heavy."""
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
-    return _HELP.format(verbs=verbs, configs="  ".join(builtin_configs()) or "(none)")
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {command:<{width}}  {text}" for command, text in COMMANDS.items())
+    return _HELP.format(commands=commands, configs="  ".join(builtin_configs()) or "(none)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,18 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(help_text())
         return 0 if arguments else 2
-    verb, *rest = arguments
-    if verb in ("-V", "--version"):
+    command, *rest = arguments
+    if command in ("-V", "--version"):
         print(f"gn-transfer {__version__}")
         return 0
     try:
-        if verb not in VERBS:
-            raise ConfigError(f"{verb!r} is not a verb; {did_you_mean(verb, VERBS)}. See gn-transfer --help.")
-        if verb in _MODULES:
-            return int(importlib.import_module(f"gn_transfer.{_MODULES[verb]}").run(rest))
-        from gn_transfer import cli
+        if command not in COMMANDS:
+            raise ConfigError(
+                f"{command!r} is not a command; {did_you_mean(command, COMMANDS)}. See gn-transfer --help."
+            )
+        if command in ("validate", "test"):
+            from gn_transfer.commands import evaluate
 
-        return cli.run(verb, rest)
+            return evaluate.run(command, rest)
+        return int(importlib.import_module(f"gn_transfer.commands.{command}").run(rest))
     except SystemExit as leaving:  # argparse, after printing help
         return int(leaving.code or 0)
     except ConfigError as error:
@@ -89,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.startswith("gn_transfer"):
             raise
         print(
-            f"gn-transfer: error: {verb} needs {error.name}, which is not installed; install gn-transfer with what it "
-            "depends on (without it, only predict works).",
+            f"gn-transfer: error: {command} needs {error.name}, which is not installed; install gn-transfer "
+            "with what it depends on (without it, only predict works).",
             file=sys.stderr,
         )
         return 2

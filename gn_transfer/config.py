@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
 Norm = Literal["bn", "bn_frozen", "bn_sync", "gn", "gn_ws", "bn_ws", "ln", "in", "none"]
-"""The switch: which normalization stands in the net, and whether its convolutions are weight-standardized."""
+"""The switch: which normalization stands in the model, and whether its convolutions are weight-standardized."""
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
 
@@ -72,3 +73,26 @@ def find_config(name: str) -> Path:
         if candidate in configs:
             return configs[candidate]
     raise ConfigError(f"--config {name}: no such file and no built-in config; {did_you_mean(name, configs)}.")
+
+
+def check_range(
+    key: str, value: float, *, low: float, high: float = math.inf, open_low: bool = False, open_high: bool = True
+) -> None:
+    """Refuse a number outside an interval.
+
+    Args:
+        key: Configuration key of the number, for the message.
+        value: The number.
+        low: Lower end of the interval.
+        high: Upper end.
+        open_low: The lower end itself is not allowed.
+        open_high: The upper end itself is not allowed.
+
+    Raises:
+        ConfigError: The number is outside the interval or NaN.
+    """
+    below = value <= low if open_low else value < low
+    above = value >= high if open_high else value > high
+    if below or above or math.isnan(value):
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ConfigError(f"{key}={value} is out of range; use a number in {interval}.")

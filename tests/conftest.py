@@ -1,4 +1,4 @@
-"""Small pictures in the real layouts, and databases for studies."""
+"""Small images in the real layouts, and databases for studies."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from gn_transfer.bundle import FORMAT, FORMAT_VERSION, GRAPH, METADATA, metadata_sha256, sha256
+from gn_transfer.inference.bundle import FORMAT, FORMAT_VERSION, GRAPH, METADATA, metadata_sha256, sha256
 
-WritePicture = Callable[..., Path]
+WriteImage = Callable[..., Path]
 BUNDLE_CLASSES = ["red", "green", "blue"]
 BUNDLE_SIZE = 8
 
@@ -36,12 +36,12 @@ def make_pixels(height: int, width: int, seed: int) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decoded pictures of a test go away with it."""
+    """Decoded images of a test go away with it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg_cache"))
 
 
 @pytest.fixture
-def write_picture() -> WritePicture:
+def write_image() -> WriteImage:
     """Write a small JPEG of random colours."""
 
     def write(path: Path, seed: int = 0, size: tuple[int, int] = (48, 40)) -> Path:
@@ -53,8 +53,8 @@ def write_picture() -> WritePicture:
 
 
 @pytest.fixture
-def pets_root(tmp_path: Path, write_picture: WritePicture) -> Path:
-    """Three breeds in the layout of Oxford-IIIT Pet: 10 pictures each in trainval, 2 in test."""
+def pets_root(tmp_path: Path, write_image: WriteImage) -> Path:
+    """Three breeds in the layout of Oxford-IIIT Pet: 10 images each in trainval, 2 in test."""
     breeds = {1: "Abyssinian", 2: "american_bulldog", 3: "Maine_Coon"}
     base = tmp_path / "pets" / "oxford-iiit-pet"
     (base / "annotations").mkdir(parents=True)
@@ -62,27 +62,27 @@ def pets_root(tmp_path: Path, write_picture: WritePicture) -> Path:
         lines = []
         for class_id, breed in breeds.items():
             for number in numbers:
-                write_picture(base / "images" / f"{breed}_{number}.jpg", seed=100 * class_id + number)
+                write_image(base / "images" / f"{breed}_{number}.jpg", seed=100 * class_id + number)
                 lines.append(f"{breed}_{number} {class_id} {1 if breed[0].isupper() else 2} 1")
         (base / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
     return tmp_path / "pets"
 
 
 @pytest.fixture
-def folder_root(tmp_path: Path, write_picture: WritePicture) -> Path:
+def folder_root(tmp_path: Path, write_image: WriteImage) -> Path:
     """Class folders at the top: 8 apples, 4 pears."""
     for name, count in (("apple", 8), ("pear", 4)):
         for number in range(count):
-            write_picture(tmp_path / "fruit" / name / f"{number}.jpg", seed=number)
+            write_image(tmp_path / "fruit" / name / f"{number}.jpg", seed=number)
     return tmp_path / "fruit"
 
 
 @pytest.fixture
 def real_data() -> Path:
-    """The folder of real pictures."""
+    """The folder of real images."""
     folder = os.environ.get("GN_TRANSFER_TEST_DATA")
     if not folder:
-        pytest.skip("GN_TRANSFER_TEST_DATA is not set: no real pictures to test on")
+        pytest.skip("GN_TRANSFER_TEST_DATA is not set: no real images to test on")
     return Path(folder)
 
 

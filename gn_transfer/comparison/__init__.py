@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gn_transfer.comparison.report import Contrast, Group, Report, compare
+from gn_transfer.comparison.comparison import Comparison, Contrast, Group, compare
 from gn_transfer.config import ConfigError
 
-__all__ = ["Contrast", "Group", "Report", "compare", "write", "write_report"]
+__all__ = ["Comparison", "Contrast", "Group", "compare", "write", "write_report"]
 
 
 def write_report(
@@ -21,7 +21,7 @@ def write_report(
     title: str = "Comparison of runs",
     notes: Sequence[str] = (),
     force: bool = False,
-) -> Report:
+) -> Comparison:
     """Compare runs and write the report.
 
     Args:
@@ -36,7 +36,8 @@ def write_report(
         force: Compare what is not comparable, and say so.
 
     Returns:
-        The report; ``terminal()`` gives it as text, ``exit_code`` is 3 where some folders could not be used.
+        The report; :func:`gn_transfer.comparison.tables.as_text` gives it as text, ``exit_code`` is 3 where some
+        folders could not be used.
 
     Raises:
         ConfigError: See :func:`compare`; or ``output`` cannot be written to.
@@ -46,7 +47,7 @@ def write_report(
     return report
 
 
-def write(report: Report, output: Path) -> None:
+def write(report: Comparison, output: Path) -> None:
     """Write a report; see :func:`write_report`.
 
     Args:

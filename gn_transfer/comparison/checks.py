@@ -68,10 +68,10 @@ def incomparable(runs: Sequence[Run], metric: str) -> list[str]:
     if max(samples) - min(samples) > max(run.metrics["effective_batch_size"] for run in runs):
         reasons += _differences(runs, "samples_seen", lambda run: run.metrics["samples_seen"])
     if metric == "test/acc1":
-        reasons += _differences(runs, "the list of test pictures", lambda run: run.metrics.get("test_split"))
+        reasons += _differences(runs, "the list of test images", lambda run: run.metrics.get("test_split"))
         return reasons
     for seed, same in sorted(_by_seed(runs).items()):
-        found = _differences(same, f"the list of validation pictures of seed {seed}", _digest("val_split"))
+        found = _differences(same, f"the list of validation images of seed {seed}", _digest("val_split"))
         if found:
             return [*reasons, *found]
     return reasons
@@ -110,7 +110,7 @@ def confounds(grouping: Grouping, without_predictions: Sequence[str]) -> list[st
         *_weights(grouping),
         *dict.fromkeys(f"{note}." for run in runs for note in run.notes),
         *_tied(grouping),
-        *_training_pictures(runs),
+        *_training_images(runs),
         *_unequal_samples(runs),
         *_environments(runs),
         *_seeds(grouping),
@@ -122,7 +122,7 @@ def _weights(grouping: Grouping) -> Iterable[str]:
     sources: dict[tuple[str, str], list[str]] = defaultdict(list)
     for runs in grouping.groups.values():
         for run in runs:
-            source = str(run.metrics.get("weights", "unknown")), str(run.metrics.get("weights_saw") or "")
+            source = str(run.metrics.get("weights", "unknown")), str(run.metrics.get("weights_pretrained_on") or "")
             norm = str(run.settings["norm"])
             if norm not in sources[source]:
                 sources[source].append(norm)
@@ -134,12 +134,16 @@ def _weights(grouping: Grouping) -> Iterable[str]:
     yield f"The runs start from different weights: {said}."
     if any(source != "from scratch" for source, _ in sources):
         yield "There is one pretraining per norm, so the result is about these weights, not about norms in general."
-    if len({saw for _, saw in sources if saw}) > 1:
-        yield "The weights were trained on different pictures, which alone can make a difference."
+    if len({pretrained_on for _, pretrained_on in sources if pretrained_on}) > 1:
+        yield "The weights were trained on different images, which alone can make a difference."
 
 
-def _start(source: str, saw: str) -> str:
-    return source if source == "from scratch" else f"from {source}" + (f" (saw {saw})" if saw else "")
+def _start(source: str, pretrained_on: str) -> str:
+    return (
+        source
+        if source == "from scratch"
+        else f"from {source}" + (f" (pretrained on {pretrained_on})" if pretrained_on else "")
+    )
 
 
 def _tied(grouping: Grouping) -> Iterable[str]:
@@ -156,17 +160,17 @@ def _tied(grouping: Grouping) -> Iterable[str]:
         yield f"{name} differs too: {'; '.join(said)}."
 
 
-def _training_pictures(runs: Sequence[Run]) -> Iterable[str]:
+def _training_images(runs: Sequence[Run]) -> Iterable[str]:
     for seed, same in sorted(_by_seed(runs).items()):
         if len({run.metrics.get("train_split") for run in same}) > 1:
-            yield f"Runs of the same seed were trained on different lists of pictures (seed {seed} is one such)."
+            yield f"Runs of the same seed were trained on different lists of images (seed {seed} is one such)."
             return
 
 
 def _unequal_samples(runs: Sequence[Run]) -> Iterable[str]:
     samples = sorted({run.metrics["samples_seen"] for run in runs})
     if len(samples) > 1:
-        yield f"The runs saw between {samples[0]:,} and {samples[-1]:,} training pictures."
+        yield f"The runs were trained on between {samples[0]:,} and {samples[-1]:,} training samples."
 
 
 def _environments(runs: Sequence[Run]) -> Iterable[str]:
@@ -203,7 +207,7 @@ def _seeds(grouping: Grouping) -> Iterable[str]:
 def _intervals(without: Sequence[str], runs: int) -> Iterable[str]:
     if without:
         yield (
-            f"{len(without)} of {runs} runs hold no predictions per picture for this metric; their intervals are "
+            f"{len(without)} of {runs} runs hold no predictions per image for this metric; their intervals are "
             f"over seeds alone: {_some(without)}."
         )
 

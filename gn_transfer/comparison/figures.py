@@ -13,10 +13,10 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from gn_transfer.comparison.comparison import Comparison, Group
 from gn_transfer.comparison.grouping import label, shown
-from gn_transfer.comparison.importance import Importance
-from gn_transfer.comparison.pictures import ClassDifference
-from gn_transfer.comparison.report import Group, Report
+from gn_transfer.comparison.images import ClassDifference
+from gn_transfer.comparison.importance import INTERACTIONS, REST, Importance
 from gn_transfer.comparison.runs import Setting
 
 _INK = "#0a0b0c"  # becomes currentColor
@@ -47,7 +47,7 @@ _MOST_LINES = 10
 _MOST_ROWS = 40
 
 
-class Picture(NamedTuple):
+class PageFigure(NamedTuple):
     """A figure of the page.
 
     Attributes:
@@ -66,59 +66,65 @@ class Picture(NamedTuple):
 _PLAIN = "no accumulation: batch = effective batch"
 
 
-def draw(report: Report, importances: Sequence[Importance], by_class: ClassDifference | None) -> list[Picture]:
-    """Draw every figure that the runs are good for.
+def create_figures(
+    comparison: Comparison, importances: Sequence[Importance], by_class: ClassDifference | None
+) -> list[PageFigure]:
+    """Create every figure that the runs are good for.
 
     Args:
-        report: The comparison.
+        comparison: The comparison.
         importances: See :func:`gn_transfer.comparison.importance.importances`.
         by_class: The difference between two groups class by class, or None.
 
     Returns:
         The figures, the most telling first.
     """
-    found: list[Picture] = []
+    found: list[PageFigure] = []
     with matplotlib.rc_context(_STYLE):
-        panels = batch_panels(report.groups)
+        panels = batch_panels(comparison.groups)
         if panels:
             found.append(
-                Picture(
+                PageFigure(
                     "batch_size",
                     "Error against batch size",
                     _svg(_batch_figure(panels), "batch_size"),
                     "Mean over seeds with its 95 % interval; pale dots are single seeds. Under accumulation, a norm "
-                    "that does not look across pictures has the same gradient at every micro-batch.",
+                    "that does not look across images has the same gradient at every micro-batch.",
                 )
             )
-        rest = f" The first {_MOST_ROWS} of {len(report.groups)} groups." if len(report.groups) > _MOST_ROWS else ""
+        rest = (
+            f" The first {_MOST_ROWS} of {len(comparison.groups)} groups."
+            if len(comparison.groups) > _MOST_ROWS
+            else ""
+        )
         found.append(
-            Picture(
+            PageFigure(
                 "groups",
                 "Groups",
-                _svg(_forest(report), "groups"),
-                f"{report.metric}: mean over seeds with its 95 % interval; pale dots are single seeds.{rest}",
+                _svg(_forest(comparison), "groups"),
+                f"{comparison.metric}: mean over seeds with its 95 % interval; pale dots are single seeds.{rest}",
             )
         )
-        curves = _curves(report)
+        curves = _curves(comparison)
         if curves is not None:
             found.append(
-                Picture(
+                PageFigure(
                     "curves", "Learning curves", _svg(curves, "curves"), "Validation accuracy; bands span the seeds."
                 )
             )
-        if report.grouping.keys and len(report.runs) > 2:
+        if comparison.grouping.keys and len(comparison.runs) > 2:
             found.append(
-                Picture(
+                PageFigure(
                     "parallel",
                     "Parallel coordinates",
-                    _svg(_parallel(report), "parallel"),
-                    f"One line per run, coloured by {report.metric} on the right-hand axis; - where a setting does not "
-                    "apply.",
+                    _svg(_parallel(comparison), "parallel"),
+                    f"One line per run, coloured by {comparison.metric} on the right-hand axis; - where a setting "
+                    "does not apply.",
                 )
             )
         if importances:
             found.append(
-                Picture(
+                PageFigure(
                     "importance",
                     "Importance of each setting",
                     _svg(_importance_figure(importances), "importance"),
@@ -127,12 +133,12 @@ def draw(report: Report, importances: Sequence[Importance], by_class: ClassDiffe
             )
         if by_class is not None:
             found.append(
-                Picture(
+                PageFigure(
                     "classes",
                     "Class by class",
                     _svg(_class_figure(by_class), "classes"),
                     f"Accuracy of {by_class.first.label} less that of {by_class.second.label}, in percentage points, "
-                    f"on the pictures that both saw ({by_class.pictures:,}).",
+                    f"on the images that both were evaluated on ({by_class.images:,}).",
                 )
             )
     return found
@@ -205,7 +211,7 @@ def _batch_figure(panels: Sequence[tuple[str, list[Group]]]) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-        axes.set_xlabel("batch size (pictures per forward)")
+        axes.set_xlabel("batch size (images per forward)")
         axes.set_title(title, loc="left")
     all_axes[0].set_ylabel("error, %")
     columns = 2 if max(map(len, handles)) < 40 else 1
@@ -221,8 +227,8 @@ def _errors(groups: Sequence[Group]) -> tuple[list[float], list[float], list[flo
     return y, below, above
 
 
-def _forest(report: Report) -> Figure:
-    groups = report.groups[:_MOST_ROWS]
+def _forest(comparison: Comparison) -> Figure:
+    groups = comparison.groups[:_MOST_ROWS]
     figure = Figure(figsize=(7.6, 1.0 + 0.3 * len(groups)), layout="constrained")
     axes = figure.add_subplot()
     for row, group in enumerate(groups):
@@ -234,20 +240,20 @@ def _forest(report: Report) -> Figure:
         axes.plot([100 * group.mean], [row], "D", color=colour, markersize=6)
     axes.set_yticks(range(len(groups)), [group.label for group in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.set_xlabel(f"{report.metric}, %")
+    axes.set_xlabel(f"{comparison.metric}, %")
     axes.grid(visible=False, axis="y")
     return figure
 
 
-def _curves(report: Report) -> Figure | None:
-    many = len(report.groups) > _MOST_LINES
+def _curves(comparison: Comparison) -> Figure | None:
+    many = len(comparison.groups) > _MOST_LINES
     figure = Figure(figsize=(7.6, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    names = [group.label for group in report.groups]
-    for group in report.groups:
+    names = [group.label for group in comparison.groups]
+    for group in comparison.groups:
         runs = [rows for run in group.runs if (rows := run.epochs()) and {"val/acc1", "samples_seen"} <= rows[0].keys()]
         length = min(map(len, runs), default=0)
-        if not length:
+        if length < 2:  # one point is no curve
             continue
         values = 100 * np.array([[row["val/acc1"] for row in rows[:length]] for rows in runs])
         samples = [row["samples_seen"] for row in runs[0][:length]]
@@ -261,7 +267,7 @@ def _curves(report: Report) -> Figure | None:
             axes.fill_between(samples, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, linewidth=0)
     if not axes.lines:
         return None
-    axes.set_xlabel("training pictures seen")
+    axes.set_xlabel("training images seen")
     axes.set_ylabel("val/acc1, %")
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
@@ -269,16 +275,16 @@ def _curves(report: Report) -> Figure | None:
     return figure
 
 
-def _parallel(report: Report) -> Figure:
-    keys = report.grouping.keys[:10]
+def _parallel(comparison: Comparison) -> Figure:
+    keys = comparison.grouping.keys[:10]
     figure = Figure(figsize=(max(5.6, 1.5 * (len(keys) + 1)), 4.2), layout="constrained")
     axes = figure.add_subplot()
-    scores = [float(run.metrics[report.metric]) for run in report.runs]
+    scores = [float(run.metrics[comparison.metric]) for run in comparison.runs]
     low, high = min(scores), max(scores)
     span = (high - low) or 1.0
-    places = {key: _places([run.settings.get(key) for run in report.runs]) for key in keys}
-    jitter = np.random.default_rng(0).uniform(-0.018, 0.018, (len(report.runs), len(keys)))
-    for score, run, moved in sorted(zip(scores, report.runs, jitter, strict=True), key=lambda item: item[0]):
+    places = {key: _places([run.settings.get(key) for run in comparison.runs]) for key in keys}
+    jitter = np.random.default_rng(0).uniform(-0.018, 0.018, (len(comparison.runs), len(keys)))
+    for score, run, moved in sorted(zip(scores, comparison.runs, jitter, strict=True), key=lambda item: item[0]):
         height = (score - low) / span
         path = [places[key][shown(run.settings.get(key))] + move for key, move in zip(keys, moved, strict=True)]
         axes.plot([*range(len(keys)), len(keys)], [*path, height], color=_BAD_TO_GOOD(height), alpha=0.6, linewidth=1.1)
@@ -289,7 +295,7 @@ def _parallel(report: Report) -> Figure:
     axes.axvline(len(keys), color=_INK, linewidth=0.8)
     for height in np.linspace(0, 1, 5):
         axes.text(len(keys) + 0.04, height, f"{100 * (low + height * (high - low)):.1f}", fontsize=9, va="center")
-    axes.set_xticks(range(len(keys) + 1), [*keys, f"{report.metric}, %"])
+    axes.set_xticks(range(len(keys) + 1), [*keys, f"{comparison.metric}, %"])
     axes.set_xlim(-0.1, len(keys) + 0.35)
     axes.set_yticks([])
     axes.grid(visible=False)
@@ -313,12 +319,13 @@ def _importance_figure(importances: Sequence[Importance]) -> Figure:
     all_axes = figure.subplots(len(importances), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     for axes, part in zip(all_axes, importances, strict=True):
         names = list(part.shares)
-        colours = [_COLOURS[-1] if name == "seed" else _COLOURS[0] for name in names]
+        noise = ("seed", INTERACTIONS, REST)
+        colours = [_COLOURS[-1] if name in noise else _COLOURS[0] for name in names]
         axes.barh(names, [100 * part.shares[name] for name in names], color=colours)
         axes.invert_yaxis()
         axes.set_title(f"{part.heading} ({part.runs} runs)", loc="left")
         axes.grid(visible=False, axis="y")
-    all_axes[-1].set_xlabel("importance, %")
+    all_axes[-1].set_xlabel("share of the variance of the metric, %")
     return figure
 
 

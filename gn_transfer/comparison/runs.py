@@ -31,11 +31,11 @@ PREDICTIONS = {
     "val/acc1": "predictions_val.csv",
     "best/val/acc1": "predictions_best_val.csv",
 }
-"""The metrics that runs can be compared by, with the file that holds each picture's part in it."""
+"""The metrics that runs can be compared by, with the file that holds each image's part in it."""
 
-# Where the pictures lie and who fetches them changes nothing that is learned; the seed is a dimension of its own.
+# Where the images lie and who fetches them changes nothing that is learned; the seed is a dimension of its own.
 _NOT_SETTINGS = {"root", "num_workers", "cache", "cache_dir", "download", "on_bad_image", "seed"}
-_SECTIONS = ("mixed_precision", "ema", "early_stopping")
+_SECTIONS = ("batch_norm", "freezing", "mixed_precision", "ema", "early_stopping")
 _TRAINER = ("max_epochs", "max_steps", "limit_train_batches")
 
 
@@ -50,7 +50,7 @@ class Run:
             setting does not apply, such as ``num_groups`` without GroupNorm, and ``"null"`` where it is null.
         seed: Its seed.
         notes: What its transfer report says that a reader must know.
-        data_root: The folder of its pictures when it ran.
+        data_root: The folder of its images when it ran.
     """
 
     folder: Path
@@ -66,7 +66,7 @@ class Run:
         return str(self.metrics.get("run") or self.folder.name)
 
     def epochs(self) -> list[dict[str, float]]:
-        """Read the curve: one row per validation; empty where none was stored or it is damaged."""
+        """Read the curve: one row per validation; empty where none was stored or it is corrupt."""
         try:
             with (self.folder / "epochs.csv").open(encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
@@ -75,13 +75,13 @@ class Run:
             return []
 
     def predictions(self, metric: str) -> Predictions | None:
-        """Read what the net said of each picture.
+        """Read what the model said of each image.
 
         Args:
             metric: One of :data:`PREDICTIONS`.
 
         Returns:
-            None where that was not stored, is damaged, or does not fit the metric.
+            None where that was not stored, is corrupt, or does not fit the metric.
         """
         try:
             with (self.folder / PREDICTIONS[metric]).open(
@@ -91,7 +91,7 @@ class Run:
                 if next(rows)[:3] != ["path", "target", "predicted"]:
                     return None
                 # Interned: the same names come in every run.
-                # Sorted: BN evaluated with batch statistics sees its pictures in an order of its own.
+                # Sorted: BN evaluated with batch statistics sees its images in an order of its own.
                 columns = list(zip(*sorted([sys.intern(word) for word in row[:3]] for row in rows), strict=True))
             found = Predictions(*map(list, columns))
         except (OSError, ValueError, StopIteration, TypeError, csv.Error):
@@ -101,12 +101,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a net said of the pictures of a split.
+    """What a model said of the images of a split.
 
     Attributes:
         paths: Relative to the data's root, sorted.
         targets: Names of their classes.
-        predicted: Names of the classes that the net gave.
+        predicted: Names of the classes that the model gave.
     """
 
     paths: list[str]
@@ -115,12 +115,12 @@ class Predictions:
 
     @cached_property
     def correct(self) -> npt.NDArray[np.float32]:
-        """1 where the net was right, shape ``(P,)``."""
+        """1 where the model was right, shape ``(P,)``."""
         return np.array([a == b for a, b in zip(self.targets, self.predicted, strict=True)], dtype=np.float32)
 
     @cached_property
     def digest(self) -> str:
-        """Equal for runs that were evaluated on the same pictures, whatever the order was."""
+        """Equal for runs that were evaluated on the same images, whatever the order was."""
         return hashlib.sha256("\0".join(self.paths).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -251,7 +251,9 @@ def flat_settings(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict
         "data": str(data["class_path"]).rsplit(".", 1)[-1],
         "arm": metrics.get("arm") or None,  # before what a study chose for each arm
     }
-    for name, value in (*model.items(), *data["init_args"].items()):
+    optimizer = {("optimizer" if name == "name" else name): value for name, value in config["optimizer"].items()}
+    regularization = config.get("regularization", {})
+    for name, value in (*model.items(), *optimizer.items(), *regularization.items(), *data["init_args"].items()):
         if name not in _NOT_SETTINGS:
             flat.setdefault(name, value)
     for section in _SECTIONS:
@@ -278,7 +280,9 @@ def short_name(key: str) -> str:
         >>> short_name("model.norm"), short_name("data.init_args.batch_size"), short_name("ema.decay")
         ('norm', 'batch_size', 'ema.decay')
     """
-    for prefix in ("data.init_args.", "data.", "model.", "accumulation."):
+    if key == "optimizer.name":
+        return "optimizer"
+    for prefix in ("data.init_args.", "data.", "model.", "optimizer.", "regularization.", "accumulation."):
         key = key.removeprefix(prefix)
     return key
 
@@ -294,8 +298,8 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise UnusableRunError(f"it has no {path.name}: not a run, or one that stopped before its first step") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UnusableRunError(
-            f"{path.name} cannot be read ({type(error).__name__}): damaged or half-written"
+            f"{path.name} cannot be read ({type(error).__name__}): corrupt or half-written"
         ) from error
     if not isinstance(content, dict):
-        raise UnusableRunError(f"{path.name} holds no mapping: not of gn-transfer, or damaged")
+        raise UnusableRunError(f"{path.name} holds no mapping: not of gn-transfer, or corrupt")
     return content

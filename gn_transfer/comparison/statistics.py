@@ -59,7 +59,7 @@ def sign_flip_test(differences: Sequence[float]) -> PairedTest:
         signs = 1 - 2 * ((np.arange(2**pairs)[:, None] >> np.arange(pairs)) & 1)
     else:
         signs = np.random.default_rng(0).choice([-1, 1], size=(2**MOST_ENUMERATED, pairs))
-    # Accuracies are fractions of few pictures, so sums tie: rounding must not break the ties.
+    # Accuracies are fractions of few images, so sums tie: rounding must not break the ties.
     extreme = int((np.abs(signs @ values) >= abs(values.sum()) - 1e-9).sum())
     if exact:
         return PairedTest(pairs, extreme / len(signs), min(1.0, 2.0 / 2**pairs), exact)
@@ -89,40 +89,38 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def picture_bootstrap(
-    correct: Mapping[str, Sequence[npt.NDArray[np.float32]]], seed: int = 0
-) -> dict[str, list[Array]]:
-    """Say how accurate runs would have been on pictures drawn anew.
+def image_bootstrap(correct: Mapping[str, Sequence[npt.NDArray[np.float32]]], seed: int = 0) -> dict[str, list[Array]]:
+    """Say how accurate runs would have been on images drawn anew.
 
-    Runs that were evaluated on the same pictures get the same draws, so that differences between them are paired by
-    picture.
+    Runs that were evaluated on the same images get the same samples, so that differences between them are paired by
+    image.
 
     Args:
-        correct: For each list of pictures (by its digest), one array per run, 1 where it was right, else 0, shape
+        correct: For each list of images (by its digest), one array per run, 1 where it was right, else 0, shape
             ``(P,)``.
-        seed: Seed of the draws.
+        seed: Seed of the samples.
 
     Returns:
         In the same places, the accuracy on each draw, shape ``(RESAMPLES,)``.
     """
-    redrawn = {}
+    resampled = {}
     for number, digest in enumerate(sorted(correct)):
         stacked = np.stack(correct[digest])
-        pictures = stacked.shape[1]
+        images = stacked.shape[1]
         generator = np.random.default_rng([seed, number])
-        counts = generator.multinomial(pictures, np.full(pictures, 1 / pictures), size=RESAMPLES).astype(np.float32)
-        redrawn[digest] = list((stacked @ counts.T / pictures).astype(np.float64))
-    return redrawn
+        counts = generator.multinomial(images, np.full(images, 1 / images), size=RESAMPLES).astype(np.float32)
+        resampled[digest] = list((stacked @ counts.T / images).astype(np.float64))
+    return resampled
 
 
 def interval(seeds: Sequence[Array], level: float = 0.95, seed: int = 1) -> tuple[float, float]:
     """Bootstrap a mean over seeds: seeds are drawn anew on top of what varies within each.
 
     Args:
-        seeds: For each seed its value on every draw of pictures (see :func:`picture_bootstrap`), or its one value
+        seeds: For each seed its value on every sample of images (see :func:`image_bootstrap`), or its one value
             repeated, shape ``(RESAMPLES,)``.
         level: Coverage of the percentile interval.
-        seed: Seed of the draws.
+        seed: Seed of the samples.
 
     Returns:
         Its ends.

@@ -1,14 +1,20 @@
-"""The report as tables: for people (percent, rounded), and for programs (fractions, unrounded)."""
+"""The comparison as tables: for people (percent, rounded), and for programs (fractions, unrounded)."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gn_transfer.comparison.answer import answer
+from gn_transfer.comparison.comparison import Comparison, Contrast, Group
 from gn_transfer.comparison.grouping import label, shown
-from gn_transfer.comparison.report import Contrast, Group, Report
 from gn_transfer.comparison.runs import Run, Setting
 
 Row: TypeAlias = dict[str, str]
@@ -16,23 +22,23 @@ Row: TypeAlias = dict[str, str]
 _FIGURES = ("images_per_sec", "peak_memory_mib", "wall_time_s")
 
 
-def group_rows(report: Report) -> list[Row]:
+def group_rows(comparison: Comparison) -> list[Row]:
     """Tabulate the groups, accuracy in percent."""
     return [
         {
             **{key: shown(value) for key, value in group.settings.items()},
             "n": str(group.n),
-            f"{report.metric} %": _percent(group.mean),
+            f"{comparison.metric} %": _percent(group.mean),
             "95 % interval": _interval(group.low, group.high),
             "sd": "-" if group.sd is None else _percent(group.sd),
             "images/s": f"{group.average('images_per_sec'):.1f}",
             "peak MiB": f"{group.average('peak_memory_mib'):,.0f}",
         }
-        for group in report.groups
+        for group in comparison.groups
     ]
 
 
-def contrast_rows(report: Report) -> list[Row]:
+def contrast_rows(comparison: Comparison) -> list[Row]:
     """Tabulate the contrasts, differences in percentage points."""
     return [
         {
@@ -45,25 +51,25 @@ def contrast_rows(report: Report) -> list[Row]:
             "p (Holm)": f"{contrast.p_holm:.3g}",
             "smallest p": f"{contrast.test.smallest_p:.2g}",
         }
-        for contrast in report.contrasts
+        for contrast in comparison.contrasts
     ]
 
 
-def contrast_note(report: Report) -> str:
+def contrast_note(comparison: Comparison) -> str:
     """Explain the columns of the contrasts; empty without any."""
-    if not report.contrasts:
+    if not comparison.contrasts:
         return ""
-    exact = all(contrast.test.exact for contrast in report.contrasts)
+    exact = all(contrast.test.exact for contrast in comparison.contrasts)
     flips = "all 2^n flips" if exact else "all 2^n flips up to 16 pairs, 65,536 random ones beyond"
-    contrasts = f"{len(report.contrasts)} contrast{'s' * (len(report.contrasts) != 1)}"
+    contrasts = f"{len(comparison.contrasts)} contrast{'s' * (len(comparison.contrasts) != 1)}"
     return (
         "Differences in percentage points, paired by seed. p: two-sided sign-flip test of the paired differences "
         f"({flips}); Holm over {contrasts}; the last column is the smallest p that so many pairs "
-        "can reach. Intervals: percentile bootstrap over seeds, and over pictures where predictions are stored."
+        "can reach. Intervals: percentile bootstrap over seeds, and over images where predictions are stored."
     )
 
 
-def group_count_tables(report: Report) -> list[tuple[str, list[Row]]]:
+def group_count_tables(comparison: Comparison) -> list[tuple[str, list[Row]]]:
     """Tabulate studies of the number of groups and of channels per group in the form of arXiv:1803.08494, table 2.
 
     Returns:
@@ -72,10 +78,10 @@ def group_count_tables(report: Report) -> list[tuple[str, list[Row]]]:
     """
     tables = []
     for name, heading in (("num_groups", "groups"), ("group_size", "channels per group")):
-        if name not in report.grouping.keys:
+        if name not in comparison.grouping.keys:
             continue
         studies: dict[str, dict[float, Group]] = defaultdict(dict)
-        for group in report.groups:
+        for group in comparison.groups:
             value = group.settings[name]
             if isinstance(value, int | float):
                 rest = {key: other for key, other in group.settings.items() if key not in ("num_groups", "group_size")}
@@ -96,13 +102,13 @@ def group_count_tables(report: Report) -> list[tuple[str, list[Row]]]:
     return tables
 
 
-def run_rows(report: Report) -> list[dict[str, Setting]]:
+def run_rows(comparison: Comparison) -> list[dict[str, Setting]]:
     """List every run with its settings and figures, unrounded."""
-    return [_run_row(report, run) for run in report.runs]
+    return [_run_row(comparison, run) for run in comparison.runs]
 
 
-def _run_row(report: Report, run: Run) -> dict[str, Setting]:
-    names = [*report.grouping.keys, *report.grouping.tied]
+def _run_row(comparison: Comparison, run: Run) -> dict[str, Setting]:
+    names = [*comparison.grouping.keys, *comparison.grouping.tied]
     wanted = ("test/acc1", "val/acc1", "best/val/acc1", "val/loss", "samples_seen", *_FIGURES)
     facts = ("weights", "device", "git_commit", "val_split", "test_split")
     return {
@@ -114,41 +120,41 @@ def _run_row(report: Report, run: Run) -> dict[str, Setting]:
     }
 
 
-def group_records(report: Report) -> list[dict[str, Any]]:
+def group_records(comparison: Comparison) -> list[dict[str, Any]]:
     """List the groups with unrounded fractions."""
     return [
         {
             **group.settings,
             "n": group.n,
-            "metric": report.metric,
+            "metric": comparison.metric,
             "mean": group.mean,
             "sd": group.sd,
             "low": group.low,
             "high": group.high,
             **{name: _finite(group.average(name)) for name in _FIGURES},
         }
-        for group in report.groups
+        for group in comparison.groups
     ]
 
 
-def as_dict(report: Report) -> dict[str, Any]:
-    """Give the whole report as plain values."""
+def as_dict(comparison: Comparison) -> dict[str, Any]:
+    """Give the whole comparison as plain values."""
     return {
-        "title": report.title,
-        "metric": report.metric,
-        "metric_note": report.metric_note,
-        "keys": report.grouping.keys,
-        "tied": report.grouping.tied,
-        "equal": report.grouping.equal,
+        "title": comparison.title,
+        "metric": comparison.metric,
+        "metric_note": comparison.metric_note,
+        "keys": comparison.grouping.keys,
+        "tied": comparison.grouping.tied,
+        "equal": comparison.grouping.equal,
         "groups": [
             {**record, "label": group.label, "by_seed": {str(seed): value for seed, value in group.by_seed.items()}}
-            for group, record in zip(report.groups, group_records(report), strict=True)
+            for group, record in zip(comparison.groups, group_records(comparison), strict=True)
         ],
-        "contrasts": [_contrast_record(contrast) for contrast in report.contrasts],
-        "not_comparable": report.forced,
-        "notes": report.notes,
-        "problems": [{"folder": str(problem.folder), "reason": problem.reason} for problem in report.problems],
-        "runs": run_rows(report),
+        "contrasts": [_contrast_record(contrast) for contrast in comparison.contrasts],
+        "not_comparable": comparison.forced,
+        "notes": comparison.notes,
+        "problems": [{"folder": str(problem.folder), "reason": problem.reason} for problem in comparison.problems],
+        "runs": run_rows(comparison),
     }
 
 
@@ -167,16 +173,16 @@ def _contrast_record(contrast: Contrast) -> dict[str, Any]:
     }
 
 
-def markdown(report: Report) -> str:
-    """Write the report as Markdown, ready to be pasted."""
-    parts = [f"# {_plain(report.title)}", markdown_table(group_rows(report))]
-    if report.contrasts:
-        parts += [markdown_table(contrast_rows(report)), contrast_note(report)]
-    for heading, rows in group_count_tables(report):
+def markdown(comparison: Comparison) -> str:
+    """Write the comparison as Markdown, ready to be pasted."""
+    parts = [f"# {_plain(comparison.title)}", "\n".join(answer(comparison)), markdown_table(group_rows(comparison))]
+    if comparison.contrasts:
+        parts += [markdown_table(contrast_rows(comparison)), contrast_note(comparison)]
+    for heading, rows in group_count_tables(comparison):
         parts += [f"{heading}:", markdown_table(rows)]
-    parts += ["\n".join(f"- {_plain(line)}" for line in report.remarks())]
-    if report.problems:
-        listed = "\n".join(f"- `{problem.folder}`: {_plain(problem.reason)}" for problem in report.problems)
+    parts += ["\n".join(f"- {_plain(line)}" for line in comparison.remarks())]
+    if comparison.problems:
+        listed = "\n".join(f"- `{problem.folder}`: {_plain(problem.reason)}" for problem in comparison.problems)
         parts += [f"Left out:\n\n{listed}"]
     return "\n\n".join(parts) + "\n"
 
@@ -208,3 +214,33 @@ def _interval(low: float | None, high: float | None, sign: str = "") -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def as_text(comparison: Comparison, width: int | None = None) -> str:
+    """Write tables and remarks as text.
+
+    Args:
+        comparison: The comparison.
+        width: Columns of the terminal; None: no line is broken.
+    """
+    console = Console(file=io.StringIO(), width=width or 10_000, color_system=None, highlight=False, markup=False)
+    for line in answer(comparison):
+        console.print(Text(line), soft_wrap=width is None)
+    tables = [("", group_rows(comparison)), (contrast_note(comparison), contrast_rows(comparison))]
+    for heading, rows in [*tables, *group_count_tables(comparison)]:
+        if not rows:
+            continue
+        console.print()
+        if heading:
+            console.print(Text(heading), soft_wrap=width is None)
+        table = Table(box=None, pad_edge=False)
+        for name, value in rows[0].items():
+            table.add_column(name, justify="right" if value[:1] in "0123456789+-[" else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row.values()))
+        console.print(table)
+    console.print()
+    for line in comparison.remarks():
+        console.print(Text(line), soft_wrap=width is None)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"

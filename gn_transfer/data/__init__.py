@@ -1,4 +1,4 @@
-"""From a folder of pictures to batches. Read in the order: base, pets, folder, sample | decode, splits, transforms.
+"""From a folder of images to batches. Read in the order: base, pets, folder, sample | decode, splits, transforms.
 
 Names are imported on first use: ``decode`` and ``preprocess`` serve ``predict``, which must not pay for lightning.
 """
@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gn_transfer.data.base import PictureData
+    from gn_transfer.data.datamodule import ImageDataModule
     from gn_transfer.data.decode import BadImageError, decode_image
     from gn_transfer.data.digits import Digits
     from gn_transfer.data.folder import Folder
@@ -24,8 +24,8 @@ __all__ = [
     "Digits",
     "EpochSampler",
     "Folder",
+    "ImageDataModule",
     "Pets",
-    "PictureData",
     "Sample",
     "TinyImageNet",
     "decode_image",
@@ -38,7 +38,7 @@ _HOMES = {
     "EpochSampler": "sampler",
     "Folder": "folder",
     "Pets": "pets",
-    "PictureData": "base",
+    "ImageDataModule": "datamodule",
     "Sample": "sample",
     "TinyImageNet": "tiny_imagenet",
     "decode_image": "decode",

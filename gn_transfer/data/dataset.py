@@ -1,4 +1,4 @@
-"""Pictures on disk as a torch data set."""
+"""Images on disk as a torch data set."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gn_transfer.data.cache import PixelStore
+from gn_transfer.data.augmentation import Augmentation
+from gn_transfer.data.cache_store import PixelStore
 from gn_transfer.data.decode import BadImageError, check_image, decode_image
-from gn_transfer.data.sampler import Key, sample_uniforms
-from gn_transfer.data.transforms import NUM_UNIFORMS, Augmentation
-from gn_transfer.data.view import View
+from gn_transfer.data.resolution import Resolution
+from gn_transfer.data.sampler import Key, sample_seed
 
 
-class Picture(NamedTuple):
+class LabeledImage(NamedTuple):
     """One labelled file.
 
     Attributes:
@@ -33,45 +33,50 @@ class Picture(NamedTuple):
     target: int
 
 
-class PictureDataset(Dataset[tuple[Tensor, int]]):
+class ImageDataset(Dataset[tuple[Tensor, int]]):
     """Decode or look up in the cache, augment, hand out pixels and class index.
 
     Args:
-        root: What the pictures' paths are relative to.
-        pictures: The files with their classes.
+        root: What the images' paths are relative to.
+        images: The files with their classes.
         img_size: Side of the square in pixels.
         augmentation: None evaluates: centre crop, no randomness.
-        seed: First part of what each sample's draws come from (seed, epoch, index).
+        seed: With (epoch, index) it decides the random parameters of each image.
         channels: 3 for RGB, 1 for grey.
 
     Attributes:
-        view: What is needed of each picture before augmentation.
-        store: Where views are kept; None decodes every time.
+        resolution: At which resolution an image is needed before augmentation.
+        store: Where decoded images are kept; None decodes every time.
     """
 
     def __init__(
         self,
         root: Path,
-        pictures: Sequence[Picture],
+        images: Sequence[LabeledImage],
         img_size: int,
         augmentation: Augmentation | None = None,
         seed: int = 0,
         channels: int = 3,
     ) -> None:
         self.root = root
-        self.pictures = list(pictures)
+        self.images = list(images)
         self.img_size = img_size
         self.augmentation = augmentation
         self.seed = seed
         self.channels = channels
-        self.view = View("eval", img_size) if augmentation is None else augmentation.view
+        self.resolution = Resolution("eval", img_size) if augmentation is None else augmentation.resolution
         self.store: PixelStore | None = None
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the images, relative to the root."""
+        return [image.path for image in self.images]
 
     def __getitem__(self, key: Key | int) -> tuple[Tensor, int]:
-        """Fetch one picture.
+        """Fetch one image.
 
         Args:
             key: ``(epoch, index)``; an index alone means epoch 0.
@@ -86,7 +91,7 @@ class PictureDataset(Dataset[tuple[Tensor, int]]):
         return images[0], int(targets[0])
 
     def batch(self, keys: Sequence[Key | int]) -> tuple[Tensor, Tensor]:
-        """Fetch several pictures.
+        """Fetch several images.
 
         Args:
             keys: See :meth:`__getitem__`.
@@ -101,23 +106,22 @@ class PictureDataset(Dataset[tuple[Tensor, int]]):
         targets = torch.empty(len(keys), dtype=torch.int64)
         for image_CHW, (place, key) in zip(images.numpy(), enumerate(keys), strict=True):
             epoch, index = (0, key) if isinstance(key, int) else key
-            pixels_HWC = self._view_of(index)
+            pixels_HWC = self._decoded(index)
             if self.augmentation is not None:
-                uniforms = sample_uniforms(self.seed, epoch, index, NUM_UNIFORMS)
-                pixels_HWC = self.augmentation(pixels_HWC, uniforms)
+                pixels_HWC = self.augmentation(pixels_HWC, sample_seed(self.seed, epoch, index))
             if self.channels == 1:
                 cv2.cvtColor(pixels_HWC, cv2.COLOR_RGB2GRAY, image_CHW[0])
             else:
                 cv2.split(pixels_HWC, list(image_CHW))  # into place: six times as fast as a transposed copy
-            targets[place] = self.pictures[index].target
+            targets[place] = self.images[index].target
         return images, targets
 
-    def _view_of(self, index: int) -> npt.NDArray[np.uint8]:
+    def _decoded(self, index: int) -> npt.NDArray[np.uint8]:
         pixels_HWC = None if self.store is None else self.store.get(index)
         if pixels_HWC is not None:
             return pixels_HWC
         try:
-            return self.view.load(self.root / self.pictures[index].path)
+            return self.resolution.load(self.root / self.images[index].path)
         except BadImageError as error:
             raise with_remedy(error) from error
 
@@ -150,5 +154,5 @@ def find_bad_images(root: Path, paths: Iterable[str], *, decode: bool, threads: 
 
 
 def with_remedy(error: BadImageError) -> BadImageError:
-    """Say in a bad picture's message what the user can do about it."""
+    """Add to the message what the user can do about a bad image."""
     return BadImageError(error.path, f"{error.reason}. Repair or remove the file, or set data.on_bad_image to skip.")

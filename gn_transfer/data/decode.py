@@ -19,10 +19,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from gn_transfer.config import ConfigError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"})
-"""Endings, in any case, of the files that count as pictures; others, and hidden ones, are left alone."""
+"""Endings, in any case, of the files that count as images; others, and hidden ones, are left alone."""
 
 MAX_PIXELS = 89_478_485
-"""Larger pictures are refused before they are decoded: Pillow's own bound, 256 MiB of RGB pixels."""
+"""Larger images are refused before they are decoded: Pillow's own bound, 256 MiB of RGB pixels."""
 
 MAX_BYTES = 2**30
 """Larger files are refused before they are read: more than 16-bit RGBA of :data:`MAX_PIXELS`, uncompressed."""
@@ -40,7 +40,7 @@ _SUFFIX_FORMATS = {
     ".tif": "TIFF",
     ".tiff": "TIFF",
 }
-_PICTURE_BRANDS = {b"avif", b"avis", b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
+_IMAGE_BRANDS = {b"avif", b"avis", b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
 _STANDALONE_MARKERS = {0x01, *range(0xD0, 0xD8)}  # TEM and RSTn carry no length
 _OPENCV_FLAGS = {
     1: cv2.IMREAD_COLOR,
@@ -52,7 +52,7 @@ _FRAME_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOFn; the three ot
 
 
 class BadImageError(ConfigError):
-    """A picture that cannot be decoded.
+    """An image that cannot be decoded.
 
     A DataLoader worker's error reaches the main process as ``type(error)(text)``, where ``text`` quotes the worker's
     whole traceback: a single argument is therefore accepted, and of a quoted traceback only the message is kept.
@@ -98,7 +98,7 @@ class JpegHeader(NamedTuple):
 
 
 def decode_image(path: str | os.PathLike[str], *, least_side: int | None = None) -> npt.NDArray[np.uint8]:
-    """Decode any picture to upright 8-bit RGB.
+    """Decode any image to upright 8-bit RGB.
 
     Ordinary JPEGs go through libjpeg-turbo (simplejpeg, or OpenCV where there is EXIF rotation or a fault in the data),
     everything else through Pillow: the first frame of a GIF,
@@ -170,7 +170,7 @@ def pillow_to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> npt.NDArr
 
 
 def check_image(path: str | os.PathLike[str]) -> None:
-    """Look at a file's two ends: finds what is missing, empty, truncated or no picture, in some 50 us.
+    """Look at a file's two ends: finds what is missing, empty, truncated or no image, in some 50 us.
 
     Not a promise that it decodes; :func:`decode_image` is.
 
@@ -201,21 +201,21 @@ def check_image(path: str | os.PathLike[str]) -> None:
 
 
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Read a picture's size from its header.
+    """Read an image's size from its header.
 
     Args:
         path: The file.
 
     Returns:
-        Height and width in pixels; those of a picture that EXIF rotates may be exchanged.
+        Height and width in pixels; those of an image that EXIF rotates may be replaced.
 
     Raises:
-        BadImageError: Missing, or no picture.
+        BadImageError: Missing, or no image.
     """
     try:
         with Image.open(path) as image:
             return image.height, image.width
-    except Exception as error:  # a damaged header surfaces as whatever its parser ran into
+    except Exception as error:  # a corrupt header surfaces as whatever its parser ran into
         raise BadImageError(path, f"cannot be opened: {error}") from error
 
 
@@ -244,12 +244,12 @@ def describe_file(path: str | os.PathLike[str]) -> FileKind:
         pass over with a message or none.
 
     Raises:
-        BadImageError: Missing, empty or no picture.
+        BadImageError: Missing, empty or no image.
     """
     data = _read(path)
     with _open_with_pillow(data, path) as image:
         kind, mode = str(image.format), image.mode
-    kind = "JPEG" if kind == "MPO" else kind  # a JPEG with further pictures behind it
+    kind = "JPEG" if kind == "MPO" else kind  # a JPEG with further images behind it
     warnings = []
     promised = _SUFFIX_FORMATS.get(Path(path).suffix.lower())
     if promised is not None and promised != kind:
@@ -269,7 +269,7 @@ def video_kind(head: bytes) -> str | None:
         head: At least 12 bytes of the file.
 
     Returns:
-        Name of the container, or None for anything that is no video; AVIF and HEIC pictures share MP4's container and
+        Name of the container, or None for anything that is no video; AVIF and HEIC images share MP4's container and
         are none.
 
     Example:
@@ -277,7 +277,7 @@ def video_kind(head: bytes) -> str | None:
         'an MP4'
     """
     if head[4:8] == b"ftyp":
-        return None if head[8:12] in _PICTURE_BRANDS else "an MP4"
+        return None if head[8:12] in _IMAGE_BRANDS else "an MP4"
     if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
         return "an AVI"
     if head.startswith(b"\x1a\x45\xdf\xa3"):
@@ -328,7 +328,7 @@ def _read(path: str | os.PathLike[str]) -> bytes:
         with Path(path).open("rb") as file:
             data = file.read(16)
             if kind := video_kind(data):
-                raise BadImageError(path, f"{kind} video, not a picture; extract its frames first")
+                raise BadImageError(path, f"{kind} video, not an image; extract its frames first")
             if os.fstat(file.fileno()).st_size > MAX_BYTES:
                 raise BadImageError(path, f"larger than {MAX_BYTES / 2**20:.0f} MiB")
             data += file.read()
@@ -348,7 +348,7 @@ def _whole_jpeg_header(data: bytes, path: str | os.PathLike[str]) -> JpegHeader:
     # Inside a scan every 0xFF byte is followed by 0x00 or a restart marker, so an end marker behind the scan's start is
     # the real one; one before it belongs to the EXIF thumbnail.
     if header is None:
-        raise BadImageError(path, f"damaged JPEG: {len(data):,} bytes, but no pixel data behind its header")
+        raise BadImageError(path, f"corrupt JPEG: {len(data):,} bytes, but no pixel data behind its header")
     if not data.endswith(_JPEG_END) and data.find(_JPEG_END, header.scan_start) < 0:
         raise BadImageError(path, f"truncated JPEG: {len(data):,} bytes without an end marker")
     _check_size(header.width, header.height, path)
@@ -376,10 +376,10 @@ def _open_with_pillow(data: bytes, path: str | os.PathLike[str]) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
-        raise BadImageError(path, f"not a picture: starts with {data[:8]!r}") from error
+        raise BadImageError(path, f"not an image: starts with {data[:8]!r}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError(path, f"more than {MAX_PIXELS / 1e6:.0f} megapixels: {error}") from error
-    except Exception as error:  # a damaged header surfaces as whatever its parser ran into
+    except Exception as error:  # a corrupt header surfaces as whatever its parser ran into
         raise BadImageError(path, f"cannot be opened: {error}") from error
     _check_size(*image.size, path)  # before a pixel is decoded
     return image

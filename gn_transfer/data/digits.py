@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gn_transfer.config import ConfigError
+from gn_transfer.data.augmentation import Recipe
 from gn_transfer.data.folder import Folder
 from gn_transfer.data.splits import stratified_split
-from gn_transfer.data.transforms import Recipe
 
 DigitSource = Literal["sklearn", "mnist"]
 
@@ -29,15 +29,15 @@ _TEST_SHARE = 1 / 6  # MNIST's own: 10,000 of 70,000 and a little more
 class Digits(Folder):
     """Handwritten digits, grey, 28 px: scikit-learn's 1,797 (8 px, magnified), or MNIST's 70,000.
 
-    They are written to ``root/<source>/{train,test}/<digit>/*.png`` on first use. A net that takes one channel
+    They are written to ``root/<source>/{train,test}/<digit>/*.png`` on first use. A model that takes one channel
     (``cnn_mnist``) gets one.
 
     Args:
-        root: Folder that the pictures are written to.
+        root: Folder that the images are written to.
         source: sklearn needs scikit-learn and no network; mnist is downloaded by torchvision.
-        img_size: Side of the square that the net sees, in pixels.
+        img_size: Side of the square that the model sees, in pixels.
         recipe: Augmentation, see the other data; the flips of most recipes make no sense here.
-        **options: Those of :class:`gn_transfer.data.PictureData`.
+        **options: Those of :class:`gn_transfer.data.ImageDataModule`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Digits(Folder):
         self.source: DigitSource = source
 
     def prepare_data(self) -> None:
-        """Write the pictures unless they are there; Lightning calls it once per machine."""
+        """Write the images unless they are there; Lightning calls it once per machine."""
         write_digits(Path(self.root), self.source)
 
 

@@ -1,4 +1,4 @@
-"""The user's own pictures: a folder per class."""
+"""The user's own images: a folder per class."""
 
 from __future__ import annotations
 
@@ -6,44 +6,44 @@ from pathlib import Path
 from typing import Any
 
 from gn_transfer.config import ConfigError
-from gn_transfer.data.base import FitPictures, PictureData
-from gn_transfer.data.dataset import Picture
+from gn_transfer.data.datamodule import ImageDataModule, ListedImages
+from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.data.decode import SUFFIXES
 from gn_transfer.data.splits import stratified_split
 
 _VAL_NAMES = ("val", "valid", "validation")
 
 
-class Folder(PictureData):
-    """Pictures of your own, one folder per class.
+class Folder(ImageDataModule):
+    """Images of your own, one folder per class.
 
     Either ``root/train/<class>/*``, with ``root/val`` and ``root/test`` of the same classes where they exist, or
     ``root/<class>/*``. A missing validation or test split is cut from the rest, stratified by class and seeded.
 
     Args:
         root: Folder of the class folders, or of train, val and test.
-        val_fraction: Share of the training pictures that is held out for validation, stratified by class; not used
+        val_fraction: Share of the training images that is held out for validation, stratified by class; not used
             where there is a folder val, valid or validation.
-        test_fraction: Share of the pictures that is held out for ``test`` before validation is; 0 disables. Not used
+        test_fraction: Share of the images that is held out for ``test`` before validation is; 0 disables. Not used
             where there is a folder test.
-        **options: Those of :class:`gn_transfer.data.PictureData`.
+        **options: Those of :class:`gn_transfer.data.ImageDataModule`.
     """
 
     def __init__(self, root: Path | str, val_fraction: float = 0.2, test_fraction: float = 0.0, **options: Any) -> None:
         super().__init__(root, val_fraction=val_fraction, **options)
         self.test_fraction = test_fraction
 
-    def list_fit(self) -> FitPictures:
+    def list_fit(self) -> ListedImages:
         """List training and, where it has a folder, validation."""
         train_root = self._train_root()
         classes = class_folders(train_root)
-        train = self._pictures(train_root, classes)
+        train = self._images(train_root, classes)
         if self._split_folder("test") is None and self.test_fraction != 0.0:
             train = self._cut_test(train)[0]
         val_root = self._split_folder(*_VAL_NAMES)
-        return FitPictures(classes, train, None if val_root is None else self._same_classes(val_root, classes))
+        return ListedImages(classes, train, None if val_root is None else self._same_classes(val_root, classes))
 
-    def list_test(self) -> list[Picture]:
+    def list_test(self) -> list[LabeledImage]:
         """List the folder ``test``, or the part that ``test_fraction`` holds out."""
         train_root = self._train_root()
         classes = class_folders(train_root)
@@ -52,10 +52,10 @@ class Folder(PictureData):
             return self._same_classes(test_root, classes)
         if self.test_fraction == 0.0:
             raise ConfigError(
-                f"data.root={self.root}: no test pictures. Add a folder {Path(self.root) / 'test'} with the class "
+                f"data.root={self.root}: no test images. Add a folder {Path(self.root) / 'test'} with the class "
                 "folders beside train, or hold a share out with data.test_fraction (for fit and test alike)."
             )
-        return self._cut_test(self._pictures(train_root, classes))[1]
+        return self._cut_test(self._images(train_root, classes))[1]
 
     def _train_root(self) -> Path:
         root = Path(self.root)
@@ -72,18 +72,18 @@ class Folder(PictureData):
             raise ConfigError(f"data.root={self.root}: {' and '.join(path.name for path in found)}; keep one of them.")
         return found[0] if found else None
 
-    def _pictures(self, split_root: Path, classes: list[str]) -> list[Picture]:
-        pictures = []
+    def _images(self, split_root: Path, classes: list[str]) -> list[LabeledImage]:
+        images = []
         for target, name in enumerate(classes):
-            found = picture_files(split_root / name)
+            found = image_files(split_root / name)
             if not found:
                 raise ConfigError(
-                    f"{split_root / name}: no pictures ({', '.join(sorted(SUFFIXES))}); add some or remove the folder."
+                    f"{split_root / name}: no images ({', '.join(sorted(SUFFIXES))}); add some or remove the folder."
                 )
-            pictures += [Picture(path.relative_to(Path(self.root)).as_posix(), target) for path in found]
-        return pictures
+            images += [LabeledImage(path.relative_to(Path(self.root)).as_posix(), target) for path in found]
+        return images
 
-    def _same_classes(self, split_root: Path, classes: list[str]) -> list[Picture]:
+    def _same_classes(self, split_root: Path, classes: list[str]) -> list[LabeledImage]:
         found = class_folders(split_root)
         if found != classes:
             lacks, extra = sorted(set(classes) - set(found)), sorted(set(found) - set(classes))
@@ -93,17 +93,17 @@ class Folder(PictureData):
                 + (f"; not in train: {', '.join(extra)}" if extra else "")
                 + "."
             )
-        return self._pictures(split_root, classes)
+        return self._images(split_root, classes)
 
-    def _cut_test(self, pictures: list[Picture]) -> tuple[list[Picture], list[Picture]]:
+    def _cut_test(self, images: list[LabeledImage]) -> tuple[list[LabeledImage], list[LabeledImage]]:
         rest, test = stratified_split(
-            [picture.path for picture in pictures],
-            [picture.target for picture in pictures],
+            [image.path for image in images],
+            [image.target for image in images],
             self.test_fraction,
             self.seed,
             key="data.test_fraction",
         )
-        return [pictures[position] for position in rest], [pictures[position] for position in test]
+        return [images[position] for position in rest], [images[position] for position in test]
 
 
 def class_folders(root: Path) -> list[str]:
@@ -116,13 +116,13 @@ def class_folders(root: Path) -> list[str]:
     if len(names) < 2:
         found = f"only one class folder ({names[0]})" if names else "no class folders"
         raise ConfigError(
-            f"{root}: {found}. A classifier needs at least 2 classes: one folder per class with its pictures in it."
+            f"{root}: {found}. A classifier needs at least 2 classes: one folder per class with its images in it."
         )
     return names
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """List the picture files in and below a folder, sorted; hidden ones are left out."""
+def image_files(folder: Path) -> list[Path]:
+    """List the image files in and below a folder, sorted; hidden ones are left out."""
     return sorted(
         path
         for path in folder.rglob("*")

@@ -1,7 +1,7 @@
 """Batches from a data set, fetched by threads of this process.
 
 Reading, decoding and resizing release Python's lock, so threads keep the cores busy, and nothing is pickled, copied or
-queued between processes: with batches of one picture that would cost more than the picture.
+queued between processes: with batches of one image that would cost more than the image.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ import cv2
 import torch
 from torch import Tensor
 
-from gn_transfer.data.dataset import PictureDataset
+from gn_transfer.data.dataset import ImageDataset
 from gn_transfer.data.sampler import EpochSampler, Key
 
 Batch = tuple[Tensor, Tensor]
 
 CHUNK = 16
-"""Pictures that are fetched at once, at least: a batch of one does not pay for a call of its own."""
+"""Images that are fetched at once, at least: a batch of one does not pay for a call of its own."""
 
 _AHEAD = 2
 """Chunks per thread that are fetched before they are asked for."""
 
 
-class PictureLoader:
+class ImageLoader:
     """Batches ``(images uint8 (B, C, H, W), targets int64 (B,))`` in a sampler's order, whatever the threads.
 
     Args:
-        dataset: The pictures.
+        dataset: The images.
         sampler: Their order, and the size of a batch.
         num_workers: Threads that fetch ahead; 0 fetches when a batch is asked for.
         pin_memory: Page-locked memory, for copies to a CUDA device beside computation.
     """
 
-    def __init__(self, dataset: PictureDataset, sampler: EpochSampler, *, num_workers: int, pin_memory: bool) -> None:
+    def __init__(self, dataset: ImageDataset, sampler: EpochSampler, *, num_workers: int, pin_memory: bool) -> None:
         self.dataset = dataset
         self.sampler = sampler  # Lightning sets its epoch,
         self.batch_sampler = None  # and asks for this one beside it
         self.batch_size = sampler.batch_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory
-        cv2.setNumThreads(0)  # pictures go over threads; those of OpenCV, within a picture, would be in the way
+        cv2.setNumThreads(0)  # images go over threads; those of OpenCV, within an image, would be in the way
 
     def __len__(self) -> int:
         return -(-len(self.sampler) // self.batch_size)
@@ -61,7 +61,7 @@ class PictureLoader:
         if self.num_workers == 0:
             yield from map(self._fetch, parts)
             return
-        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="pictures")
+        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="images")
         try:
             waiting: deque[Future[Batch]] = deque()
             for part in parts:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gn_transfer.config import ConfigError
-from gn_transfer.data.base import FitPictures, PictureData
-from gn_transfer.data.dataset import Picture
+from gn_transfer.data.datamodule import ImageDataModule, ListedImages
+from gn_transfer.data.dataset import LabeledImage
 
 FOLDER = "oxford-iiit-pet"
 """Name of the data set's folder, as torchvision gives it."""
@@ -38,13 +38,13 @@ class Annotation(NamedTuple):
         return self.image_id.rpartition("_")[0]
 
 
-class Pets(PictureData):
+class Pets(ImageDataModule):
     """Oxford-IIIT Pet (Parkhi et al. 2012): official trainval and test lists, validation cut from trainval.
 
     Args:
         root: Folder that holds ``oxford-iiit-pet``, or that folder itself.
         download: Fetch the data set (800 MB) if it is not there.
-        **options: Those of :class:`gn_transfer.data.PictureData`.
+        **options: Those of :class:`gn_transfer.data.ImageDataModule`.
     """
 
     def __init__(self, root: Path | str = "data", download: bool = False, **options: Any) -> None:
@@ -56,15 +56,15 @@ class Pets(PictureData):
         if self.download and _find(Path(self.root)) is None:
             download_pets(Path(self.root))
 
-    def list_fit(self) -> FitPictures:
+    def list_fit(self) -> ListedImages:
         """List trainval; validation is cut from it."""
         base = self._base()
         path = base / "annotations" / "trainval.txt"
         annotations = read_annotations(path)
         breeds = class_names(annotations, path)
-        return FitPictures(list(breeds.values()), self._pictures(base, annotations, breeds), None)
+        return ListedImages(list(breeds.values()), self._images(base, annotations, breeds), None)
 
-    def list_test(self) -> list[Picture]:
+    def list_test(self) -> list[LabeledImage]:
         """List the official test split."""
         base = self._base()
         fit_path, path = base / "annotations" / "trainval.txt", base / "annotations" / "test.txt"
@@ -73,7 +73,7 @@ class Pets(PictureData):
         unknown = sorted({annotation.breed for annotation in annotations if annotation.class_id not in breeds})
         if unknown:
             raise ConfigError(f"{path}: {', '.join(unknown)} does not occur in trainval.txt beside it.")
-        return self._pictures(base, annotations, breeds)
+        return self._images(base, annotations, breeds)
 
     def _base(self) -> Path:
         base = _find(Path(self.root))
@@ -85,11 +85,12 @@ class Pets(PictureData):
             )
         return base
 
-    def _pictures(self, base: Path, annotations: list[Annotation], breeds: dict[int, str]) -> list[Picture]:
+    def _images(self, base: Path, annotations: list[Annotation], breeds: dict[int, str]) -> list[LabeledImage]:
         targets = {class_id: target for target, class_id in enumerate(breeds)}
         folder = (base / "images").relative_to(Path(self.root)).as_posix()
         return [
-            Picture(f"{folder}/{annotation.image_id}.jpg", targets[annotation.class_id]) for annotation in annotations
+            LabeledImage(f"{folder}/{annotation.image_id}.jpg", targets[annotation.class_id])
+            for annotation in annotations
         ]
 
 
@@ -118,7 +119,7 @@ def read_annotations(path: Path) -> list[Annotation]:
             raise ConfigError(f"{path}:{number}: {line!r} is not a line 'image_id class_id species breed_id'.")
         annotations.append(Annotation(fields[0], int(fields[1])))
     if not annotations:
-        raise ConfigError(f"{path}: lists no pictures.")
+        raise ConfigError(f"{path}: lists no images.")
     return annotations
 
 

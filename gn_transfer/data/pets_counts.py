@@ -1,4 +1,4 @@
-"""How many pictures the Oxford-IIIT Pet data set has (Parkhi et al. 2012): 37 breeds, 3,680 trainval, 3,669 test."""
+"""How many images the Oxford-IIIT Pet data set has (Parkhi et al. 2012): 37 breeds, 3,680 trainval, 3,669 test."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _FEWER = {
 OFFICIAL: dict[str, dict[str, int]] = {
     split: {breed: fewer.get(breed, 100) for breed in BREEDS} for split, fewer in _FEWER.items()
 }
-"""Pictures per split and breed."""
+"""Images per split and breed."""
 
 
 def compare_counts(split: str, found: Mapping[str, int]) -> list[str]:
@@ -74,18 +74,18 @@ def compare_counts(split: str, found: Mapping[str, int]) -> list[str]:
 
     Args:
         split: ``trainval`` or ``test``.
-        found: Pictures per class; breeds that are not official (the sample's) are not looked at.
+        found: Images per class; breeds that are not official (the sample's) are not looked at.
 
     Returns:
         A sentence per difference; none where all is as it should be, be it all 37 breeds or some of them.
 
     Example:
         >>> compare_counts("test", {"boxer": 98, "pug": 100})
-        ['test: 98 pictures of boxer, officially 99']
+        ['test: 98 images of boxer, officially 99']
     """
     official = OFFICIAL[split]
     return [
-        f"{split}: {count} pictures of {breed}, officially {official[breed]}"
+        f"{split}: {count} images of {breed}, officially {official[breed]}"
         for breed, count in found.items()
         if breed in official and count != official[breed]
     ]

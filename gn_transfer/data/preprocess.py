@@ -1,4 +1,4 @@
-"""What a picture goes through before evaluation and prediction. numpy and OpenCV only, so that a bundle repeats it."""
+"""What an image goes through before evaluation and prediction. numpy and OpenCV only, so that a bundle repeats it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import numpy as np
 import numpy.typing as npt
 
 CROP_FRACTION = 0.875
-"""Side of the evaluated square as a fraction of the picture's short side (224 of 256, as ImageNet nets are scored)."""
+"""Side of the evaluated square as a fraction of the image's short side (224 of 256, as ImageNet models are scored)."""
 
 
 def preprocess_image(image_HWC: npt.NDArray[np.uint8], img_size: int) -> npt.NDArray[np.uint8]:
     """Cut the centre square of 87.5 % of the short side and resize it.
 
     The same as "resize the short side to ``img_size / 0.875``, crop the centre", but the crop comes first: a
-    very long picture costs no memory.
+    very long image costs no memory.
 
     Args:
         image_HWC: Pixels, shape ``(H, W, 3)``.

@@ -11,13 +11,13 @@ import cv2
 import numpy as np
 
 from gn_transfer.config import ConfigError
-from gn_transfer.data.draw import BREEDS, draw_animal
 from gn_transfer.data.pets import FOLDER, Pets
+from gn_transfer.data.synthetic_animals import BREEDS, render_animal
 
 TRAINVAL_PER_BREED = 130
 TEST_PER_BREED = 20
-PICTURE_SIZE = 80
-"""Side of a picture in pixels."""
+IMAGE_SIZE = 80
+"""Side of an image in pixels."""
 
 _VERSION = 2  # raise it with every change of the drawing: folders written by another version are drawn again
 _STAMP = "sample.json"
@@ -35,20 +35,20 @@ class Sample(Pets):
     """Cats and dogs of invented breeds, drawn into ``root`` on first use and read by the same code as Pets.
 
     Args:
-        root: Folder that the pictures are written to.
-        **options: Those of :class:`gn_transfer.data.PictureData`; the pictures (80 px) do not depend on the seed.
+        root: Folder that the images are written to.
+        **options: Those of :class:`gn_transfer.data.ImageDataModule`; the images (80 px) do not depend on the seed.
     """
 
     def __init__(self, root: Path | str = "data_sample", **options: Any) -> None:
         super().__init__(root, download=False, **options)
 
     def prepare_data(self) -> None:
-        """Draw the pictures unless they are there; Lightning calls it once per machine."""
+        """Draw the images unless they are there; Lightning calls it once per machine."""
         write_sample(Path(self.root))
 
 
 def write_sample(root: Path, seed: int = 0) -> Path:
-    """Write the sample in the layout of Oxford-IIIT Pet: 5 breeds, 130 pictures each in trainval and 20 in test.
+    """Write the sample in the layout of Oxford-IIIT Pet: 5 breeds, 130 images each in trainval and 20 in test.
 
     It is written to a temporary folder beside its place and then renamed, so what is found there is whole. A sample of
     the same version and seed is left as it is; of another, replaced.
@@ -66,7 +66,7 @@ def write_sample(root: Path, seed: int = 0) -> Path:
     stamp = {
         "version": _VERSION,
         "seed": seed,
-        "size": PICTURE_SIZE,
+        "size": IMAGE_SIZE,
         "trainval_per_breed": TRAINVAL_PER_BREED,
         "test_per_breed": TEST_PER_BREED,
     }
@@ -103,7 +103,7 @@ def _write(folder: Path, seed: int) -> None:
         of_species[breed.is_cat] += 1
         for number in range(1, TRAINVAL_PER_BREED + TEST_PER_BREED + 1):
             image_id = f"{breed.name}_{number}"
-            pixels_RGB = draw_animal(breed, PICTURE_SIZE, np.random.default_rng([seed, class_id, number]))
+            pixels_RGB = render_animal(breed, IMAGE_SIZE, np.random.default_rng([seed, class_id, number]))
             _, jpeg = cv2.imencode(".jpg", pixels_RGB[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
             (images / f"{image_id}.jpg").write_bytes(jpeg.tobytes())
             split = "trainval.txt" if number <= TRAINVAL_PER_BREED else "test.txt"

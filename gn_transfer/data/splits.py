@@ -1,4 +1,4 @@
-"""Cutting one list of pictures in two: pure functions of names, targets and a seed."""
+"""Cutting one list of images in two: pure functions of names, targets and a seed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def stratified_split(
     """Move the same fraction of every class to the second part.
 
     Each class is sorted by name and shuffled by a generator of (seed, class), so the result depends neither on
-    the order of a folder's listing nor on the other classes. A class of n pictures gives ``round(n * fraction)``, at
+    the order of a folder's listing nor on the other classes. A class of n images gives ``round(n * fraction)``, at
     least one and at most n - 1.
 
     Args:
-        names: One name per picture, all different.
-        targets: Class index per picture.
+        names: One name per image, all different.
+        targets: Class index per image.
         fraction: Share of the second part, between 0 and 1, both excluded.
         seed: Seed of the shuffle, >= 0.
         key: The configuration key that ``fraction`` came from, for the message.
@@ -33,7 +33,7 @@ def stratified_split(
         Positions in ``names`` of the first and of the second part, each in ascending order.
 
     Raises:
-        ConfigError: ``fraction`` out of range, or a class with fewer than two pictures.
+        ConfigError: ``fraction`` out of range, or a class with fewer than two images.
 
     Example:
         >>> stratified_split(["a", "b", "c", "d"], [0, 0, 1, 1], 0.5, seed=0)
@@ -48,8 +48,8 @@ def stratified_split(
     for target, positions in sorted(by_class.items()):
         if len(positions) < 2:
             raise ConfigError(
-                f"The class of {names[positions[0]]} has 1 picture, {key}={fraction} needs at least 2, one "
-                "for each part; add pictures or remove the class."
+                f"The class of {names[positions[0]]} has 1 image, {key}={fraction} needs at least 2, one "
+                "for each part; add images or remove the class."
             )
         count = min(max(1, round(len(positions) * fraction)), len(positions) - 1)
         order = np.random.default_rng([seed, target]).permutation(len(positions))
@@ -61,12 +61,12 @@ def stratified_split(
 def few_shots(
     names: Sequence[str], targets: Sequence[int], shots: int, seed: int, *, names_of: Sequence[str]
 ) -> list[int]:
-    """Choose equally many pictures of every class; more shots contain fewer ones of the same seed.
+    """Choose equally many images of every class; more shots contain fewer ones of the same seed.
 
     Args:
-        names: One name per picture, all different.
-        targets: Class index per picture.
-        shots: Pictures per class, at least 1.
+        names: One name per image, all different.
+        targets: Class index per image.
+        shots: Images per class, at least 1.
         seed: Seed of the choice, >= 0.
         names_of: Names of the classes, for the message.
 
@@ -74,7 +74,7 @@ def few_shots(
         Positions in ``names``, in ascending order.
 
     Raises:
-        ConfigError: A class has fewer pictures.
+        ConfigError: A class has fewer images.
 
     Example:
         >>> few_shots(["a", "b", "c", "d"], [0, 0, 1, 1], 1, seed=0, names_of=["cat", "dog"])
@@ -87,7 +87,7 @@ def few_shots(
     if poor:
         fewest = min(poor, key=poor.__getitem__)
         raise ConfigError(
-            f"data.shots_per_class={shots}: {len(poor)} classes have fewer training pictures, {fewest} only "
+            f"data.shots_per_class={shots}: {len(poor)} classes have fewer training images, {fewest} only "
             f"{poor[fewest]}; use at most {poor[fewest]}, or null for all."
         )
     chosen = []
@@ -118,11 +118,11 @@ def balanced_weights(targets: Sequence[int], num_classes: int) -> list[float]:
     """Weigh classes by the inverse of how often they occur: ``n / (num_classes * n_c)``.
 
     Args:
-        targets: Class index per training picture; every class occurs.
+        targets: Class index per training image; every class occurs.
         num_classes: Number of classes.
 
     Returns:
-        One weight per class; their mean over the pictures is 1.
+        One weight per class; their mean over the images is 1.
 
     Example:
         >>> balanced_weights([0, 0, 0, 1], 2)

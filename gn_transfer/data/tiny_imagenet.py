@@ -7,25 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from gn_transfer.config import ConfigError
-from gn_transfer.data.base import FitPictures, PictureData
-from gn_transfer.data.dataset import Picture
+from gn_transfer.data.datamodule import ImageDataModule, ListedImages
+from gn_transfer.data.dataset import LabeledImage
 
 FOLDER = "tiny-imagenet-200"
 """Name of the data set's folder inside its archive."""
 
 
-class TinyImageNet(PictureData):
-    """Tiny-ImageNet (Stanford CS231n): 500 training and 50 validation pictures of each of 200 classes, 64 px.
+class TinyImageNet(ImageDataModule):
+    """Tiny-ImageNet (Stanford CS231n): 500 training and 50 validation images of each of 200 classes, 64 px.
 
     Its own layout is read: ``wnids.txt``, ``words.txt``, ``train/<wnid>/images/*.JPEG``, ``val/images/*.JPEG`` and
-    ``val/val_annotations.txt``. Targets follow the order of ``wnids.txt``. The labels of its test pictures were never
+    ``val/val_annotations.txt``. Targets follow the order of ``wnids.txt``. The labels of its test images were never
     published, so there is no test split.
 
     Args:
         root: Folder that holds ``tiny-imagenet-200``, or that folder itself.
-        img_size: Side of the square that the net sees, in pixels.
+        img_size: Side of the square that the model sees, in pixels.
         val_fraction: Not used: the data set has a validation split of its own.
-        **options: Those of :class:`gn_transfer.data.PictureData`.
+        **options: Those of :class:`gn_transfer.data.ImageDataModule`.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class TinyImageNet(PictureData):
     ) -> None:
         super().__init__(root, img_size=img_size, val_fraction=val_fraction, **options)
 
-    def list_fit(self) -> FitPictures:
+    def list_fit(self) -> ListedImages:
         """List ``train/<wnid>/images`` and what ``val/val_annotations.txt`` names."""
         base = self._base()
         wnids = read_wnids(base / "wnids.txt")
@@ -45,18 +45,18 @@ class TinyImageNet(PictureData):
             names = sorted(path.name for path in folder.glob("*.JPEG"))
             if not names:
                 raise ConfigError(f"{folder}: no *.JPEG there; unpack the archive of Tiny-ImageNet again.")
-            train += [Picture((inside / "train" / wnid / "images" / name).as_posix(), target) for name in names]
+            train += [LabeledImage((inside / "train" / wnid / "images" / name).as_posix(), target) for name in names]
         val = [
-            Picture((inside / "val" / "images" / name).as_posix(), targets[wnid])
+            LabeledImage((inside / "val" / "images" / name).as_posix(), targets[wnid])
             for name, wnid in read_val_annotations(base / "val" / "val_annotations.txt", wnids)
         ]
-        return FitPictures(class_names(wnids, base / "words.txt"), train, val)
+        return ListedImages(class_names(wnids, base / "words.txt"), train, val)
 
-    def list_test(self) -> list[Picture]:
-        """Refuse: the labels of the test pictures are not published."""
+    def list_test(self) -> list[LabeledImage]:
+        """Refuse: the labels of the test images are not published."""
         raise ConfigError(
-            "TinyImageNet has no labelled test pictures; use gn-transfer validate, which reads its 10,000 validation "
-            "pictures."
+            "TinyImageNet has no labelled test images; use gn-transfer validate, which reads its 10,000 validation "
+            "images."
         )
 
     def _base(self) -> Path:
@@ -97,16 +97,16 @@ def read_val_annotations(path: Path, wnids: list[str]) -> list[tuple[str, str]]:
         ConfigError: A line is not of that form, or its id is not one of ``wnids``.
     """
     known = set(wnids)
-    pictures = []
+    images = []
     for number, line in enumerate(_read(path).splitlines(), 1):
         name, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         if not name or wnid not in known or "/" in name:
             raise ConfigError(f"{path}:{number}: {line!r} is not a line of file name, id of wnids.txt and box.")
-        pictures.append((name, wnid))
-    if not pictures:
+        images.append((name, wnid))
+    if not images:
         raise ConfigError(f"{path} is empty; unpack the archive of Tiny-ImageNet again.")
-    return pictures
+    return images
 
 
 def class_names(wnids: list[str], words: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Layers of the small-batch engine: a plain torch library, usable without the rest of the package."""
 
+from gn_transfer.layers.accumulation_engine import AccumulationEngine
 from gn_transfer.layers.batch_norm import (
     BatchNormAct2d,
     FrozenBatchNorm2d,
@@ -9,20 +10,25 @@ from gn_transfer.layers.batch_norm import (
     corrected_momentum,
     reestimate_statistics,
 )
-from gn_transfer.layers.convert import Exchange, convert_norm, default_groups, plain_conv, uses_weight_standardization
+from gn_transfer.layers.convert import (
+    Replacement,
+    convert_norm,
+    default_groups,
+    plain_conv,
+    uses_weight_standardization,
+)
 from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, group_count
 from gn_transfer.layers.memory_format import preferred_memory_format
 from gn_transfer.layers.std_conv import StdConv2d, standardize_weight
-from gn_transfer.layers.window import OncePerWindow
 
 __all__ = [
+    "AccumulationEngine",
     "BatchNormAct2d",
-    "Exchange",
     "FrozenBatchNorm2d",
     "FrozenBatchNormAct2d",
     "GroupNorm",
     "GroupNormAct",
-    "OncePerWindow",
+    "Replacement",
     "StdConv2d",
     "SyncBatchNormAct",
     "batch_statistics",

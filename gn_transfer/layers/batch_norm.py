@@ -99,14 +99,14 @@ class SyncBatchNormAct(_Act, nn.SyncBatchNorm):
 
 
 def corrected_momentum(batch_size: int, momentum: float = 0.1, reference: int = 16) -> float:
-    r"""Momentum with which small micro-batches forget as fast, per picture, as batches of ``reference`` do.
+    r"""Momentum with which small micro-batches forget as fast, per image, as batches of ``reference`` do.
 
     .. math:: 1 - (1 - m)^{b / r}
 
     Args:
-        batch_size: Pictures per forward pass, b.
-        momentum: Weight of the new batch at ``reference`` pictures, m in (0, 1).
-        reference: Pictures per forward pass that ``momentum`` is meant for, r.
+        batch_size: Images per forward pass, b.
+        momentum: Weight of the new batch at ``reference`` images, m in (0, 1).
+        reference: Images per forward pass that ``momentum`` is meant for, r.
 
     Returns:
         Weight of the new micro-batch in the running statistics.
@@ -118,19 +118,19 @@ def corrected_momentum(batch_size: int, momentum: float = 0.1, reference: int = 
     return momentum if batch_size == reference else 1.0 - (1.0 - momentum) ** (batch_size / reference)
 
 
-def reestimate_statistics(net: nn.Module, batches: Iterable[Tensor]) -> int:
-    r"""Set running means and variances of batch norms to those of whole pictures, pooled over all batches.
+def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
+    r"""Set running means and variances of batch norms to those of whole images, pooled over all batches.
 
     .. math:: \mu = E[x], \qquad \sigma^2 = E[x^2] - E[x]^2
 
-    (unbiased, as torch keeps it) over all pictures and positions, each batch normalized by its own statistics as in
+    (unbiased, as torch keeps it) over all images and positions, each batch normalized by its own statistics as in
     training ("precise BN", Wu and Johnson 2021, arXiv:2105.07576). The moments are pooled, not the variances: the
-    variance within a batch of one picture lacks what pictures differ by. Frozen batch norms are treated as if they
+    variance within a batch of one image lacks what images differ by. Frozen batch norms are treated as if they
     were not frozen. Weights, modes and ``num_batches_tracked`` stay.
 
     Args:
-        net: A net with batch norms of torch or of this package.
-        batches: Inputs of the net, shape ``(B, C, H, W)``, of the size that it trains with.
+        model: A model with batch norms of torch or of this package.
+        batches: Inputs of the model, shape ``(B, C, H, W)``, of the size that it trains with.
 
     Returns:
         Number of layers that were set.
@@ -138,45 +138,45 @@ def reestimate_statistics(net: nn.Module, batches: Iterable[Tensor]) -> int:
     Raises:
         ConfigError: No batch.
     """
-    moments = [_Moments(layer) for layer in net.modules() if isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm)]
-    modes = {layer: layer.training for layer in net.modules()}
-    net.eval()  # what is neither frozen nor a batch norm (dropout) is as in evaluation
+    moments = [_Moments(layer) for layer in model.modules() if isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm)]
+    modes = {layer: layer.training for layer in model.modules()}
+    model.eval()  # what is neither frozen nor a batch norm (dropout) is as in evaluation
     try:
         with torch.no_grad():
             for batch in batches:
-                net(batch)
+                model(batch)
     finally:
         for each in moments:
             del each.layer.forward
         for module, training in modes.items():
             module.training = training
     if any(each.count == 0 for each in moments):
-        raise ConfigError("statistics cannot be re-estimated: no picture reached all batch norms.")
+        raise ConfigError("statistics cannot be re-estimated: no image reached all batch norms.")
     for each in moments:
         each.write()
     return len(moments)
 
 
 @contextmanager
-def batch_statistics(net: nn.Module) -> Iterator[None]:
+def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Let batch norms normalize by the batch at hand, and leave their running statistics alone.
 
     What is evaluated so is the function that was trained; evaluated with running statistics it may be another. Frozen
     batch norms stay as they are.
 
     Args:
-        net: A net with batch norms of torch, timm or this package; its mode is restored at the end.
+        model: A model with batch norms of torch, timm or this package; its mode is restored at the end.
 
     Raises:
         ConfigError: It has none, or frozen ones only.
     """
     layers = [
         layer
-        for layer in net.modules()
+        for layer in model.modules()
         if isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm) and not isinstance(layer, FrozenBatchNorm2d)
     ]
     if not layers:
-        raise ConfigError("the net has no batch norm that looks at its batch, so there are no batch statistics.")
+        raise ConfigError("the model has no batch norm that looks at its batch, so there are no batch statistics.")
     before = [(layer, layer.training, layer.track_running_stats) for layer in layers]
     for layer in layers:
         layer.training, layer.track_running_stats = True, False  # torch then passes no running statistics on

@@ -53,23 +53,23 @@ class BatchNormFunction:
 def calibrate(
     module: nn.Module, originals: Mapping[nn.GroupNorm, BatchNormFunction], batches: Iterable[Any]
 ) -> dict[nn.GroupNorm, float]:
-    r"""Set the affine of group norms so that a net reproduces its original with batch norms as well as it can.
+    r"""Set the affine of group norms so that a model reproduces its original with batch norms as well as it can.
 
     .. math:: \gamma_c = \mathrm{Cov}(y_c, z_c) / \mathrm{Var}(z_c), \qquad \beta_c = E[y_c] - \gamma_c E[z_c]
 
-    least squares over pictures and positions, where ``y`` is what the batch norm gave in the original net and ``z``
-    the group-normalized input in the converted net so far. Both nets run at once: every batch is doubled, its first
-    half goes the way of the original, its second that of the converted net, and a layer is set from all that it has
+    least squares over images and positions, where ``y`` is what the batch norm gave in the original model and ``z``
+    the group-normalized input in the converted model so far. Both models run at once: every batch is doubled, its first
+    half goes the way of the original, its second that of the converted model, and a layer is set from all that it has
     seen before its output goes on, so that later layers correct what earlier ones lost. One batch solves layer by
     layer exactly; of several, the first meet layers that are not settled yet.
 
-    Where a layer's input has not one row per picture (the region heads of a detection net) the rows of the two halves
-    do not correspond; there ``y`` is what the batch norm gives for the converted net's own input.
+    Where a layer's input has not one row per image (the region heads of a detection model) the rows of the two halves
+    do not correspond; there ``y`` is what the batch norm gives for the converted model's own input.
 
     Args:
-        module: The converted net, its group norms in place; of it only their affine changes.
+        module: The converted model, its group norms in place; of it only their affine changes.
         originals: These group norms, each with what the batch norm in its place computed.
-        batches: Inputs of ``module``: tensors ``(N, C, H, W)``, or lists of pictures ``(C, H, W)`` as detection nets
+        batches: Inputs of ``module``: tensors ``(N, C, H, W)``, or lists of images ``(C, H, W)`` as detection models
             take them; either may come with targets behind it, as data loaders give them.
 
     Returns:
@@ -85,25 +85,25 @@ def calibrate(
     try:
         with torch.no_grad():
             for batch in batches:
-                pictures = _without_targets(batch)
+                images = _without_targets(batch)
                 for fit in fits.values():
-                    fit.pictures = len(pictures)
-                module(torch.cat([pictures] * 2) if isinstance(pictures, Tensor) else [*pictures, *pictures])
+                    fit.images = len(images)
+                module(torch.cat([images] * 2) if isinstance(images, Tensor) else [*images, *images])
     finally:
         for norm in fits:
             del norm.forward
         for layer, training in modes.items():
             layer.training = training
-    explained = {layer: fit.explained for layer, fit in fits.items() if fit.explained is not None}
-    if not explained:
-        raise ConfigError("the calibration reached no norm; give a few hundred pictures as batches of the net's input.")
-    if bad := [value for value in explained.values() if value != value]:
-        raise ConfigError(f"{len(bad)} norms met activations that are not finite; calibrate on other pictures.")
-    return explained
+    r2 = {layer: fit.r2 for layer, fit in fits.items() if fit.r2 is not None}
+    if not r2:
+        raise ConfigError("the calibration reached no norm; give a few hundred images as batches of the model's input.")
+    if bad := [value for value in r2.values() if value != value]:
+        raise ConfigError(f"{len(bad)} norms met activations that are not finite; calibrate on other images.")
+    return r2
 
 
 def _without_targets(batch: Any) -> Any:
-    """Take the inputs from a data loader's ``(inputs, targets)``; a list of pictures is inputs itself."""
+    """Take the inputs from a data loader's ``(inputs, targets)``; a list of images is inputs itself."""
     if isinstance(batch, list | tuple) and batch:
         first = batch[0]
         if isinstance(first, list | tuple) or (isinstance(first, Tensor) and first.ndim == 4):
@@ -112,7 +112,7 @@ def _without_targets(batch: Any) -> Any:
 
 
 class _Fit:
-    """Stands in for a group norm's forward: computes both nets' outputs and keeps the affine at its optimum.
+    """Stands in for a group norm's forward: computes both models' outputs and keeps the affine at its optimum.
 
     Args:
         layer: The group norm.
@@ -122,14 +122,14 @@ class _Fit:
     def __init__(self, layer: nn.GroupNorm, original: BatchNormFunction) -> None:
         self.layer, self.original = layer, original
         self.plain_forward = layer.forward
-        self.pictures = 0
-        self.explained: float | None = None
+        self.images = 0
+        self.r2: float | None = None
         self._sums: Tensor | None = None
         layer.forward = self.forward  # type: ignore[method-assign]
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute both halves; ``input`` has shape ``(2 * N, C, *)``, or any number of rows (see :func:`calibrate`)."""
-        rows = self.pictures if len(input) == 2 * self.pictures else 0
+        rows = self.images if len(input) == 2 * self.images else 0
         theirs, ours = input[:rows], input[rows:]
         target = self.original(theirs if rows else ours)
         self._set(target, F.group_norm(ours.float(), self.layer.num_groups, eps=self.layer.eps))
@@ -146,7 +146,7 @@ class _Fit:
         sums = torch.stack([term.sum(over, dtype=torch.float64) for term in terms])
         sums = torch.cat([torch.full_like(sums[:1], target.numel() // target.shape[1]), sums])
         self._sums = sums if self._sums is None else self._sums + sums
-        gamma, beta, self.explained = solve_affine(*self._sums)
+        gamma, beta, self.r2 = solve_affine(*self._sums)
         self.layer.weight.copy_(gamma)
         self.layer.bias.copy_(beta)
 
@@ -172,12 +172,12 @@ def solve_affine(
         y = 2 z + 1 at z = 0, 1, 2:
 
         >>> sums = torch.tensor([[3.0], [9.0], [3.0], [35.0], [5.0], [13.0]], dtype=torch.float64)
-        >>> gamma, beta, explained = solve_affine(*sums)
-        >>> round(gamma.item(), 6), round(beta.item(), 6), round(explained, 6)
+        >>> gamma, beta, r2 = solve_affine(*sums)
+        >>> round(gamma.item(), 6), round(beta.item(), 6), round(r2, 6)
         (2.0, 1.0, 1.0)
     """
     mean_y, mean_z = y / count, z / count
     var_y, var_z, cov = yy / count - mean_y**2, zz / count - mean_z**2, yz / count - mean_y * mean_z
     gamma = torch.where(var_z > 1e-12, cov / var_z, 0.0)
-    explained = (gamma * cov).sum() / var_y.sum()
-    return gamma, mean_y - gamma * mean_z, float(explained)
+    r2 = (gamma * cov).sum() / var_y.sum()
+    return gamma, mean_y - gamma * mean_z, float(r2)

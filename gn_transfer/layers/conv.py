@@ -2,7 +2,7 @@
 
 At batch size 1 the deep layers of a ResNet have 49 to 784 positions and up to two million weights. oneDNN reorders
 those weights into its own layout for every call, forward and backward, and its weight gradient for few positions runs
-at a fraction of the machine's speed; a matrix product on the channels-last picture does neither.
+at a fraction of the machine's speed; a matrix product on the channels-last image does neither.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class HeldProducts:
     """Weight gradients of few positions, put off until many make one matrix product.
 
     The gradient of a 1x1 convolution is ``grad.T @ input`` over the positions. With 49 positions, writing it (and
-    adding it up over micro-batches) takes longer than computing it; over 49 positions of eight pictures it does not.
+    adding it up over micro-batches) takes longer than computing it; over 49 positions of eight images it does not.
     Held are input and output gradient, until they take as much memory as the product.
     """
 
@@ -199,12 +199,12 @@ def _hw(image: Tensor) -> tuple[int, int, int]:
 
 
 def _rows(image: Tensor) -> Tensor:
-    """``(N * H * W, C)``; a view of a channels-last picture."""
+    """``(N * H * W, C)``; a view of a channels-last image."""
     return image.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _to_image(rows: Tensor, N: int, H: int, W: int) -> Tensor:
-    """Rows of channels ``(N * H * W, C)`` as a channels-last picture; a view."""
+    """Rows of channels ``(N * H * W, C)`` as a channels-last image; a view."""
     return rows.view(N, H, W, -1).permute(0, 3, 1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Exchange the norm layers of any torch net, and its convolutions where the norm wants standardized ones."""
+"""Replace the norm layers of any torch model, and its convolutions where the norm wants standardized ones."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def default_groups(*, calibrated: bool) -> int:
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """One layer that :func:`convert_norm` exchanged, for the transfer report."""
+class Replacement:
+    """One layer that :func:`convert_norm` replaced, for the transfer report."""
 
     name: str
     """Name of the layer as in ``named_modules``."""
@@ -48,8 +48,8 @@ class Exchange:
     groups: int | None = None
     """Groups of a group norm; None for the others."""
     reinitialized: bool = False
-    """A convolution whose zero weights cannot be standardized and were drawn anew."""
-    explained: float | None = None
+    """A convolution whose zero weights cannot be standardized and were initialized anew."""
+    r2: float | None = None
     """Share of the batch norm's output variance that a calibrated layer reproduces, at most 1."""
 
 
@@ -66,39 +66,39 @@ def convert_norm(
     group_size: int | None = None,
     skip: Collection[str] = (),
     calibration: Iterable[Any] | None = None,
-    report: list[Exchange] | None = None,
+    report: list[Replacement] | None = None,
 ) -> nn.Module:
-    """Give a net the norm of the switch, in place.
+    """Replace the norms of a model, in place.
 
-    Exchanged are ``nn.BatchNorm2d``, ``nn.SyncBatchNorm``, ``nn.GroupNorm``, ``nn.InstanceNorm2d``, the frozen batch
+    Replaced are ``nn.BatchNorm2d``, ``nn.SyncBatchNorm``, ``nn.GroupNorm``, ``nn.InstanceNorm2d``, the frozen batch
     norms of torchvision and timm, each also with timm's activation inside, and ``nn.Conv2d`` for :class:`StdConv2d` or
     back. A layer that already is what is wanted stays. Parameters and buffers of equal meaning are carried over as the
     same objects: ``weight`` and ``bias`` always (from BN to GN they fit in shape, not in function), running statistics
     among batch norms, eps always. With ``none`` the activation of a norm+activation layer stays; convolutions without
     bias stay without. A convolution of zeros (timm's zero-initialized last convolution of a pre-activation block)
-    under weight standardization would have its gradient multiplied by ``1 / sqrt(eps)``: it is drawn anew, He normal
-    over the fan-out.
+    under weight standardization would have its gradient multiplied by ``1 / sqrt(eps)``: it is initialized anew, He
+    normal over the fan-out.
 
-    A trained batch-norm net whose affine is merely carried over to group norms is far from what it was. With
-    ``calibration`` pictures the affine of each group norm is set in closed form to reproduce the original's
+    A trained batch-norm model whose affine is merely carried over to group norms is far from what it was. With
+    ``calibration`` images the affine of each group norm is set in closed form to reproduce the original's
     activations as well as it can, without gradient steps; see :func:`gn_transfer.layers.calibrate.calibrate`.
 
     Args:
-        module: Any net; changed in place, unless it is itself a layer to exchange.
-        norm: The switch.
+        module: Any model; changed in place, unless it is itself a layer to replace.
+        norm: The normalization.
         num_groups: Groups of ``gn`` and ``gn_ws`` where ``group_size`` is None; None takes 32, or 4 with a calibration.
         group_size: Channels per group of ``gn`` and ``gn_ws``; None disables it.
         skip: Names (as in ``named_modules``) of layers to leave alone with all that is below them: the head.
-        calibration: A few hundred training pictures, preprocessed as in evaluation, as batches of the net's input
-            (tensors, lists of pictures for a detection net, or a data loader); None carries the affine over as it is.
-        report: A list to which the exchanges are appended.
+        calibration: A few hundred training images, preprocessed as in evaluation, as batches of the model's input
+            (tensors, lists of images for a detection model, or a data loader); None carries the affine over as it is.
+        report: A list to which the replacements are appended.
 
     Returns:
         ``module``, or what stands in its place where it is itself such a layer.
 
     Raises:
         ConfigError: A number of groups that does not divide a layer's channels, ``bn_sync`` without CUDA, an unknown
-            norm, a name in ``skip`` that the net lacks, a convolution that cannot be (un-)standardized, or a
+            norm, a name in ``skip`` that the model lacks, a convolution that cannot be (un-)standardized, or a
             calibration of anything but batch norms with statistics towards ``gn``, ``ln`` or ``in``.
     """
     if norm not in NORMS:
@@ -107,7 +107,7 @@ def convert_norm(
         raise ConfigError("model.norm=bn_sync needs CUDA and none was found; use bn on one device.")
     layers = dict(module.named_modules(remove_duplicate=False))
     if missing := sorted(set(skip) - set(layers)):
-        raise ConfigError(f"skip names {missing}, which the net lacks; {did_you_mean(missing[0], layers)}.")
+        raise ConfigError(f"skip names {missing}, which the model lacks; {did_you_mean(missing[0], layers)}.")
 
     if calibration is not None and norm not in ("gn", "ln", "in"):
         raise ConfigError(f"calibration leads from batch norm to gn, ln or in, not to model.norm={norm}.")
@@ -116,8 +116,8 @@ def convert_norm(
         num_groups = default_groups(calibrated=calibration is not None)
     make = _norm_maker(norm, num_groups, group_size)
     originals: dict[nn.GroupNorm, BatchNormFunction] = {}
-    exchanges: list[Exchange] = []
-    # All new layers are made before the first one is put in place: an error leaves the net as it was.
+    replacements: list[Replacement] = []
+    # All new layers are made before the first one is put in place: an error leaves the model as it was.
     new_layers: dict[nn.Module, nn.Module] = {}
     for name, layer in layers.items():
         if layer in new_layers or any(name == s or name.startswith(f"{s}.") for s in skip):
@@ -135,29 +135,29 @@ def convert_norm(
         if new is not layer:
             zero = isinstance(new, StdConv2d) and not new.weight.is_meta and not bool(new.weight.any())
             groups = new.num_groups if isinstance(new, nn.GroupNorm) else None
-            exchanges.append(Exchange(name, type(layer).__name__, type(new).__name__, channels, groups, zero))
+            replacements.append(Replacement(name, type(layer).__name__, type(new).__name__, channels, groups, zero))
 
     if calibration is not None and not originals:
-        raise ConfigError("calibration: the net has no batch norm with running statistics to reproduce.")
+        raise ConfigError("calibration: the model has no batch norm with running statistics to reproduce.")
 
-    for exchange in exchanges:
-        if exchange.reinitialized:
-            nn.init.kaiming_normal_(new_layers[layers[exchange.name]].weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
+    for replacement in replacements:
+        if replacement.reinitialized:
+            nn.init.kaiming_normal_(new_layers[layers[replacement.name]].weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
     for name, layer in layers.items():
         if name and new_layers.get(layer, layer) is not layer:
             parent, _, child = name.rpartition(".")
             setattr(module.get_submodule(parent), child, new_layers[layer])
     converted = new_layers.get(module, module)
     if calibration is not None:
-        explained: dict[nn.Module, float] = dict(calibrate(converted, originals, calibration).items())
-        exchanges = [replace(found, explained=explained.get(new_layers[layers[found.name]])) for found in exchanges]
+        r2: dict[nn.Module, float] = dict(calibrate(converted, originals, calibration).items())
+        replacements = [replace(found, r2=r2.get(new_layers[layers[found.name]])) for found in replacements]
     if report is not None:
-        report.extend(exchanges)
+        report.extend(replacements)
     return converted
 
 
 def _norm_channels(layer: nn.Module) -> int | None:
-    """Channels that a norm layer normalizes; None for a layer that is none of the norms we exchange."""
+    """Channels that a norm layer normalizes; None for a layer that is none of the norms that we replace."""
     if isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm | nn.InstanceNorm2d):
         return layer.num_features
     if isinstance(layer, nn.GroupNorm):
@@ -246,7 +246,7 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
 
 
 def _convert_conv(conv: nn.Conv2d, name: str, standardize: bool) -> nn.Conv2d:
-    """Exchange ``nn.Conv2d`` and (our or timm's) ``StdConv2d`` as wanted; refuse what computes something else."""
+    """Replace ``nn.Conv2d`` and (our or timm's) ``StdConv2d`` as wanted; refuse what computes something else."""
     kind = type(conv)
     if isinstance(conv, StdConv2d):
         return conv if standardize else plain_conv(conv)

@@ -44,7 +44,7 @@ def group_count(channels: int, *, num_groups: int = 32, group_size: int | None =
 def group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    r"""Normalize groups of channels of each picture by their own mean and variance.
+    r"""Normalize groups of channels of each image by their own mean and variance.
 
     .. math:: y = \gamma (x - \mu_g) / \sqrt{\sigma_g^2 + \epsilon} + \beta
 
@@ -68,7 +68,7 @@ def group_norm(
     if input[0].numel() == num_groups:
         raise ConfigError(
             f"{num_groups} groups over {tuple(input.shape[1:])} hold one value each, so the output would not depend on "
-            "the input; use larger pictures (data.img_size), or fewer groups (model.num_groups, model.norm)."
+            "the input; use larger images (data.img_size), or fewer groups (model.num_groups, model.norm)."
         )
     if input.dtype in (torch.bfloat16, torch.float16):  # half-precision parameters would make half-precision statistics
         weight, bias = (p if p is None else p.float() for p in (weight, bias))
@@ -211,10 +211,10 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
 def _backward_by_channel_sums(
     grad: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of group norm by torch's batch-norm kernels, picture by picture.
+    """Backward of group norm by torch's batch-norm kernels, image by image.
 
     Sums over positions are taken per channel and combined over the channels of a group; what is left is
-    ``a * dy + b * x + c`` with numbers per picture and channel, as torch's own kernel computes it.
+    ``a * dy + b * x + c`` with numbers per image and channel, as torch's own kernel computes it.
 
     Args:
         grad: Of the output, shape ``(N, C, H, W)``, channels-last.

@@ -1,4 +1,4 @@
-"""Which memory layout a net trains fastest in: a rule read off measurements."""
+"""Which memory layout a model trains fastest in: a rule read off measurements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gn_transfer.config import Norm
 
 
 def preferred_memory_format(norm: Norm, device_type: str, *, batch_size: int = 1) -> torch.memory_format:
-    """Choose the layout of pictures and activations (``channels_last: auto``).
+    """Choose the layout of images and activations (``channels_last: auto``).
 
     On a CPU channels-last wins for every norm and batch size (``benchmarks/README.md``): oneDNN's convolutions read it
     as it is, and :func:`gn_transfer.layers.group_norm` has a kernel for it where torch's is slow. On CUDA batch norm
@@ -16,9 +16,9 @@ def preferred_memory_format(norm: Norm, device_type: str, *, batch_size: int = 1
     (482 against 532), since torch's group norm there leaves channels-last (timm's published benchmark).
 
     Args:
-        norm: The switch.
+        norm: The normalization.
         device_type: ``cpu``, ``cuda``, ...
-        batch_size: Pictures per forward pass; the measured rule does not depend on it so far.
+        batch_size: Images per forward pass; the measured rule does not depend on it so far.
 
     Returns:
         ``torch.channels_last`` or ``torch.contiguous_format``.

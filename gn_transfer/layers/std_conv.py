@@ -21,7 +21,7 @@ def standardize_weight(weight_OIHW: Tensor, eps: float) -> Tensor:
 
     with the biased variance over ``I * H * W``. Source: Qiao et al. 2019, arXiv:1903.10520; eps stands inside the root
     as in BiT (big_vision divides by ``std + eps`` instead). This is layer norm over the flattened filter, which on a
-    CPU runs 2-6 times faster than the same thing written as batch norm over a picture of ``O`` channels.
+    CPU runs 2-6 times faster than the same thing written as batch norm over an image of ``O`` channels.
 
     Args:
         weight_OIHW: Convolution weight, shape ``(O, I, H, W)``; contiguous and channels-last need no copy.
@@ -62,7 +62,7 @@ def rows_to_filters(rows: Tensor, like_OIHW: Tensor) -> Tensor:
         like_OIHW: Gives shape and memory format, shape ``(O, I, H, W)``.
 
     Returns:
-        View of ``rows``, shape ``(O, I, H, W)``.
+        Resolution of ``rows``, shape ``(O, I, H, W)``.
     """
     O, I, H, W = like_OIHW.shape  # noqa: E741
     if _is_channels_last(like_OIHW):

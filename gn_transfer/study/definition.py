@@ -1,4 +1,4 @@
-"""What a study file says, checked: arms of cells over configuration keys, seeds, budget, choice of a key."""
+"""What a study file says, checked: arms of trials over configuration keys, seeds, budget, choice of a key."""
 
 from __future__ import annotations
 
@@ -46,10 +46,11 @@ class Selection:
     """A key whose value is chosen on validation before the final runs.
 
     Attributes:
-        key: The key, usually ``model.lr``.
+        key: The key, usually ``optimizer.lr``.
         values: Its candidates, in rising order.
         seeds: Seeds that each candidate is averaged over.
-        per: Keys whose values share a choice, tried on the first of their combinations; None: each combination chooses.
+        per: Keys whose values share a choice, tried on the first of their configurations; None: each configuration
+            chooses.
         extend: How often the candidates may grow by a factor where the best is the first or the last.
     """
 
@@ -66,7 +67,7 @@ class Arm:
 
     Attributes:
         name: Empty where the study has one arm only.
-        fixed: Values of every cell.
+        fixed: Values of every trial.
         grid: Values that are crossed.
         where: For a key, the values of other keys in whose company it means something.
         cases: Named sets of values, each crossed with the grid; a list in one is crossed, too.
@@ -88,9 +89,9 @@ class Study:
     Attributes:
         name: Folder of its runs.
         title: For the report.
-        base: Path of the configuration that every cell starts from.
+        base: Path of the configuration that every trial starts from.
         settings: What that holds, with dotted keys.
-        samples: Pictures that each cell trains on, with repetitions; None: as the base says.
+        samples: Images that each trial trains on, with repetitions; None: as the base says.
         seeds: Of the final runs.
         test: Which checkpoint of the final runs is tested, when all are done.
         keep: Which checkpoints stay.
@@ -112,7 +113,7 @@ class Study:
     arms: tuple[Arm, ...]
 
     def shared_settings(self) -> dict[str, Any]:
-        """Give what all cells start from and all machines have to agree on."""
+        """Give what all trials start from and all machines have to agree on."""
         return {key: value for key, value in self.settings.items() if key not in LOCAL_KEYS}
 
 
@@ -123,7 +124,7 @@ def read_study(path: Path, *, name: str | None = None, overrides: Values | None 
         path: YAML file; its ``base`` is the name of a built-in configuration or a path from the file's folder.
         name: Name of the study; None takes the file's.
         overrides: What the command line says: study keys (``samples``) replace those of the file, configuration keys
-            hold in every cell and end a grid over them.
+            hold in every trial and end a grid over them.
 
     Returns:
         The study.
@@ -146,7 +147,7 @@ def read_study(path: Path, *, name: str | None = None, overrides: Values | None 
     seeds = _seeds(content.get("seeds", 1), f"{path}: seeds")
     samples = content.get("samples")
     if samples is not None and (not isinstance(samples, int) or samples < 1):
-        raise ConfigError(f"{path}: samples={samples} is not a number of pictures; use 1 or more, or leave it out.")
+        raise ConfigError(f"{path}: samples={samples} is not a number of images; use 1 or more, or leave it out.")
     shared = {key: content[key] for key in _BLOCK if content.get(key) is not None}
     arms = content.get("arms")
     if not any(content.get(key) for key in ("grid", "cases", "arms", "select")):
@@ -247,7 +248,7 @@ def _selection(content: Mapping[str, Any], seeds: tuple[int, ...], place: str) -
     if not isinstance(extend, int) or extend < 0:
         raise ConfigError(f"{place}.extend={extend}: use 0 or more.")
     return Selection(
-        key=str(content.get("key", "model.lr")),
+        key=str(content.get("key", "optimizer.lr")),
         values=tuple(sorted(float(value) for value in values)),
         seeds=found,
         per=None if per is None else tuple(str(key) for key in _tuple(per)),

@@ -1,4 +1,4 @@
-"""Which cells a study has, as far as its results so far decide it: choices first, final runs, then the test."""
+"""Which trials a study has, as far as its results so far decide it: choices first, final runs, then the test."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from statistics import fmean
 from typing import Literal
 
 from gn_transfer.config import ConfigError
-from gn_transfer.study.cells import Cell, Combination, combinations, make_cell
 from gn_transfer.study.definition import Arm, Selection, Study
+from gn_transfer.study.trials import Configuration, Trial, configurations, make_trial
 
 State = Literal["waiting", "running", "complete", "failed"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell.
+    """What became of a trial.
 
     Attributes:
         state: Where it stands.
@@ -67,51 +67,51 @@ class Choice:
 
 @dataclass
 class Planned:
-    """Cells that are known so far.
+    """Trials that are known so far.
 
     Attributes:
-        cells: In the order in which they are to run.
+        trials: In the order in which they are to run.
         choices: Made so far.
         problems: Groups for which nothing could be chosen.
         open: Choices that are not made yet.
-        to_come: About how many cells will follow that are not known yet.
+        to_come: About how many trials will follow that are not known yet.
     """
 
-    cells: list[Cell] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     open: int = 0
     to_come: int = 0
 
 
-def plan_cells(study: Study, outcomes: Mapping[str, Outcome]) -> Planned:
-    """List the cells of a study as far as they are known; a pure function, so that all machines list the same.
+def plan_trials(study: Study, outcomes: Mapping[str, Outcome]) -> Planned:
+    """List the trials of a study as far as they are known; a pure function, so that all machines list the same.
 
     Args:
         study: The study.
-        outcomes: What became of cells so far, by name.
+        outcomes: What became of trials so far, by name.
 
     Returns:
-        Cells, in the order in which they are to run: seed by seed, so that early results cover all combinations.
+        Trials, in the order in which they are to run: seed by seed, so that early results cover all configurations.
 
     Raises:
-        ConfigError: Nothing to run, or two cells of one name.
+        ConfigError: Nothing to run, or two trials of one name.
     """
     planned = Planned()
-    finals: list[Combination] = []
+    finals: list[Configuration] = []
     for arm in study.arms:
-        found = combinations(arm, study.settings)
+        found = configurations(arm, study.settings)
         finals += found if arm.select is None else _select(study, arm, arm.select, found, outcomes, planned)
-    last = [make_cell(study, combination, "final", seed) for seed in study.seeds for combination in finals]
-    planned.cells += last
-    if not planned.cells:
-        raise ConfigError(f"the study {study.name} has no cells; give it a grid, cases or arms.")
-    _check_names(planned.cells)
+    last = [make_trial(study, configuration, "final", seed) for seed in study.seeds for configuration in finals]
+    planned.trials += last
+    if not planned.trials:
+        raise ConfigError(f"the study {study.name} has no trials; give it a grid, cases or arms.")
+    _check_names(planned.trials)
     if study.test != "never":
-        done = [cell for cell in last if outcomes.get(cell.name, Outcome("waiting")).state == "complete"]
-        ended = all(cell.name in outcomes and outcomes[cell.name].ended for cell in planned.cells)
+        done = [trial for trial in last if outcomes.get(trial.name, Outcome("waiting")).state == "complete"]
+        ended = all(trial.name in outcomes and outcomes[trial.name].ended for trial in planned.trials)
         if ended and not planned.open:  # all choices are made: now, and only now, test is opened
-            planned.cells += [replace(cell, stage="test", name=f"test-{cell.name}") for cell in done]
+            planned.trials += [replace(trial, stage="test", name=f"test-{trial.name}") for trial in done]
         else:
             planned.to_come += len(last) + planned.to_come
     return planned
@@ -124,48 +124,48 @@ def foresee(study: Study) -> Planned:
         study: The study.
 
     Returns:
-        All cells that it will have, if no candidates have to be added.
+        All trials that it will have, if no candidates have to be added.
     """
     middles = {arm.name: arm.select for arm in study.arms if arm.select is not None}
     outcomes: dict[str, Outcome] = {}
     while True:
-        planned = plan_cells(study, outcomes)
-        fresh = [cell for cell in planned.cells if cell.name not in outcomes]
+        planned = plan_trials(study, outcomes)
+        fresh = [trial for trial in planned.trials if trial.name not in outcomes]
         if not fresh:
             return planned
-        for cell in fresh:
-            select = middles.get(cell.arm)
-            middle = select is not None and cell.overrides[select.key] == select.values[len(select.values) // 2]
-            outcomes[cell.name] = Outcome("complete", accuracy=float(middle), loss=0.0)
+        for trial in fresh:
+            select = middles.get(trial.arm)
+            middle = select is not None and trial.overrides[select.key] == select.values[len(select.values) // 2]
+            outcomes[trial.name] = Outcome("complete", accuracy=float(middle), loss=0.0)
 
 
 def _select(
     study: Study,
     arm: Arm,
     select: Selection,
-    found: Sequence[Combination],
+    found: Sequence[Configuration],
     outcomes: Mapping[str, Outcome],
     planned: Planned,
-) -> list[Combination]:
-    """Add the candidates of an arm to the plan, and return its combinations whose value is chosen."""
-    groups: dict[str, list[Combination]] = {}
-    for combination in found:
-        if select.key in combination.values:
+) -> list[Configuration]:
+    """Add the candidates of an arm to the plan, and return its configurations whose value is chosen."""
+    groups: dict[str, list[Configuration]] = {}
+    for configuration in found:
+        if select.key in configuration.values:
             raise ConfigError(f"{select.key} is both set and chosen by select; leave it out of set, grid and cases.")
-        known = {**study.settings, **combination.values}
-        shared = combination.varying if select.per is None else {key: known.get(key) for key in select.per}
-        label = [arm.name, combination.case if select.per is None else "", *_words(shared)]
-        groups.setdefault(" ".join(filter(None, label)) or study.name, []).append(combination)
+        known = {**study.settings, **configuration.values}
+        shared = configuration.varying if select.per is None else {key: known.get(key) for key in select.per}
+        label = [arm.name, configuration.case if select.per is None else "", *_words(shared)]
+        groups.setdefault(" ".join(filter(None, label)) or study.name, []).append(configuration)
     chosen = []
-    per_seed: dict[int, list[Cell]] = {seed: [] for seed in select.seeds}
+    per_seed: dict[int, list[Trial]] = {seed: [] for seed in select.seeds}
     for group, members in groups.items():
         values = list(select.values)
         for extensions_left in range(select.extend, -1, -1):
-            cells = {
-                value: [make_cell(study, members[0].with_value(select.key, value), "select", s) for s in select.seeds]
+            trials = {
+                value: [make_trial(study, members[0].with_value(select.key, value), "select", s) for s in select.seeds]
                 for value in values
             }
-            scores = {value: _score(some, outcomes) for value, some in cells.items()}
+            scores = {value: _score(some, outcomes) for value, some in trials.items()}
             if any(score == "open" for score in scores.values()):
                 planned.open += 1
                 planned.to_come += len(members) * len(study.seeds)
@@ -185,10 +185,10 @@ def _select(
             planned.choices.append(Choice(group, select.key, best, shown, at_edge))
             chosen += [member.with_value(select.key, best) for member in members]
             break
-        for some in cells.values():
-            for seed, cell in zip(select.seeds, some, strict=True):
-                per_seed[seed].append(cell)
-    planned.cells += [cell for some in per_seed.values() for cell in some]
+        for some in trials.values():
+            for seed, trial in zip(select.seeds, some, strict=True):
+                per_seed[seed].append(trial)
+    planned.trials += [trial for some in per_seed.values() for trial in some]
     return chosen
 
 
@@ -204,9 +204,9 @@ def extended(values: Sequence[float], best: float) -> list[float]:
     return [float(f"{values[0] * values[0] / values[1]:.3g}"), *values]
 
 
-def _score(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> tuple[float, float] | Literal["open", "failed"]:
+def _score(trials: Sequence[Trial], outcomes: Mapping[str, Outcome]) -> tuple[float, float] | Literal["open", "failed"]:
     """Average accuracy and negative loss over seeds; a candidate that fails once is none."""
-    found = [outcomes.get(cell.name, Outcome("waiting")) for cell in cells]
+    found = [outcomes.get(trial.name, Outcome("waiting")) for trial in trials]
     if not all(outcome.ended for outcome in found):
         return "open"
     if any(outcome.state == "failed" for outcome in found):
@@ -218,12 +218,13 @@ def _words(values: Mapping[str, object]) -> list[str]:
     return [f"{key.rpartition('.')[2]}={value}" for key, value in values.items()]
 
 
-def _check_names(cells: Sequence[Cell]) -> None:
-    seen: dict[str, Cell] = {}
-    for cell in cells:
-        other = seen.setdefault(cell.name, cell)
-        if other is not cell:
+def _check_names(trials: Sequence[Trial]) -> None:
+    seen: dict[str, Trial] = {}
+    for trial in trials:
+        other = seen.setdefault(trial.name, trial)
+        if other is not trial:
             raise ConfigError(
-                f"two cells are called {cell.name}: {json.dumps(cell.identity())} and {json.dumps(other.identity())}; "
-                "name the cases so that they differ, or take values out that come to the same."
+                f"two trials are called {trial.name}: {json.dumps(trial.identity())} and "
+                f"{json.dumps(other.identity())}; name the cases so that they differ, or take values out that come to "
+                "the same."
             )

@@ -1,7 +1,7 @@
-"""Where a study lives: an Optuna study with one trial per cell, in SQLite or any database that SQLAlchemy reaches.
+"""Where a study is stored: as an Optuna study, in SQLite or any database that SQLAlchemy reaches.
 
-A cell is entered once and claimed by one worker at a time, under a lock that all workers share. A claim holds while its
-owner lives: on the owner's machine that is asked of the system, elsewhere it is told by Optuna's heartbeats.
+A trial is entered once and claimed by one worker at a time, under a lock that all workers share. A claim holds while
+its owner lives: on the owner's machine that is asked of the system, elsewhere it is told by Optuna's heartbeats.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from gn_transfer.config import ConfigError
-from gn_transfer.study.cells import Cell
 from gn_transfer.study.planning import Outcome
+from gn_transfer.study.trials import Trial
 
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 120
-"""After so long without a heartbeat, a cell of another machine is taken over."""
+"""After so long without a heartbeat, a trial of another machine is taken over."""
 
 _MARK = "gn_transfer"
 _STATES = {TrialState.WAITING: "waiting", TrialState.RUNNING: "running", TrialState.COMPLETE: "complete"}
@@ -40,15 +40,15 @@ _STATES = {TrialState.WAITING: "waiting", TrialState.RUNNING: "running", TrialSt
 
 @dataclass(frozen=True)
 class Claim:
-    """A cell that this process may run.
+    """A trial that this process may run.
 
     Attributes:
         trial_id: Its trial in the database.
-        cell: The cell.
+        trial: The trial.
     """
 
     trial_id: int
-    cell: Cell
+    trial: Trial
 
 
 class Store:
@@ -70,7 +70,7 @@ class Store:
         on_file = parsed.get_backend_name() == "sqlite"
         self._file = parsed.database or ":memory:" if on_file else None
         self._shown = parsed.render_as_string(hide_password=True)
-        with self._explained():
+        with self._explain_errors():
             if self._file is not None:
                 if self._file == ":memory:":
                     raise ConfigError(
@@ -85,14 +85,14 @@ class Store:
 
     def knows_study(self) -> bool:
         """Tell whether the database holds a study of this name."""
-        with self._explained():
+        with self._explain_errors():
             return bool(self.name in optuna.get_all_study_names(self._storage))
 
     def begin(self, settings: Mapping[str, Any]) -> bool:
         """Open the study, or create it.
 
         Args:
-            settings: What all cells start from; a study goes on only with the same.
+            settings: What all trials start from; a study goes on only with the same.
 
         Returns:
             Whether it is new.
@@ -101,7 +101,7 @@ class Store:
             ConfigError: The study is another program's, or was begun with other settings.
         """
         text = json.dumps(settings, sort_keys=True)
-        with self._explained(), self.locked():
+        with self._explain_errors(), self.locked():
             new = not self.knows_study()
             self._study = optuna.create_study(
                 storage=self._storage, study_name=self.name, direction="maximize", load_if_exists=True
@@ -121,79 +121,79 @@ class Store:
                 )
         return new
 
-    def enter(self, cells: Sequence[Cell], *, retry_failed: bool = False) -> int:
-        """Enter the cells that are not there yet.
+    def enter(self, trials: Sequence[Trial], *, retry_failed: bool = False) -> int:
+        """Enter the trials that are not there yet.
 
         Args:
-            cells: The plan.
+            trials: The plan.
             retry_failed: Enter those again that have failed.
 
         Returns:
             How many were entered.
 
         Raises:
-            ConfigError: A cell of that name was entered with other values.
+            ConfigError: A trial of that name was entered with other values.
         """
-        with self._explained(), self.locked():
+        with self._explain_errors(), self.locked():
             known = self._latest()
             fresh = []
-            for cell in cells:
-                trial = known.get(cell.name)
-                if trial is None or (retry_failed and trial.state == TrialState.FAIL):
-                    fresh.append(cell)
-                elif trial.user_attrs["identity"] != cell.identity():
+            for trial in trials:
+                entry = known.get(trial.name)
+                if entry is None or (retry_failed and entry.state == TrialState.FAIL):
+                    fresh.append(trial)
+                elif entry.user_attrs["identity"] != trial.identity():
                     raise ConfigError(
-                        f"the cell {cell.name} of the study {self.name} was entered with other settings "
-                        f"({_difference(trial.user_attrs['identity'], cell.identity())}); choose another --name, or go "
-                        "back to those."
+                        f"the trial {trial.name} of the study {self.name} was entered with other settings "
+                        f"({_difference(entry.user_attrs['identity'], trial.identity())}); choose another --name, "
+                        "or go back to those."
                     )
-            for cell in fresh:
+            for trial in fresh:
                 attributes = {
-                    "cell": cell.name,
-                    "stage": cell.stage,
-                    "arm": cell.arm,
-                    "case": cell.case,
-                    "identity": cell.identity(),
+                    "trial": trial.name,
+                    "stage": trial.stage,
+                    "arm": trial.arm,
+                    "case": trial.case,
+                    "identity": trial.identity(),
                 }
-                self._study.enqueue_trial(cell.identity(), user_attrs=attributes)
+                self._study.enqueue_trial(trial.identity(), user_attrs=attributes)
         return len(fresh)
 
     def outcomes(self) -> dict[str, Outcome]:
-        """Read what became of all cells, by name; of a cell that was retried, the last time counts."""
-        with self._explained():
-            return {name: _outcome(trial) for name, trial in self._latest().items()}
+        """Read what became of all trials, by name; of a trial that was retried, the last time counts."""
+        with self._explain_errors():
+            return {name: _outcome(entry) for name, entry in self._latest().items()}
 
     # -- the worker's side --------------------------------------------------------------------------------------
 
-    def claim(self, cells: Mapping[str, Cell]) -> Claim | None:
-        """Take a cell: the first that waits, else one whose owner is gone.
+    def claim(self, trials: Mapping[str, Trial]) -> Claim | None:
+        """Take a trial: the first that waits, else one whose owner is gone.
 
         Args:
-            cells: The plan by name, with this machine's paths.
+            trials: The plan by name, with this machine's paths.
 
         Returns:
             The claim; None where there is nothing to do now.
         """
-        with self._explained():
-            if not any(not trial.state.is_finished() for trial in self._trials()):
+        with self._explain_errors():
+            if not any(not entry.state.is_finished() for entry in self._entries()):
                 return None
             with self.locked():
-                trials = [t for t in self._trials() if not t.state.is_finished() and t.user_attrs["cell"] in cells]
-                waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
-                found = waiting or [trial for trial in trials if self._abandoned(trial)]
+                entries = [t for t in self._entries() if not t.state.is_finished() and t.user_attrs["trial"] in trials]
+                waiting = [entry for entry in entries if entry.state == TrialState.WAITING]
+                found = waiting or [entry for entry in entries if self._abandoned(entry)]
                 if not found:
                     return None
-                trial = found[0]
+                entry = found[0]
                 # The heartbeat comes first: a trial that runs without one would never be missed.
-                self._storage.record_heartbeat(trial._trial_id)
-                self._storage.set_trial_user_attr(trial._trial_id, "owner", _me())
-                if trial.state == TrialState.WAITING:
-                    self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
-        return Claim(trial._trial_id, cells[trial.user_attrs["cell"]])
+                self._storage.record_heartbeat(entry._trial_id)
+                self._storage.set_trial_user_attr(entry._trial_id, "owner", _me())
+                if entry.state == TrialState.WAITING:
+                    self._storage.set_trial_state_values(entry._trial_id, TrialState.RUNNING)
+        return Claim(entry._trial_id, trials[entry.user_attrs["trial"]])
 
     @contextmanager
     def alive(self, claim: Claim) -> Iterator[None]:
-        """Tell other machines every few seconds that this process is at work on a cell."""
+        """Tell other machines every few seconds that this process is at work on a trial."""
         done = threading.Event()
 
         def beat() -> None:
@@ -209,36 +209,36 @@ class Store:
             thread.join()
 
     def finish(self, claim: Claim, outcome: Outcome) -> bool:
-        """Note what became of a cell.
+        """Note what became of a trial.
 
         Args:
-            claim: The cell.
+            claim: The trial.
             outcome: Complete or failed.
 
         Returns:
             False where it was taken over meanwhile, and another's result counts.
         """
-        with self._explained(), self.locked():
-            trial = self._storage.get_trial(claim.trial_id)
-            if trial.state.is_finished() or trial.user_attrs.get("owner") != _me():
+        with self._explain_errors(), self.locked():
+            entry = self._storage.get_trial(claim.trial_id)
+            if entry.state.is_finished() or entry.user_attrs.get("owner") != _me():
                 return False
             self._end(claim.trial_id, outcome)
         return True
 
     def fail(self, name: str, reason: str) -> None:
-        """Give a cell up whose workers die of it."""
-        with self._explained(), self.locked():
-            trial = self._latest()[name]
-            if trial.state == TrialState.RUNNING and self._abandoned(trial):
-                self._end(trial._trial_id, Outcome("failed", reason=reason))
+        """Give a trial up whose workers die of it."""
+        with self._explain_errors(), self.locked():
+            entry = self._latest()[name]
+            if entry.state == TrialState.RUNNING and self._abandoned(entry):
+                self._end(entry._trial_id, Outcome("failed", reason=reason))
 
     def owned_by(self, pid: int) -> str | None:
-        """Name the cell that a process of this machine is at work on, or was when it died."""
-        with self._explained():
-            for trial in self._trials():
-                owner = trial.user_attrs.get("owner", {})
-                if trial.state == TrialState.RUNNING and (owner.get("host"), owner.get("pid")) == (_host(), pid):
-                    return str(trial.user_attrs["cell"])
+        """Name the trial that a process of this machine is at work on, or was when it died."""
+        with self._explain_errors():
+            for entry in self._entries():
+                owner = entry.user_attrs.get("owner", {})
+                if entry.state == TrialState.RUNNING and (owner.get("host"), owner.get("pid")) == (_host(), pid):
+                    return str(entry.user_attrs["trial"])
         return None
 
     def close(self) -> None:
@@ -273,7 +273,7 @@ class Store:
             yield
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explain_errors(self) -> Iterator[None]:
         """Turn what a database cannot do into the user's words."""
         try:
             yield
@@ -329,17 +329,17 @@ class Store:
                 "an empty database, or one of Optuna's."
             )
 
-    def _trials(self) -> list[FrozenTrial]:
+    def _entries(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
 
     def _latest(self) -> dict[str, FrozenTrial]:
-        return {trial.user_attrs["cell"]: trial for trial in self._trials() if "cell" in trial.user_attrs}
+        return {entry.user_attrs["trial"]: entry for entry in self._entries() if "trial" in entry.user_attrs}
 
-    def _abandoned(self, trial: FrozenTrial) -> bool:
-        owner = trial.user_attrs.get("owner", {})
+    def _abandoned(self, entry: FrozenTrial) -> bool:
+        owner = entry.user_attrs.get("owner", {})
         if owner.get("host") == _host():
             return bool(_started(owner["pid"]) != owner["started"])
-        return bool(trial._trial_id in self._storage._get_stale_trial_ids(self._study._study_id))
+        return bool(entry._trial_id in self._storage._get_stale_trial_ids(self._study._study_id))
 
     def _end(self, trial_id: int, outcome: Outcome) -> None:
         for key, value in (("seconds", round(outcome.seconds, 2)), ("loss", outcome.loss), ("reason", outcome.reason)):
@@ -378,12 +378,12 @@ def _patience(backend: str) -> dict[str, Any]:
     )
 
 
-def _outcome(trial: FrozenTrial) -> Outcome:
-    attributes = trial.user_attrs
+def _outcome(entry: FrozenTrial) -> Outcome:
+    attributes = entry.user_attrs
     loss = attributes.get("loss")
     return Outcome(
-        _STATES.get(trial.state, "failed"),  # type: ignore[arg-type]
-        accuracy=float("nan") if trial.state != TrialState.COMPLETE else float(trial.values[0]),
+        _STATES.get(entry.state, "failed"),  # type: ignore[arg-type]
+        accuracy=float("nan") if entry.state != TrialState.COMPLETE else float(entry.values[0]),
         loss=float("nan") if loss is None else float(loss),
         seconds=float(attributes.get("seconds") or 0.0),
         reason=str(attributes.get("reason") or ""),

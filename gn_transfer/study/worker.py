@@ -1,11 +1,9 @@
-"""A worker: claims cells and runs them one after another in its own process, until it is told to stop."""
+"""A worker: claims trials and runs them one after another in its own process, until it is told to stop."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import io
-import json
 import multiprocessing
 import os
 import shutil
@@ -14,100 +12,114 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from rich.console import Console
 
-from gn_transfer import cli
-from gn_transfer.arguments import Arguments
-from gn_transfer.callbacks import AtomicCheckpointIO, read_checkpoint
 from gn_transfer.config import ConfigError
-from gn_transfer.loggers import RunFolder, RunLog
-from gn_transfer.study.cells import Cell
+from gn_transfer.files import read_json
 from gn_transfer.study.definition import Study
-from gn_transfer.study.planning import Outcome
-from gn_transfer.study.serve import serve
+from gn_transfer.study.planning import Outcome, plan_trials
 from gn_transfer.study.store import Store
+from gn_transfer.study.trials import Trial
+from gn_transfer.training.checkpoint import read_checkpoint
+from gn_transfer.training.checkpoint_callbacks import AtomicCheckpointIO
+from gn_transfer.training.run_folder import RunFolder
+
+IDLE_SECONDS = 0.5
+"""Time between two looks for a trial to claim."""
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What the cells of a worker share.
+class StudyContext:
+    """What the trials of a worker share.
 
     Attributes:
         study: The study.
         root: Folder of ``runs/`` and ``checkpoints/``.
+        train: Trains one configuration: arguments of ``fit``, the run's folder, further entries of metrics.json.
+        test: Tests one checkpoint: arguments of ``test``.
     """
 
     study: Study
     root: Path
+    train: Callable[[Sequence[str], RunFolder, Mapping[str, Any]], object]
+    test: Callable[[Sequence[str]], object]
 
 
-class CellCommand(cli.Command):
-    """``fit`` in a folder named after the cell, which a resumed run finds again."""
+class Stop(Protocol):
+    """What an event of threading and of multiprocessing have in common."""
 
-    draws = False  # a second for each validation, in runs that are looked at together
+    def is_set(self) -> bool:
+        """Tell whether it is time to stop."""
 
-    def __init__(self, arguments: Arguments, bench: Bench, cell: Cell) -> None:
-        self.bench, self.cell = bench, cell
-        arguments.config_name = bench.study.name
-        super().__init__(arguments, log=_quiet_log())
-
-    def claim_folder(self, resumed: dict[str, Any] | None) -> RunFolder:
-        """Take the cell's own folder."""
-        run = _folder(self.bench, self.cell)
-        run.logs.mkdir(parents=True, exist_ok=True)
-        return run
-
-    def facts(self) -> dict[str, Any]:
-        """Say which cell the run is."""
-        return {"study": self.bench.study.name, "stage": self.cell.stage, "arm": self.cell.arm, "case": self.cell.case}
+    def wait(self, timeout: float) -> bool:
+        """Wait, but no longer than until it is time to stop."""
 
 
-def work(url: str, bench: Bench, stop: Event, log: Path) -> None:
-    """Run cells until told to stop; what a process of its own is started with.
+def run_trials(store: Store, study: Study, run: Callable[[Trial], Outcome], stop: Stop) -> None:
+    """Claim trials and run them, until told to stop.
+
+    Args:
+        store: Its database, begun.
+        study: The study, with this machine's paths.
+        run: Runs a trial; tells a failure, and raises only what ends the worker.
+        stop: Looked at before each trial.
+    """
+    while not stop.is_set():
+        trials = plan_trials(study, store.outcomes()).trials
+        claim = store.claim({trial.name: trial for trial in trials})
+        if claim is None:
+            stop.wait(IDLE_SECONDS)
+            continue
+        with store.alive(claim):
+            outcome = run(claim.trial)
+        store.finish(claim, outcome)
+
+
+def work(url: str, context: StudyContext, stop: Event, log: Path) -> None:
+    """Run trials until told to stop; what a process of its own is started with.
 
     Args:
         url: Database of the study.
-        bench: What all cells share.
-        stop: Event that ends the work after the cell at hand.
-        log: File that takes what cells print.
+        context: What all trials share.
+        stop: Event that ends the work after the trial at hand.
+        log: File that takes what trials print.
     """
     os.setsid()  # Ctrl-C goes to the command, which tells us
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     threading.Thread(target=_die_with_parent, name="parent", daemon=True).start()
-    store = Store(url, bench.study.name)
-    store.begin(bench.study.shared_settings())
+    store = Store(url, context.study.name)
+    store.begin(context.study.shared_settings())
     try:
-        serve(store, bench.study, lambda cell: run_cell(bench, cell), stop)
+        run_trials(store, context.study, lambda trial: run_trial(context, trial), stop)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         store.close()
 
 
-def run_cell(bench: Bench, cell: Cell) -> Outcome:
-    """Train or test a cell, going on where an earlier attempt left off.
+def run_trial(context: StudyContext, trial: Trial) -> Outcome:
+    """Train or test a trial, going on where an earlier attempt left off.
 
     Args:
-        bench: What all cells share.
-        cell: The cell.
+        context: What all trials share.
+        trial: The trial.
 
     Returns:
         What became of it; a failure is told, not raised.
     """
     began = time.monotonic()
-    split = "test" if cell.stage == "test" else "val"
+    split = "test" if trial.stage == "test" else "val"
     try:
-        record = _test(bench, cell) if cell.stage == "test" else _train(bench, cell)
+        record = _test(context, trial) if trial.stage == "test" else _train(context, trial)
         accuracy, loss = float(record[f"{split}/acc1"]), float(record[f"{split}/loss"])
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -121,14 +133,14 @@ def run_cell(bench: Bench, cell: Cell) -> Outcome:
     return Outcome("complete", accuracy, loss, seconds)
 
 
-def _train(bench: Bench, cell: Cell) -> dict[str, Any]:
-    """Fit a cell; one whose checkpoint cannot be read starts again."""
-    run = _folder(bench, cell)
-    record = _record(run)
+def _train(context: StudyContext, trial: Trial) -> dict[str, Any]:
+    """Fit a trial; one whose checkpoint cannot be read starts again."""
+    run = _folder(context, trial)
+    record = read_json(run.logs / "metrics.json")
     if record.get("status") == "finished":
-        _thin_out(bench.study, cell, run)
+        _thin_out(context.study, trial, run)
         return record
-    arguments = ["--config", str(bench.study.base), *_defaults(), *cell.arguments()]
+    arguments = ["--config", str(context.study.base), *_defaults(), *trial.arguments()]
     last = run.checkpoints / "last.ckpt"
     _reset_peak_memory()
     if _is_readable(last):
@@ -136,11 +148,13 @@ def _train(bench: Bench, cell: Cell) -> dict[str, Any]:
     else:
         for folder in (run.logs, run.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
-    cli.run("fit", arguments, lambda given: CellCommand(given, bench, cell))
-    record = _record(run)
+    run.logs.mkdir(parents=True, exist_ok=True)
+    facts = {"study": context.study.name, "stage": trial.stage, "arm": trial.arm, "case": trial.case}
+    context.train(arguments, run, facts)
+    record = read_json(run.logs / "metrics.json")
     if record.get("status") != "finished":
         raise ConfigError(f"the run did not come to its end; {run.logs / 'run.log'} says more.")
-    _thin_out(bench.study, cell, run)
+    _thin_out(context.study, trial, run)
     return record
 
 
@@ -152,24 +166,24 @@ def _is_readable(checkpoint: Path) -> bool:
     return True
 
 
-def _test(bench: Bench, cell: Cell) -> dict[str, Any]:
-    run = _folder(bench, cell)
-    record = _record(run)
+def _test(context: StudyContext, trial: Trial) -> dict[str, Any]:
+    run = _folder(context, trial)
+    record = read_json(run.logs / "metrics.json")
     if "test/acc1" not in record:
-        checkpoint = run.checkpoints / f"{bench.study.test}.ckpt"
+        checkpoint = run.checkpoints / f"{context.study.test}.ckpt"
         arguments = ["--ckpt_path", str(checkpoint)]
-        root = cell.overrides.get("data.root")
+        root = trial.overrides.get("data.root")
         arguments += [] if root is None else ["--data.root", str(root)]
-        cli.run("test", arguments, lambda given: cli.Command(given, log=_quiet_log()))
-        record = _record(run)
-    if bench.study.keep == "none" and "test/acc1" in record:
+        context.test(arguments)
+        record = read_json(run.logs / "metrics.json")
+    if context.study.keep == "none" and "test/acc1" in record:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     return record
 
 
-def _thin_out(study: Study, cell: Cell, run: RunFolder) -> None:
+def _thin_out(study: Study, trial: Trial, run: RunFolder) -> None:
     """Keep of a finished run's checkpoints what is needed: the weights that will be tested, or nothing."""
-    if cell.stage == "select" or (study.keep == "none" and study.test == "never"):
+    if trial.stage == "select" or (study.keep == "none" and study.test == "never"):
         shutil.rmtree(run.checkpoints, ignore_errors=True)
         return
     for path in run.checkpoints.glob("*.ckpt"):
@@ -179,26 +193,14 @@ def _thin_out(study: Study, cell: Cell, run: RunFolder) -> None:
             AtomicCheckpointIO().save_checkpoint({**content, "optimizer_states": [], "lr_schedulers": []}, path)
 
 
-def _folder(bench: Bench, cell: Cell) -> RunFolder:
-    return RunFolder(f"{bench.study.name}/{cell.run}", bench.root)
-
-
-def _record(run: RunFolder) -> dict[str, Any]:
-    try:
-        content = json.loads((run.logs / "metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _folder(context: StudyContext, trial: Trial) -> RunFolder:
+    return RunFolder(f"{context.study.name}/{trial.run}", context.root)
 
 
 def _defaults() -> Sequence[str]:
     """Leave the cores to the compute threads, of which each worker has its share."""
     quiet = ["--trainer.enable_progress_bar", "false"]
     return quiet if torch.cuda.is_available() else [*quiet, "--data.num_workers", "0"]
-
-
-def _quiet_log() -> RunLog:
-    return RunLog(Console(file=io.StringIO(), width=120))
 
 
 def _reset_peak_memory() -> None:
@@ -210,7 +212,7 @@ def _reset_peak_memory() -> None:
 
 
 def _tidy() -> None:
-    """Give memory back, so that a worker stays as small after a hundred cells as after one."""
+    """Give memory back, so that a worker stays as small after a hundred trials as after one."""
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

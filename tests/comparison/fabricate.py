@@ -21,7 +21,7 @@ def fabricate(
     accuracy: float = 0.6,
     *,
     effective_batch_size: int = 8,
-    pictures: int = 40,
+    images: int = 40,
     tested: bool = True,
     predictions: bool = True,
     data_root: str = "",
@@ -33,15 +33,15 @@ def fabricate(
     Args:
         root: Where the folder goes.
         norm: The norm.
-        batch_size: Pictures per forward.
+        batch_size: Images per forward.
         seed: The seed.
         accuracy: Share of right predictions, for every metric.
-        effective_batch_size: Pictures per step.
-        pictures: Pictures of validation and of test.
+        effective_batch_size: Images per step.
+        images: Images of validation and of test.
         tested: Whether the test split was evaluated.
         predictions: Whether predictions were stored.
-        data_root: Where the pictures lie.
-        config: Keys of the section ``model`` to set.
+        data_root: Where the images lie.
+        config: Settings of model, optimizer or batch_norm.
         metrics: Keys of metrics.json to set.
 
     Returns:
@@ -53,14 +53,13 @@ def fabricate(
         number += 1
         folder = root / f"{name}-{number}"
     folder.mkdir(parents=True)
-    right = round(accuracy * pictures)
+    right = round(accuracy * images)
     model = {
         "backbone": "resnetv2_18",
         "norm": norm,
         "num_groups": 32,
         "group_size": None,
-        "lr": 0.003,
-        **(config or {}),
+        **{key: value for key, value in (config or {}).items() if key in ("num_groups", "group_size")},
     }
     settings = {
         "seed_everything": seed,
@@ -69,6 +68,10 @@ def fabricate(
             "init_args": {"root": "pets", "img_size": 64, "batch_size": batch_size, "recipe": "crop_flip"},
         },
         "model": model,
+        "optimizer": {"name": "sgd", "lr": (config or {}).get("lr", 0.003)},
+        "batch_norm": {
+            key: (config or {})[key] for key in ("reestimate_images", "evaluation") if key in (config or {})
+        },
         "accumulation": {"effective_batch_size": effective_batch_size},
         "mixed_precision": {"mode": "auto"},
         "trainer": {"max_epochs": 4, "max_steps": -1},
@@ -93,29 +96,29 @@ def fabricate(
         "train_split": f"train of seed {seed}",
         "val_split": f"val of seed {seed}",
         "weights": f"gn_transfer:resnetv2_18.{weights}",
-        "weights_saw": "Tiny-ImageNet",
+        "weights_pretrained_on": "Tiny-ImageNet",
         "epochs": 4,
         "samples_seen": 1600,
-        **dict.fromkeys(("val/acc1", "best/val/acc1", *evaluation), right / pictures),
+        **dict.fromkeys(("val/acc1", "best/val/acc1", *evaluation), right / images),
         "val/loss": 1.0,
         "images_per_sec": 20.0 + batch_size,
         "peak_memory_mib": 1000.0,
         "wall_time_s": 80.0,
-        **({"test/checkpoint": "best.ckpt", "test_split": "the test pictures"} if tested else {}),
+        **({"test/checkpoint": "best.ckpt", "test_split": "the test images"} if tested else {}),
         **metrics,
     }
     (folder / "metrics.json").write_text(json.dumps(values))
-    note = "BiT weights saw ImageNet-21k; the BN counterparts saw ImageNet-1k only"
+    note = "BiT weights were pretrained on ImageNet-21k, the BN counterparts on ImageNet-1k only"
     (folder / "transfer_report.json").write_text(json.dumps({"notes": [note] if norm == "gn_ws" else []}))
     rows = [[epoch, 400 * epoch, 1 / epoch, accuracy * epoch / 4] for epoch in range(1, 5)]
     _write(folder / "epochs.csv", ["epoch", "samples_seen", "train/loss", "val/acc1"], rows)
     if predictions:
-        order = np.random.default_rng(seed).permutation(pictures)
-        targets = [CLASSES[place % len(CLASSES)] for place in range(pictures)]
+        order = np.random.default_rng(seed).permutation(images)
+        targets = [CLASSES[place % len(CLASSES)] for place in range(images)]
         wrong = {int(place) for place in order[right:]}
         for split in ("val", "best_val", *(("test",) if tested else ())):
-            said = [CLASSES[(place + (place in wrong)) % len(CLASSES)] for place in range(pictures)]
-            rows = [[f"{split[-3:]}_{place}.jpg", targets[place], said[place], 0.5] for place in range(pictures)]
+            said = [CLASSES[(place + (place in wrong)) % len(CLASSES)] for place in range(images)]
+            rows = [[f"{split[-3:]}_{place}.jpg", targets[place], said[place], 0.5] for place in range(images)]
             _write(folder / f"predictions_{split}.csv", ["path", "target", "predicted", "prob_target"], rows)
     return folder
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import permutation_test
 
-from gn_transfer.comparison.statistics import RESAMPLES, holm, interval, picture_bootstrap, sign_flip_test
+from gn_transfer.comparison.statistics import RESAMPLES, holm, image_bootstrap, interval, sign_flip_test
 
 
 def test_five_pairs_all_one_way():
@@ -45,25 +45,25 @@ def test_an_interval_over_seeds_alone():
     assert (low, high) == pytest.approx((0.2, 0.4))  # both seeds alike are drawn a quarter of the time each
 
 
-def test_an_interval_over_pictures_alone_is_that_of_the_binomial():
+def test_an_interval_over_images_alone_is_that_of_the_binomial():
     correct = np.repeat([1.0, 0.0], [80, 20]).astype(np.float32)
-    [redrawn] = picture_bootstrap({"one": [correct]})["one"]
-    assert redrawn.mean() == pytest.approx(0.8, abs=0.005)
-    assert redrawn.std() == pytest.approx((0.8 * 0.2 / 100) ** 0.5, rel=0.1)
-    low, high = interval([redrawn])
+    [resampled] = image_bootstrap({"one": [correct]})["one"]
+    assert resampled.mean() == pytest.approx(0.8, abs=0.005)
+    assert resampled.std() == pytest.approx((0.8 * 0.2 / 100) ** 0.5, rel=0.1)
+    low, high = interval([resampled])
     assert (low, high) == pytest.approx((0.72, 0.88), abs=0.015)
 
 
-def test_the_same_pictures_get_the_same_draws_in_every_run():
+def test_the_same_images_get_the_same_draws_in_every_run():
     correct = np.random.default_rng(0).integers(0, 2, 50).astype(np.float32)
-    first, second = picture_bootstrap({"one": [correct, correct], "other": [correct[::-1]]})["one"]
+    first, second = image_bootstrap({"one": [correct, correct], "other": [correct[::-1]]})["one"]
     assert np.array_equal(first, second)
 
 
-def test_seeds_and_pictures_vary_more_than_either():
+def test_seeds_and_images_vary_more_than_either():
     generator = np.random.default_rng(0)
     correct = [(generator.random(100) < share).astype(np.float32) for share in (0.6, 0.7, 0.8, 0.9)]
-    both = interval(picture_bootstrap({"one": correct})["one"])
+    both = interval(image_bootstrap({"one": correct})["one"])
     seeds = interval([np.full(RESAMPLES, part.mean()) for part in correct])
     assert both[0] < seeds[0]
     assert both[1] > seeds[1]

@@ -1,4 +1,4 @@
-"""The cache changes speed and not a pixel, whatever happens to it or to the pictures."""
+"""The cache changes speed and not a pixel, whatever happens to it or to the images."""
 
 from __future__ import annotations
 
@@ -20,29 +20,27 @@ from PIL import Image
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data import Folder
-from gn_transfer.data import cache as cache_module
+from gn_transfer.data import cache_store as cache_module
 from gn_transfer.data.cache import (
-    DiskStore,
-    RamStore,
     available_ram_bytes,
     cache_folder,
     choose_cache,
     estimate_bytes,
     fill,
-    fingerprint,
     free_disk_bytes,
 )
-from gn_transfer.data.view import View
+from gn_transfer.data.cache_store import DiskStore, RamStore, fingerprint
+from gn_transfer.data.resolution import Resolution
 
-VIEW = View("short", 30)
+RESOLUTION = Resolution("short", 30)
 GIB = 2**30
 
 
 @pytest.fixture
-def root(tmp_path: Path, write_picture: Any) -> Path:
+def root(tmp_path: Path, write_image: Any) -> Path:
     for number in range(12):
-        write_picture(tmp_path / "pictures" / f"{number}.jpg", seed=number, size=(40 + number, 60))
-    return tmp_path / "pictures"
+        write_image(tmp_path / "images" / f"{number}.jpg", seed=number, size=(40 + number, 60))
+    return tmp_path / "images"
 
 
 def open_files() -> int:
@@ -58,13 +56,13 @@ def paths(root: Path) -> list[str]:
     return sorted(path.name for path in root.glob("*.jpg"))
 
 
-def store(root: Path, view: View = VIEW) -> DiskStore:
-    return DiskStore(cache_folder(root.parent / "cache", root, view), root, paths(root))
+def store(root: Path, resolution: Resolution = RESOLUTION) -> DiskStore:
+    return DiskStore(cache_folder(root.parent / "cache", root, resolution), root, paths(root))
 
 
 def build(root: Path, into: Any = None, threads: int = 2) -> Any:
     target = store(root) if into is None else into
-    return fill(target, VIEW, root, paths(root), threads=threads, advance=lambda: None)
+    return fill(target, RESOLUTION, root, paths(root), threads=threads, advance=lambda: None)
 
 
 def assert_right(root: Path, kept: Any, *, complete: bool = True) -> None:
@@ -73,7 +71,7 @@ def assert_right(root: Path, kept: Any, *, complete: bool = True) -> None:
         pixels = kept.get(index)
         assert pixels is not None or not complete
         if pixels is not None:
-            np.testing.assert_array_equal(pixels, VIEW.load(root / path))
+            np.testing.assert_array_equal(pixels, RESOLUTION.load(root / path))
 
 
 @pytest.mark.parametrize("kind", ["disk", "ram"])
@@ -91,22 +89,22 @@ def test_later_runs_find_it(root: Path) -> None:
     assert later.count() == 12
     assert_right(root, later)
     assert not later.get(0).flags.writeable  # type: ignore[union-attr]
-    assert store(root, View("short", 29)).get(0) is None  # another setting
+    assert store(root, Resolution("short", 29)).get(0) is None  # another setting
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts this process's open files by /proc")
-def test_kept_views_hold_no_open_files(root: Path) -> None:
-    fill(store(root), VIEW, root, paths(root), threads=1, advance=lambda: None)
+def test_kept_resolutions_hold_no_open_files(root: Path) -> None:
+    fill(store(root), RESOLUTION, root, paths(root), threads=1, advance=lambda: None)
     kept, before = store(root), open_files()
-    views = [kept.get(index) for index in range(12)]
-    assert all(view is not None and not view.flags.writeable for view in views)
+    resolutions = [kept.get(index) for index in range(12)]
+    assert all(resolution is not None and not resolution.flags.writeable for resolution in resolutions)
     assert open_files() == before
 
 
-def test_a_changed_picture_is_decoded_anew(root: Path, write_picture: Any) -> None:
+def test_a_changed_image_is_decoded_anew(root: Path, write_image: Any) -> None:
     build(root)
     size, times = (root / "3.jpg").stat().st_size, (root / "3.jpg").stat()
-    write_picture(root / "3.jpg", seed=99, size=(43, 60))
+    write_image(root / "3.jpg", seed=99, size=(43, 60))
     content = (root / "3.jpg").read_bytes()
     if len(content) < size:  # the same size and modification time, as a careless tool leaves them
         (root / "3.jpg").write_bytes(content + bytes(size - len(content)))
@@ -119,33 +117,33 @@ def test_a_changed_picture_is_decoded_anew(root: Path, write_picture: Any) -> No
 
 
 def test_a_change_within_a_clock_tick_is_noticed(root: Path) -> None:
-    picture = root / "0.jpg"
-    first = picture.read_bytes()
+    image = root / "0.jpg"
+    first = image.read_bytes()
     seen = set()
     for number in range(8):
-        picture.write_bytes(first + bytes([number]))  # the same length each time
-        seen.add(fingerprint(picture))
+        image.write_bytes(first + bytes([number]))  # the same length each time
+        seen.add(fingerprint(image))
     assert len(seen) == 8
 
 
-def test_a_picture_put_in_its_place_is_noticed(root: Path) -> None:
+def test_a_image_put_in_its_place_is_noticed(root: Path) -> None:
     build(root)
     (root / "4.jpg").replace(root / "5.jpg")
     assert store(root).get(store(root).paths.index("5.jpg")) is None
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "flip", "header", "other"])
-def test_a_damaged_file_is_never_used(root: Path, damage: str) -> None:
+@pytest.mark.parametrize("corruption", ["cut", "empty", "flip", "header", "other"])
+def test_a_corrupt_file_is_never_used(root: Path, corruption: str) -> None:
     build(root)
     place = store(root).place(2)
     data = bytearray(place.read_bytes())
-    if damage == "cut":
+    if corruption == "cut":
         data = data[:-9]
-    elif damage == "empty":
+    elif corruption == "empty":
         data = bytearray()
-    elif damage == "flip":
+    elif corruption == "flip":
         data[-100] ^= 1
-    elif damage == "header":
+    elif corruption == "header":
         data[0] ^= 1
     else:
         data = bytearray(store(root).place(1).read_bytes())
@@ -185,23 +183,24 @@ def test_what_a_killed_builder_left_is_swept(root: Path, monkeypatch: pytest.Mon
     assert not partial.exists()
 
 
-def test_a_bad_picture_is_counted(root: Path) -> None:
-    (root / "1.jpg").write_bytes(b"no picture")
+def test_a_bad_image_is_counted(root: Path) -> None:
+    (root / "1.jpg").write_bytes(b"no image")
     assert build(root) == (11, 11, 1, None)
 
 
 BUILDER = """
 import sys
 from pathlib import Path
-from gn_transfer.data.cache import DiskStore, cache_folder, fill
-from gn_transfer.data.view import View
+from gn_transfer.data.cache import cache_folder, fill
+from gn_transfer.data.cache_store import DiskStore
+from gn_transfer.data.resolution import Resolution
 root = Path(sys.argv[1])
 paths = sorted(path.name for path in root.glob("*.jpg"))
-view = View("short", 30)
-store = DiskStore(cache_folder(root.parent / "cache", root, view), root, paths)
+resolution = Resolution("short", 30)
+store = DiskStore(cache_folder(root.parent / "cache", root, resolution), root, paths)
 print("ready", flush=True)
 sys.stdin.readline()
-print(fill(store, view, root, paths, threads=2, advance=lambda: None))
+print(fill(store, resolution, root, paths, threads=2, advance=lambda: None))
 """
 
 
@@ -227,9 +226,9 @@ def test_two_builders_at_once(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(root: Path, write_picture: Any) -> None:
+def test_killed_at_random_moments(root: Path, write_image: Any) -> None:
     for number in range(12, 300):
-        write_picture(root / f"{number}.jpg", seed=number, size=(200, 300))
+        write_image(root / f"{number}.jpg", seed=number, size=(200, 300))
     interrupted = 0
     for _ in range(60):
         before = store(root).count()
@@ -270,7 +269,7 @@ def test_the_rule(needed: int, disk: int, ram: int | None, mode: str) -> None:
 
 
 def test_memory_is_not_taken_blindly() -> None:
-    with pytest.raises(ConfigError, match=r"data\.cache=ram: the decoded pictures take about 5\.0 GiB, 3\.0 GiB"):
+    with pytest.raises(ConfigError, match=r"data\.cache=ram: the decoded images take about 5\.0 GiB, 3\.0 GiB"):
         choose_cache("ram", 5 * GIB, free_disk=0, available_ram=3 * GIB)
     assert choose_cache("ram", 5 * GIB, free_disk=0, available_ram=6 * GIB).mode == "ram"
 
@@ -284,19 +283,19 @@ def test_what_the_machine_has(tmp_path: Path) -> None:
 
 
 def test_the_estimate(root: Path) -> None:
-    exact = sum(VIEW.load(root / path).size for path in paths(root))
-    assert estimate_bytes(VIEW, root, paths(root)) == pytest.approx(exact, rel=0.05)
+    exact = sum(RESOLUTION.load(root / path).size for path in paths(root))
+    assert estimate_bytes(RESOLUTION, root, paths(root)) == pytest.approx(exact, rel=0.05)
 
 
 @pytest.mark.parametrize("recipe", ["none", "light", "crop_flip", "bit", "strong"])
-def test_a_run_sees_the_same_pictures_with_and_without(tmp_path: Path, recipe: str) -> None:
+def test_a_run_sees_the_same_images_with_and_without(tmp_path: Path, recipe: str) -> None:
     for name in ("a", "b"):
         for number in range(4):
             folder = tmp_path / "two" / name
             folder.mkdir(parents=True, exist_ok=True)
             noise = np.random.default_rng(number).integers(
                 0, 256, (150, 210, 3), dtype=np.uint8
-            )  # larger than the view
+            )  # larger than the resolution
             Image.fromarray(noise).save(folder / f"{number}.jpg")
     batches = []
     for cache in ("none", "ram", "disk", "disk"):
@@ -310,7 +309,7 @@ def test_a_run_sees_the_same_pictures_with_and_without(tmp_path: Path, recipe: s
         for (images, targets), (expected, labels) in zip(other, batches[0], strict=True):
             assert torch.equal(images, expected)
             assert torch.equal(targets, labels)
-    assert "all there" in dict(data.describe())["cache"]
+    assert "complete" in dict(data.describe())["cache"]
 
 
 def test_a_cache_that_cannot_be_written_is_reported_and_done_without(
@@ -322,4 +321,4 @@ def test_a_cache_that_cannot_be_written_is_reported_and_done_without(
     assert len(epoch_batches(data)) == 9
     said = capsys.readouterr().err
     assert said.startswith("warning: the cache could not be completed")
-    assert "0 of 9 pictures are in it" in said
+    assert "It holds 0 of 9 images" in said

@@ -133,7 +133,7 @@ def test_truncated_is_refused_by_both_looks(tmp_path: Path, gradient: Image.Imag
     data = encode(gradient.resize((400, 240)), kind, **({"exif": thumbnail} if kind == "JPEG" else {}))
     path = tmp_path / "cut.jpg"
     path.write_bytes(data[: int(len(data) * keep)])
-    with pytest.raises(BadImageError, match=rf"cut\.jpg: (truncated|damaged) {kind}"):
+    with pytest.raises(BadImageError, match=rf"cut\.jpg: (truncated|corrupt) {kind}"):
         check_image(path)
     with pytest.raises(BadImageError, match=r"cut\.jpg: "):
         decode_image(path)
@@ -161,12 +161,12 @@ def test_bytes_behind_the_end_marker_are_tolerated(tmp_path: Path, gradient: Ima
     ("content", "reason"),
     [
         (b"", "empty file"),
-        (b"<html>500 Internal Server Error</html>", "not a picture: starts with b'<html>50'"),
-        (b"\xff\xd8\xff\xe0", "damaged JPEG: 4 bytes"),
-        (b"GIF89a", "GIF|not a picture|cannot be"),
+        (b"<html>500 Internal Server Error</html>", "not an image: starts with b'<html>50'"),
+        (b"\xff\xd8\xff\xe0", "corrupt JPEG: 4 bytes"),
+        (b"GIF89a", "GIF|not an image|cannot be"),
     ],
 )
-def test_no_picture(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_no_image(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "bad.jpg"
     path.write_bytes(content)
     for look in (check_image, decode_image):

@@ -38,7 +38,7 @@ def test_evaluation_sees_every_pixel_of_a_digit(tmp_path: Path) -> None:
     data.prepare_data()
     data.setup("validate")
     for index in (0, 100):
-        whole = decode_image(tmp_path / "sklearn" / data.val_dataset.pictures[index].path)
+        whole = decode_image(tmp_path / "sklearn" / data.val_dataset.images[index].path)
         assert whole.shape == (32, 32, 3)
         np.testing.assert_array_equal(data.val_dataset[index][0][0].numpy(), whole[2:30, 2:30, 0])
 
@@ -80,7 +80,7 @@ def test_mnist_is_written_like_the_others(tmp_path: Path, monkeypatch: pytest.Mo
     data.channels = 1
     data.prepare_data()
     data.setup("test")
-    order = [int(Path(picture.path).stem) for picture in data.test_dataset.pictures]
+    order = [int(Path(image.path).stem) for image in data.test_dataset.images]
     for place, number in enumerate(order):
         np.testing.assert_array_equal(data.test_dataset[place][0][0].numpy(), images[number])
 
@@ -92,8 +92,8 @@ def test_the_small_net_trains_on_them(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     words = ["--data", "Digits", "--model.backbone", "cnn_mnist", "--model.norm", norm, "--model.num_groups", "8"]
-    words += ["--data.batch_size", "32", "--model.optimizer", "adam", "--trainer.max_epochs", "1"]
-    assert main(["fit", *words, "--model.lr", "0.003", "--mixed_precision.mode", "fp32"]) == 0
+    words += ["--data.batch_size", "32", "--optimizer.name", "adam", "--trainer.max_epochs", "1"]
+    assert main(["fit", *words, "--optimizer.lr", "0.003", "--mixed_precision.mode", "fp32"]) == 0
     assert main(["validate", "--ckpt_path", "last"]) == 0
     accuracy = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("val/acc1"))
     assert float(accuracy.split()[1]) > 0.7  # chance is 0.10

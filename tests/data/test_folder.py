@@ -1,4 +1,4 @@
-"""The user's own pictures, in both layouts, and what may be wrong with them."""
+"""The user's own images, in both layouts, and what may be wrong with them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gn_transfer.data import Folder
 
 
 @pytest.fixture
-def split_root(tmp_path: Path, write_picture: Any) -> Path:
+def split_root(tmp_path: Path, write_image: Any) -> Path:
     """Train, valid and test folders of two classes."""
     for split, count in (("train", 4), ("valid", 2), ("test", 3)):
         for name in ("cat", "dog"):
             for number in range(count):
-                write_picture(tmp_path / "own" / split / name / f"{split}{number}.jpg", seed=number)
+                write_image(tmp_path / "own" / split / name / f"{split}{number}.jpg", seed=number)
     return tmp_path / "own"
 
 
@@ -58,8 +58,8 @@ def test_test_fraction_is_held_out_from_fit(folder_root: Path) -> None:
         fit(folder_root, test_fraction=1.5)
 
 
-def test_no_test_pictures(folder_root: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no test pictures.*data\.test_fraction"):
+def test_no_test_images(folder_root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no test images.*data\.test_fraction"):
         Folder(folder_root).setup("test")
 
 
@@ -68,11 +68,11 @@ def test_a_class_called_train(folder_root: Path) -> None:
     assert fit(folder_root).classes == ["pear", "train"]
 
 
-def test_what_is_no_picture_is_left_alone(folder_root: Path, write_picture: Any) -> None:
-    (folder_root / "apple" / "notes.txt").write_text("not a picture")
+def test_what_is_no_image_is_left_alone(folder_root: Path, write_image: Any) -> None:
+    (folder_root / "apple" / "notes.txt").write_text("not an image")
     (folder_root / "apple" / "._0.jpg").write_bytes(b"resource fork")
     (folder_root / ".cache").mkdir()
-    write_picture(folder_root / "apple" / "more" / "deep.JPG")
+    write_image(folder_root / "apple" / "more" / "deep.JPG")
     data = fit(folder_root)
     assert sum(data.class_counts["train"].values()) + sum(data.class_counts["val"].values()) == 13
     assert any("apple/more/deep.JPG" in paths for paths in data.split().values())
@@ -94,10 +94,10 @@ def test_one_class_only(folder_root: Path) -> None:
         fit(folder_root)
 
 
-def test_class_folder_without_pictures(folder_root: Path) -> None:
+def test_class_folder_without_images(folder_root: Path) -> None:
     (folder_root / "quince").mkdir()
     (folder_root / "quince" / "readme.md").write_text("soon")
-    with pytest.raises(ConfigError, match=r"quince: no pictures \(\.bmp, \.gif, \.jpeg, \.jpg"):
+    with pytest.raises(ConfigError, match=r"quince: no images \(\.bmp, \.gif, \.jpeg, \.jpg"):
         fit(folder_root)
 
 
@@ -109,20 +109,20 @@ def test_classes_that_differ_between_splits(split_root: Path) -> None:
         fit(split_root)
 
 
-def test_two_validation_folders(split_root: Path, write_picture: Any) -> None:
-    write_picture(split_root / "val" / "cat" / "0.jpg")
+def test_two_validation_folders(split_root: Path, write_image: Any) -> None:
+    write_image(split_root / "val" / "cat" / "0.jpg")
     with pytest.raises(ConfigError, match="val and valid; keep one of them"):
         fit(split_root)
 
 
-def test_a_class_with_one_picture(folder_root: Path, write_picture: Any) -> None:
-    write_picture(folder_root / "quince" / "only.jpg")
-    with pytest.raises(ConfigError, match=r"class of quince/only\.jpg has 1 picture"):
+def test_a_class_with_one_image(folder_root: Path, write_image: Any) -> None:
+    write_image(folder_root / "quince" / "only.jpg")
+    with pytest.raises(ConfigError, match=r"class of quince/only\.jpg has 1 image"):
         fit(folder_root)
 
 
 def test_skipping_may_not_empty_a_class(folder_root: Path) -> None:
     for path in (folder_root / "pear").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(ConfigError, match="no training picture of pear"):
+    with pytest.raises(ConfigError, match="no training image of pear"):
         fit(folder_root, on_bad_image="skip")

@@ -30,7 +30,7 @@ def test_official_splits_and_class_order(pets_root: Path) -> None:
         f"oxford-iiit-pet/images/{breed}_{number}.jpg" for breed in data.classes for number in (11, 12)
     ]
     assert data.class_counts["val"] == {"Abyssinian": 2, "american_bulldog": 2, "Maine_Coon": 2}
-    assert all(data.classes[target] in path for path, target in data.val_dataset.pictures)
+    assert all(data.classes[target] in path for path, target in data.val_dataset.images)
 
 
 def test_root_may_be_the_folder_itself(pets_root: Path) -> None:
@@ -52,7 +52,7 @@ def test_class_ids_with_gaps_and_comments(pets_root: Path) -> None:
     data.setup("fit")
     data.setup("test")
     assert data.classes == ["Abyssinian", "Maine_Coon"]
-    assert {target for _, target in data.test_dataset.pictures} == {0, 1}
+    assert {target for _, target in data.test_dataset.images} == {0, 1}
 
 
 def test_missing_root_names_path_and_remedy(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_missing_root_names_path_and_remedy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "trainval.txt: lists no pictures"),
+        ("", "trainval.txt: lists no images"),
         ("Abyssinian_1 one 1 1", r"trainval\.txt:1: 'Abyssinian_1 one 1 1' is not a line 'image_id class_id"),
         ("# header\nAbyssinian", r"trainval\.txt:2: 'Abyssinian'"),
         ("../../secret_1 1 1 1", "is not a line"),

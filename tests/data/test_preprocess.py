@@ -32,6 +32,6 @@ def test_near_to_resize_then_crop_by_pillow() -> None:
     assert np.abs(preprocess_image(image, 224) - expected).mean() < 1.5
 
 
-def test_small_and_long_pictures() -> None:
+def test_small_and_long_images() -> None:
     assert preprocess_image(np.full((1, 1, 3), 7, np.uint8), 32).tolist() == np.full((32, 32, 3), 7).tolist()
     assert preprocess_image(np.zeros((2, 60_000, 3), np.uint8), 224).shape == (224, 224, 3)

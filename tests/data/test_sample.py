@@ -15,9 +15,9 @@ import pytest
 from gn_transfer.config import ConfigError
 from gn_transfer.data import Sample, decode_image
 from gn_transfer.data import sample as sample_module
-from gn_transfer.data.dataset import PictureDataset
-from gn_transfer.data.draw import BREEDS, draw_animal
+from gn_transfer.data.dataset import ImageDataset
 from gn_transfer.data.sample import TEST_PER_BREED, TRAINVAL_PER_BREED, write_sample
+from gn_transfer.data.synthetic_animals import BREEDS, render_animal
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -42,7 +42,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, fl
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two pictures per breed."""
+    """Two images per breed."""
     monkeypatch.setattr(sample_module, "TRAINVAL_PER_BREED", 1)
     monkeypatch.setattr(sample_module, "TEST_PER_BREED", 1)
 
@@ -78,7 +78,7 @@ def test_same_seed_same_bytes(tmp_path: Path, few: None) -> None:
     assert len(first) == 2 * len(BREEDS) + 4
     assert digest(tmp_path / "b") == first
     changed = {path for path, value in digest(tmp_path / "c").items() if first[path] != value}
-    assert len(changed) == 2 * len(BREEDS) + 1  # all pictures and the stamp
+    assert len(changed) == 2 * len(BREEDS) + 1  # all images and the stamp
 
 
 def test_written_once_and_again_for_another_version(tmp_path: Path, few: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_interrupted_drawing_leaves_nothing(tmp_path: Path, few: None, monkeypat
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample_module, "draw_animal", fail)
+    monkeypatch.setattr(sample_module, "render_animal", fail)
     with pytest.raises(KeyboardInterrupt):
         write_sample(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -117,7 +117,7 @@ def test_another_run_may_be_first(tmp_path: Path, few: None, monkeypatch: pytest
     assert [path.name for path in tmp_path.iterdir()] == ["oxford-iiit-pet"]
 
 
-def test_other_peoples_pictures_are_not_replaced(pets_root: Path) -> None:
+def test_other_peoples_images_are_not_replaced(pets_root: Path) -> None:
     before = digest(pets_root)
     with pytest.raises(ConfigError, match="holds something else than the sample"):
         Sample(pets_root).prepare_data()
@@ -130,22 +130,22 @@ def test_root_that_cannot_be_written(tmp_path: Path) -> None:
         Sample(tmp_path / "file").prepare_data()
 
 
-def test_pictures_of_a_breed_differ() -> None:
+def test_images_of_a_breed_differ() -> None:
     rng = np.random.default_rng(0)
     for breed in BREEDS:
-        one, other = draw_animal(breed, 48, rng), draw_animal(breed, 48, rng)
+        one, other = render_animal(breed, 48, rng), render_animal(breed, 48, rng)
         assert one.shape == (48, 48, 3)
         assert one.std() > 15
         assert np.abs(one.astype(int) - other).mean() > 15
 
 
-def flat_pixels(root: Path, dataset: PictureDataset) -> tuple[np.ndarray, np.ndarray]:
-    """32 x 32 RGB pixels in 0-1, one row per picture, and the targets."""
+def flat_pixels(root: Path, dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
+    """32 x 32 RGB pixels in 0-1, one row per image, and the targets."""
     rows = [
         cv2.resize(decode_image(root / path), (32, 32), interpolation=cv2.INTER_AREA).ravel() / 255
-        for path, _ in dataset.pictures
+        for path, _ in dataset.images
     ]
-    return np.stack(rows), np.array([target for _, target in dataset.pictures])
+    return np.stack(rows), np.array([target for _, target in dataset.images])
 
 
 def test_a_linear_classifier_on_pixels_stays_under_half(written: tuple[Path, float]) -> None:
@@ -157,7 +157,7 @@ def test_a_linear_classifier_on_pixels_stays_under_half(written: tuple[Path, flo
     mean, deviation = pixels.mean(0), pixels.std(0)
     pixels, val_pixels = (pixels - mean) / deviation, (val_pixels - mean) / deviation
     with pytest.importorskip("threadpoolctl").threadpool_limits(1):  # products this small lose time on more threads
-        # The 520 pictures span no more than 520 of the 3,072 directions. An L2 penalty never leaves them: turning the
+        # The 520 images span no more than 520 of the 3,072 directions. An L2 penalty never leaves them: turning the
         # axes into them changes no prediction and saves most of the time.
         axes = np.linalg.svd(pixels, full_matrices=False)[2].T
         for inverse_penalty in (1e-3, 1e-2):

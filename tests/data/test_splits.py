@@ -47,8 +47,8 @@ def test_fraction_out_of_range(fraction: float) -> None:
         stratified_split(NAMES, TARGETS, fraction, seed=0)
 
 
-def test_one_picture_cannot_be_split() -> None:
-    with pytest.raises(ConfigError, match=r"class of c_0 has 1 picture, data\.val_fraction=0\.2 needs at least 2"):
+def test_one_image_cannot_be_split() -> None:
+    with pytest.raises(ConfigError, match=r"class of c_0 has 1 image, data\.val_fraction=0\.2 needs at least 2"):
         stratified_split(NAMES[:15], TARGETS[:15], 0.2, seed=0)
 
 
@@ -71,6 +71,6 @@ def test_few_shots_are_seeded_nested_and_equal() -> None:
     assert {shuffled[position] for position in again} == set(few[4])  # names count, not their order
 
 
-def test_more_shots_than_pictures() -> None:
+def test_more_shots_than_images() -> None:
     with pytest.raises(ConfigError, match=r"data\.shots_per_class=3: 1 classes have fewer .*, b only 2; use at most 2"):
         few_shots(list("vwxyz"), [0, 0, 0, 1, 1], 3, 0, names_of="ab")

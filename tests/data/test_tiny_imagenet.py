@@ -14,13 +14,13 @@ WNIDS = ["n02", "n01", "n03"]
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, write_picture: Any) -> Path:
+def tiny(tmp_path: Path, write_image: Any) -> Path:
     base = tmp_path / "tiny-imagenet-200"
     for number, wnid in enumerate(sorted(WNIDS)):
-        for picture in range(4):
-            write_picture(base / "train" / wnid / "images" / f"{wnid}_{picture}.JPEG", seed=10 * number + picture)
+        for image in range(4):
+            write_image(base / "train" / wnid / "images" / f"{wnid}_{image}.JPEG", seed=10 * number + image)
         (base / "train" / wnid / f"{wnid}_boxes.txt").write_text("")
-        write_picture(base / "val" / "images" / f"val_{number}.JPEG", seed=number)
+        write_image(base / "val" / "images" / f"val_{number}.JPEG", seed=number)
     (base / "wnids.txt").write_text("\n".join(WNIDS))
     (base / "words.txt").write_text("n01\tcrane, bird\nn02\tcrane\nn03\tegg, ovum\nn99\tother\n")
     (base / "val" / "val_annotations.txt").write_text(
@@ -35,8 +35,8 @@ def test_layout(tiny: Path, inside: bool) -> None:
     data.setup("fit")
     assert data.classes == ["crane (n02)", "crane (n01)", "egg"]  # in the order of wnids.txt
     assert data.class_counts == {split: dict.fromkeys(data.classes, n) for split, n in (("train", 4), ("val", 1))}
-    assert {picture.target for picture in data.train_dataset.pictures if "/n01/" in picture.path} == {1}
-    assert [picture.target for picture in data.val_dataset.pictures] == [1, 0, 2]
+    assert {image.target for image in data.train_dataset.images if "/n01/" in image.path} == {1}
+    assert [image.target for image in data.val_dataset.images] == [1, 0, 2]
     images, _ = next(iter(data.train_dataloader()))
     assert images.shape == (2, 3, 64, 64)
 
@@ -72,5 +72,5 @@ def test_not_there(tmp_path: Path) -> None:
 
 
 def test_there_is_no_test_split(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match="no labelled test pictures; use gn-transfer validate"):
+    with pytest.raises(ConfigError, match="no labelled test images; use gn-transfer validate"):
         TinyImageNet(tiny).setup("test")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gn_transfer.layers import GroupNormAct, OncePerWindow, StdConv2d
+from gn_transfer.layers import AccumulationEngine, GroupNormAct, StdConv2d
 
 
 def make_net() -> nn.Module:
@@ -28,24 +28,24 @@ def make_net() -> nn.Module:
     )
 
 
-def gradients(rank: int, *, engine: bool, bfloat16: bool, windows: int = 2, count: int = 3) -> dict[str, torch.Tensor]:
-    net = make_net()
-    window = OncePerWindow(net) if engine else None
+def gradients(rank: int, *, engine: bool, bfloat16: bool, steps: int = 2, count: int = 3) -> dict[str, torch.Tensor]:
+    model = make_net()
+    accumulation = AccumulationEngine(model) if engine else None
     # buckets of 1 kB: some are reduced while the backward still runs
-    ddp = DistributedDataParallel(net, bucket_cap_mb=0.001)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.001)
     generator = torch.Generator().manual_seed(rank)
-    for _ in range(windows):
-        net.zero_grad()
+    for _ in range(steps):
+        model.zero_grad()
         for i in range(count):
             last = i == count - 1
             images = torch.randn(2, 3, 7, 7, generator=generator)
-            if window is not None:
-                window.micro_batch(first=i == 0, last=last)
+            if accumulation is not None:
+                accumulation.micro_batch(first=i == 0, last=last)
             with contextlib.nullcontext() if last else ddp.no_sync():
                 with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                     loss = F.cross_entropy(ddp(images).float(), torch.tensor([i, rank]))
                 (loss / count).backward()
-    return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def main(rank: int, store: str, output: str) -> None:

@@ -36,15 +36,15 @@ def test_frozen_uses_the_stored_statistics_in_training_and_keeps_them():
 
 
 def test_batch_statistics_are_those_of_the_batch_at_hand_and_leave_the_running_ones():
-    net = nn.Sequential(nn.BatchNorm2d(1), FrozenBatchNorm2d(1)).eval()
-    net[1].running_mean.fill_(3.0)
-    before = [buffer.clone() for buffer in net.buffers()]
+    model = nn.Sequential(nn.BatchNorm2d(1), FrozenBatchNorm2d(1)).eval()
+    model[1].running_mean.fill_(3.0)
+    before = [buffer.clone() for buffer in model.buffers()]
     x = torch.tensor([1.0, 2.0, 3.0, 6.0]).view(2, 1, 1, 2)  # mean 3, biased variance 3.5
-    with batch_statistics(net):
-        found = net(x)
+    with batch_statistics(model):
+        found = model(x)
     torch.testing.assert_close(found, (x - 3.0) / 3.5**0.5 - 3.0, rtol=1e-4, atol=1e-4)
-    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), before, strict=True))
-    torch.testing.assert_close(net(x), x - 3.0, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before, strict=True))
+    torch.testing.assert_close(model(x), x - 3.0, rtol=1e-4, atol=1e-4)
 
 
 def test_batch_statistics_need_a_norm_that_looks_at_its_batch():
@@ -77,10 +77,10 @@ def test_frozen_with_activation():
 
 
 def test_moments_are_pooled_not_variances():
-    """Pictures of the values 1 and 5 vary by nothing within a batch of one, and by 4 together."""
+    """Images of the values 1 and 5 vary by nothing within a batch of one, and by 4 together."""
     norm = nn.BatchNorm2d(1)
-    pictures = torch.tensor([1.0, 5.0]).view(2, 1, 1, 1, 1).expand(2, 1, 1, 2, 2)
-    assert reestimate_statistics(norm, pictures) == 1
+    images = torch.tensor([1.0, 5.0]).view(2, 1, 1, 1, 1).expand(2, 1, 1, 2, 2)
+    assert reestimate_statistics(norm, images) == 1
     assert norm.running_mean.item() == 3.0
     assert norm.running_var.item() == pytest.approx(4.0 * 8 / 7)
 
@@ -88,24 +88,26 @@ def test_moments_are_pooled_not_variances():
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, FrozenBatchNorm2d, TimmBatchNormAct2d, BatchNormAct2d])
 def test_reestimating_on_one_batch_gives_what_training_on_it_computes(kind):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), filled(kind(4)), nn.Conv2d(4, 4, 3), filled(kind(4))).eval()
-    state = {key: value.clone() for key, value in net.state_dict().items()}
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), filled(kind(4)), nn.Conv2d(4, 4, 3), filled(kind(4))).eval()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
     x = torch.randn(6, 3, 12, 12)
-    reestimate_statistics(net, [x])
-    first = nn.functional.conv2d(x, net[0].weight, net[0].bias)
-    torch.testing.assert_close(net[1].running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(net[1].running_var, first.var((0, 2, 3)) * 1, rtol=1e-4, atol=1e-5)
-    normal = nn.functional.batch_norm(first, None, None, net[1].weight, net[1].bias, training=True)
-    second = nn.functional.conv2d(net[1].act(normal) if hasattr(net[1], "act") else normal, net[2].weight, net[2].bias)
-    torch.testing.assert_close(net[3].running_mean, second.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    assert not net.training
+    reestimate_statistics(model, [x])
+    first = nn.functional.conv2d(x, model[0].weight, model[0].bias)
+    torch.testing.assert_close(model[1].running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model[1].running_var, first.var((0, 2, 3)) * 1, rtol=1e-4, atol=1e-5)
+    normal = nn.functional.batch_norm(first, None, None, model[1].weight, model[1].bias, training=True)
+    second = nn.functional.conv2d(
+        model[1].act(normal) if hasattr(model[1], "act") else normal, model[2].weight, model[2].bias
+    )
+    torch.testing.assert_close(model[3].running_mean, second.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert not model.training
     kept = [key for key in state if "running" not in key]
-    assert all(torch.equal(net.state_dict()[key], state[key]) for key in kept)
-    assert net[1](first).shape == first.shape
-    with pytest.raises(ConfigError, match="no picture reached"):
-        reestimate_statistics(net, [])
+    assert all(torch.equal(model.state_dict()[key], state[key]) for key in kept)
+    assert model[1](first).shape == first.shape
+    with pytest.raises(ConfigError, match="no image reached"):
+        reestimate_statistics(model, [])
 
 
-def test_corrected_momentum_forgets_as_fast_per_picture():
+def test_corrected_momentum_forgets_as_fast_per_image():
     assert (1 - corrected_momentum(4)) ** 4 == pytest.approx(0.9)
     assert corrected_momentum(32) == pytest.approx(1 - 0.81)

@@ -1,4 +1,4 @@
-"""Calibrated conversion: the closed form, nets of other libraries, what is refused."""
+"""Calibrated conversion: the closed form, models of other libraries, what is refused."""
 
 import copy
 
@@ -13,10 +13,10 @@ from gn_transfer.layers import GroupNorm, convert_norm
 from gn_transfer.layers.calibrate import BatchNormFunction, solve_affine
 
 
-def settle(net: nn.Module) -> nn.Module:
-    """Give batch norms statistics and an affine that are not those of a new net."""
+def settle(model: nn.Module) -> nn.Module:
+    """Give batch norms statistics and an affine that are not those of a new model."""
     generator = torch.Generator().manual_seed(1)
-    for layer in net.modules():
+    for layer in model.modules():
         if hasattr(layer, "running_mean"):
             size = layer.running_mean.shape
             layer.running_mean.copy_(torch.randn(size, generator=generator) * 0.2)
@@ -24,18 +24,18 @@ def settle(net: nn.Module) -> nn.Module:
             with torch.no_grad():
                 layer.weight.copy_(torch.rand(size, generator=generator) + 0.5)
                 layer.bias.copy_(torch.randn(size, generator=generator) * 0.2)
-    return net.eval()
+    return model.eval()
 
 
 def test_least_squares_is_that_of_lstsq():
     generator = torch.Generator().manual_seed(0)
     y, z = torch.randn(2, 40, dtype=torch.float64, generator=generator)
     sums = [torch.tensor([float(v)]) for v in (40, y.sum(), z.sum(), (y * y).sum(), (z * z).sum(), (y * z).sum())]
-    gamma, beta, explained = solve_affine(*(s.double() for s in sums))
+    gamma, beta, r2 = solve_affine(*(s.double() for s in sums))
     expected = torch.linalg.lstsq(torch.stack([z, torch.ones(40)], 1).double(), y[:, None]).solution.flatten()
     assert torch.allclose(torch.cat([gamma, beta]), expected, atol=1e-6)
     residual = (y - gamma * z - beta).var() / y.var()
-    assert explained == pytest.approx(1 - residual.item(), abs=1e-5)
+    assert r2 == pytest.approx(1 - residual.item(), abs=1e-5)
 
 
 def test_a_channel_that_never_varies_becomes_its_mean():
@@ -53,104 +53,106 @@ def test_the_function_read_off_a_layer_is_that_of_the_layer():
     assert BatchNormFunction.of(nn.GroupNorm(2, 8)) is None
 
 
-def test_one_layer_norm_of_one_picture_is_reproduced_exactly():
-    """One group and one picture: GN differs from BN by an affine map alone, where channels keep their own."""
+def test_one_layer_norm_of_one_image_is_reproduced_exactly():
+    """One group and one image: GN differs from BN by an affine map alone, where channels keep their own."""
     torch.manual_seed(0)
-    net = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)))
+    model = settle(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    )
     x = torch.randn(1, 3, 16, 16)
-    expected = net(x)
-    convert_norm(net, "ln", calibration=[x], report=(report := []))
-    torch.testing.assert_close(net(x), expected, rtol=1e-3, atol=1e-3)
-    assert [round(found.explained, 4) for found in report] == [1.0, 1.0]
+    expected = model(x)
+    convert_norm(model, "ln", calibration=[x], report=(report := []))
+    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
+    assert [round(found.r2, 4) for found in report] == [1.0, 1.0]
 
 
-def error(net: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> float:
+def error(model: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> float:
     with torch.no_grad():
-        return float((net(x) - expected).square().mean() / expected.var())
+        return float((model(x) - expected).square().mean() / expected.var())
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnetv2_18"])
 @pytest.mark.parametrize("norm", ["gn", "ln"])
-def test_calibrated_is_nearer_than_copied_on_other_pictures(name, norm):
+def test_calibrated_is_nearer_than_copied_on_other_images(name, norm):
     """Norms alone (v1) and norms that contain their activation (v2)."""
     torch.manual_seed(0)
-    nets = [settle(timm.create_model(name, num_classes=5)) for _ in range(2)]
-    nets[1].load_state_dict(nets[0].state_dict())
-    head = nets[0].pretrained_cfg["classifier"]
+    models = [settle(timm.create_model(name, num_classes=5)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    head = models[0].pretrained_cfg["classifier"]
     seen, unseen = torch.randn(2, 24, 3, 64, 64)
     with torch.no_grad():
-        expected = nets[0](unseen)
-    convert_norm(nets[0], norm, skip=[head])
-    convert_norm(nets[1], norm, skip=[head], calibration=seen.split(8), report=(report := []))
-    assert error(nets[1], unseen, expected) < 0.5 * error(nets[0], unseen, expected)
+        expected = models[0](unseen)
+    convert_norm(models[0], norm, skip=[head])
+    convert_norm(models[1], norm, skip=[head], calibration=seen.split(8), report=(report := []))
+    assert error(models[1], unseen, expected) < 0.5 * error(models[0], unseen, expected)
     norms = [found for found in report if found.groups]
-    assert all(0 < found.explained <= 1 for found in norms)
-    assert all(layer.forward.__func__ is type(layer).forward for layer in nets[1].modules())
+    assert all(0 < found.r2 <= 1 for found in norms)
+    assert all(layer.forward.__func__ is type(layer).forward for layer in models[1].modules())
 
 
 def test_statistics_modes_and_the_rest_of_the_net_stay():
-    net = settle(timm.create_model("resnet18", num_classes=5)).train()
-    net.layer1.eval()
-    conv = {key: value.clone() for key, value in net.state_dict().items() if "conv" in key or "fc" in key}
-    convert_norm(net, "gn", skip=["fc"], calibration=[torch.randn(4, 3, 64, 64)])
-    assert net.training
-    assert not net.layer1.training
-    assert all(torch.equal(net.state_dict()[key], value) for key, value in conv.items())
-    assert all(parameter.requires_grad for parameter in net.parameters())
+    model = settle(timm.create_model("resnet18", num_classes=5)).train()
+    model.layer1.eval()
+    conv = {key: value.clone() for key, value in model.state_dict().items() if "conv" in key or "fc" in key}
+    convert_norm(model, "gn", skip=["fc"], calibration=[torch.randn(4, 3, 64, 64)])
+    assert model.training
+    assert not model.layer1.training
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in conv.items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_batches_may_come_as_a_data_loader_gives_them():
     torch.manual_seed(0)
-    nets = [settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)))]
-    nets += [copy.deepcopy(nets[0]), copy.deepcopy(nets[0])]
+    models = [settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)))]
+    models += [copy.deepcopy(models[0]), copy.deepcopy(models[0])]
     images, targets = torch.randn(4, 3, 12, 12), torch.zeros(4)
-    for net, batch in zip(nets, (images, [images, targets], (images, targets)), strict=True):
-        convert_norm(net, "gn", calibration=[batch])
-    assert all(torch.equal(net[3].weight, nets[0][3].weight) for net in nets)
+    for model, batch in zip(models, (images, [images, targets], (images, targets)), strict=True):
+        convert_norm(model, "gn", calibration=[batch])
+    assert all(torch.equal(model[3].weight, models[0][3].weight) for model in models)
 
 
 def test_segmentation_net():
     torch.manual_seed(0)
     build = torchvision.models.segmentation.lraspp_mobilenet_v3_large
-    net = settle(build(weights=None, weights_backbone=None, num_classes=4))
+    model = settle(build(weights=None, weights_backbone=None, num_classes=4))
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        expected = net(x)["out"]
+        expected = model(x)["out"]
     kwargs = {"group_size": 8, "skip": ["classifier.low_classifier", "classifier.high_classifier"]}
-    convert_norm(net, "gn", **kwargs, calibration=[x], report=(report := []))
-    calibrated = (net(x)["out"] - expected).square().mean() / expected.var()
+    convert_norm(model, "gn", **kwargs, calibration=[x], report=(report := []))
+    calibrated = (model(x)["out"] - expected).square().mean() / expected.var()
     assert calibrated < 0.9
-    assert all(found.explained is not None for found in report if found.groups)
+    assert all(found.r2 is not None for found in report if found.groups)
 
 
 @pytest.mark.slow
 def test_detection_net_with_frozen_norms_and_norms_in_the_region_heads():
     """FrozenBatchNorm2d in the backbone; BN in the box head sees proposals, whose rows have no counterpart."""
     torch.manual_seed(0)
-    net = torchvision.models.detection.fasterrcnn_resnet50_fpn_v2(
+    model = torchvision.models.detection.fasterrcnn_resnet50_fpn_v2(
         weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64
     )
-    for name, layer in list(net.backbone.body.named_modules()):
+    for name, layer in list(model.backbone.body.named_modules()):
         if isinstance(layer, nn.BatchNorm2d):
             parent, _, child = name.rpartition(".")
             frozen = torchvision.ops.FrozenBatchNorm2d(layer.num_features)
-            setattr(net.backbone.body.get_submodule(parent), child, frozen)
-    settle(net)
-    pictures = [torch.rand(3, 64, 64), torch.rand(3, 48, 64)]
-    convert_norm(net, "gn", calibration=[pictures], report=(report := []))
+            setattr(model.backbone.body.get_submodule(parent), child, frozen)
+    settle(model)
+    images = [torch.rand(3, 64, 64), torch.rand(3, 48, 64)]
+    convert_norm(model, "gn", calibration=[images], report=(report := []))
     kinds = {found.before for found in report if found.groups}
     assert kinds == {"FrozenBatchNorm2d", "BatchNorm2d"}
-    by_name = {found.name: found.explained for found in report if found.groups}
+    by_name = {found.name: found.r2 for found in report if found.groups}
     assert all(value is not None and value > 0 for value in by_name.values())
     assert any("roi_heads" in name for name in by_name)
     with torch.no_grad():
-        assert len(net(pictures)) == 2
-    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in net.modules())
-    assert any(isinstance(layer, GroupNorm) for layer in net.modules())
+        assert len(model(images)) == 2
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
+    assert any(isinstance(layer, GroupNorm) for layer in model.modules())
 
 
 @pytest.mark.parametrize(
-    ("net", "norm", "batches", "message"),
+    ("model", "norm", "batches", "message"),
     [
         (
             nn.Sequential(nn.BatchNorm2d(32)),
@@ -163,6 +165,6 @@ def test_detection_net_with_frozen_norms_and_norms_in_the_region_heads():
         (nn.Sequential(nn.BatchNorm2d(32)), "gn", [torch.full((2, 32, 4, 4), torch.inf)], "not finite"),
     ],
 )
-def test_refusals(net, norm, batches, message):
+def test_refusals(model, norm, batches, message):
     with pytest.raises(ConfigError, match=message):
-        convert_norm(net, norm, calibration=batches)
+        convert_norm(model, norm, calibration=batches)

@@ -1,4 +1,4 @@
-"""convert_norm on real nets: what is exchanged, what is carried over, what is refused."""
+"""convert_norm on real models: what is replaced, what is carried over, what is refused."""
 
 from functools import partial
 
@@ -33,15 +33,15 @@ def small_frozen_torchvision():
 NETS = {"v1": (small_v1, ()), "v2": (small_v2, ("head",)), "torchvision": (small_frozen_torchvision, ())}
 
 
-def norms_of(net):
+def norms_of(model):
     kinds = (nn.BatchNorm2d, nn.GroupNorm, nn.SyncBatchNorm, torchvision.ops.FrozenBatchNorm2d)
-    return [m for m in net.modules() if isinstance(m, kinds)]
+    return [m for m in model.modules() if isinstance(m, kinds)]
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("model", NETS)
 @pytest.mark.parametrize("norm", RUNNABLE)
-def test_every_norm_trains_every_parameter(net, norm):
-    build, skip = NETS[net]
+def test_every_norm_trains_every_parameter(model, norm):
+    build, skip = NETS[model]
     model = convert_norm(build(), norm, skip=skip)
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
@@ -83,10 +83,10 @@ def test_the_head_is_left_alone_and_the_report_lists_the_rest():
     convert_norm(model, "gn_ws", skip=["head"], report=report)
     assert model.head.fc is head
     assert type(head) is nn.Conv2d
-    names = {exchange.name for exchange in report}
+    names = {replacement.name for replacement in report}
     assert not any(name.startswith("head") for name in names)
     assert "stem.conv" in names
-    norm = next(exchange for exchange in report if exchange.name == "norm")
+    norm = next(replacement for replacement in report if replacement.name == "norm")
     assert (norm.before, norm.after, norm.channels, norm.groups) == ("BatchNormAct2d", "GroupNormAct", 128, 32)
     assert convert_norm(model, "gn_ws", skip=["head"], report=(again := [])) is model
     assert again == []
@@ -114,65 +114,67 @@ def test_timm_layers_give_way_to_ours_with_their_weights():
 
 
 def test_torchvision_segmentation_net():
-    net = torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
-    convert_norm(net, "gn_ws", group_size=8, skip=["classifier.low_classifier", "classifier.high_classifier"])
-    assert net(torch.randn(2, 3, 64, 64))["out"].shape == (2, 4, 64, 64)
-    assert type(net.classifier.low_classifier) is nn.Conv2d
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    model = torchvision.models.segmentation.lraspp_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=4
+    )
+    convert_norm(model, "gn_ws", group_size=8, skip=["classifier.low_classifier", "classifier.high_classifier"])
+    assert model(torch.randn(2, 3, 64, 64))["out"].shape == (2, 4, 64, 64)
+    assert type(model.classifier.low_classifier) is nn.Conv2d
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
 
 
 def test_activation_and_eps_move_along():
-    net = nn.Sequential(nn.BatchNorm2d(32, eps=1e-2), timm.layers.BatchNormAct2d(32, act_layer=nn.Tanh))
-    act = net[1].act
-    convert_norm(net, "gn")
-    assert net[0].eps == 1e-2
-    assert type(net[0]) is GroupNorm
-    assert type(net[1]) is GroupNormAct
-    assert net[1].act is act
-    convert_norm(net, "none")
-    assert type(net[0]) is nn.Identity
-    assert list(net[1]) == [act]
+    model = nn.Sequential(nn.BatchNorm2d(32, eps=1e-2), timm.layers.BatchNormAct2d(32, act_layer=nn.Tanh))
+    act = model[1].act
+    convert_norm(model, "gn")
+    assert model[0].eps == 1e-2
+    assert type(model[0]) is GroupNorm
+    assert type(model[1]) is GroupNormAct
+    assert model[1].act is act
+    convert_norm(model, "none")
+    assert type(model[0]) is nn.Identity
+    assert list(model[1]) == [act]
 
 
 def test_shared_and_root_layers():
     norm = nn.BatchNorm2d(32)
-    net = nn.ModuleDict({"a": norm, "b": norm})
-    convert_norm(net, "gn")
-    assert net["a"] is net["b"]
+    model = nn.ModuleDict({"a": norm, "b": norm})
+    convert_norm(model, "gn")
+    assert model["a"] is model["b"]
     assert type(convert_norm(nn.BatchNorm2d(32), "ln")) is GroupNorm
 
 
 def test_a_frozen_parameter_and_the_mode_stay():
-    net = nn.Sequential(nn.BatchNorm2d(32), nn.Conv2d(32, 4, 3)).eval().requires_grad_(False)
-    convert_norm(net, "gn_ws")
-    assert not any(p.requires_grad for p in net.parameters())
-    assert not any(m.training for m in net.modules())
+    model = nn.Sequential(nn.BatchNorm2d(32), nn.Conv2d(32, 4, 3)).eval().requires_grad_(False)
+    convert_norm(model, "gn_ws")
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not any(m.training for m in model.modules())
 
 
 def test_zero_convolutions_are_drawn_anew_under_weight_standardization():
-    net = nn.Sequential(nn.Conv2d(4, 4, 3))
-    nn.init.zeros_(net[0].weight)
-    convert_norm(net, "gn_ws", report=(report := []))
+    model = nn.Sequential(nn.Conv2d(4, 4, 3))
+    nn.init.zeros_(model[0].weight)
+    convert_norm(model, "gn_ws", report=(report := []))
     assert report[0].reinitialized
-    assert net[0].weight.std() > 0.05
+    assert model[0].weight.std() > 0.05
 
 
 def test_one_weight_filters_stay_plain():
-    net = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4))
-    assert type(convert_norm(net, "gn_ws")[0]) is nn.Conv2d
+    model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4))
+    assert type(convert_norm(model, "gn_ws")[0]) is nn.Conv2d
 
 
 def test_refusals_leave_the_net_as_it_was():
-    net = nn.Sequential(nn.BatchNorm2d(64), nn.ModuleDict({"norm": nn.BatchNorm2d(48)}))
+    model = nn.Sequential(nn.BatchNorm2d(64), nn.ModuleDict({"norm": nn.BatchNorm2d(48)}))
     with pytest.raises(ConfigError, match=r"num_groups=32 does not divide 48 channels of 1\.norm; use one of 1, 2, 3,"):
-        convert_norm(net, "gn")
-    assert type(net[0]) is nn.BatchNorm2d
+        convert_norm(model, "gn")
+    assert type(model[0]) is nn.BatchNorm2d
     with pytest.raises(ConfigError, match="group_size=9 does not divide 64 channels of 0"):
-        convert_norm(net, "gn", group_size=9)
+        convert_norm(model, "gn", group_size=9)
     with pytest.raises(ConfigError, match="did you mean 'gn_ws'"):
-        convert_norm(net, "gnws")
+        convert_norm(model, "gnws")
     with pytest.raises(ConfigError, match="haed"):
-        convert_norm(net, "gn", skip=["haed"])
+        convert_norm(model, "gn", skip=["haed"])
     with pytest.raises(ConfigError, match="ScaledStdConv2d"):
         convert_norm(nn.Sequential(timm.layers.ScaledStdConv2d(4, 4, 3)), "bn")
 
@@ -182,6 +184,6 @@ def test_bn_sync_needs_cuda(monkeypatch):
     with pytest.raises(ConfigError, match="bn_sync needs CUDA"):
         convert_norm(small_v2(), "bn_sync")
     monkeypatch.setattr("gn_transfer.layers.convert.cuda_available", lambda: True)
-    net = convert_norm(small_v2(), "bn_sync", skip=["head"])
-    assert all(isinstance(m, nn.SyncBatchNorm) for m in norms_of(net))
-    assert all(hasattr(m, "act") for m in norms_of(net))
+    model = convert_norm(small_v2(), "bn_sync", skip=["head"])
+    assert all(isinstance(m, nn.SyncBatchNorm) for m in norms_of(model))
+    assert all(hasattr(m, "act") for m in norms_of(model))

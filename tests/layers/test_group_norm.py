@@ -11,7 +11,7 @@ from gn_transfer.layers import GroupNorm, GroupNormAct, group_count
 from gn_transfer.layers.group_norm import group_norm
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-# 1,024 positions and 400,000 values a picture are borders between ways; 2, 2, 16 and 8 channels a group
+# 1,024 positions and 400,000 values an image are borders between ways; 2, 2, 16 and 8 channels a group
 SHAPES = [(2, 64, 33, 32), (3, 64, 5, 7), (1, 512, 8, 8), (2, 256, 40, 40)]
 
 
@@ -86,7 +86,7 @@ def test_limits_are_layer_norm_and_instance_norm(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_picture_does_not_depend_on_its_batch_mates(layout):
+def test_a_image_does_not_depend_on_its_batch_mates(layout):
     x, weight, bias = inputs((4, 64, 6, 5), layout=layout)
     together = group_norm(x, 32, weight, bias)
     alone = torch.cat([group_norm(image, 32, weight, bias) for image in x.split(1)])
@@ -107,7 +107,7 @@ def test_equals_timm_with_its_weights(groups):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("value", [0.0, 1e4])
-def test_constant_pictures_and_large_values_stay_finite(dtype, layout, value):
+def test_constant_images_and_large_values_stay_finite(dtype, layout, value):
     for x in (torch.full((2, 32, 6, 6), value), value * torch.randn(2, 32, 6, 6)):
         x = x.to(dtype).contiguous(memory_format=layout).requires_grad_()
         norm = GroupNormAct(32, 8)

@@ -1,4 +1,4 @@
-"""A worker whose cells take a moment and leave a line each; started and killed by the tests of the store."""
+"""A worker whose trials take a moment and leave a line each; started and killed by the tests of the store."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import threading
 import time
 from pathlib import Path
 
-from gn_transfer.study.cells import Cell
 from gn_transfer.study.definition import read_study
-from gn_transfer.study.planning import Outcome, plan_cells
-from gn_transfer.study.serve import serve
+from gn_transfer.study.planning import Outcome, plan_trials
 from gn_transfer.study.store import Store
+from gn_transfer.study.trials import Trial
+from gn_transfer.study.worker import run_trials
 
 
 def main(url: str, file: str, log: str, seconds: str) -> None:
     study = read_study(Path(file))
     store = Store(url, study.name)
     store.begin(study.shared_settings())
-    store.enter(plan_cells(study, store.outcomes()).cells)
+    store.enter(plan_trials(study, store.outcomes()).trials)
     stop = threading.Event()
 
-    def run(cell: Cell) -> Outcome:
+    def run(trial: Trial) -> Outcome:
         with Path(log).open("a") as lines:
-            lines.write(f"{cell.name} {os.getpid()}\n")
+            lines.write(f"{trial.name} {os.getpid()}\n")
         time.sleep(float(seconds))
         return Outcome("complete", 0.5, 1.0, float(seconds))
 
@@ -34,7 +34,7 @@ def main(url: str, file: str, log: str, seconds: str) -> None:
         stop.set()
 
     threading.Thread(target=watch, daemon=True).start()
-    serve(store, study, run, stop)
+    run_trials(store, study, run, stop)
     store.close()
 
 

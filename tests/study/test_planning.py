@@ -1,4 +1,4 @@
-"""Cells of a study, counted by hand; choices from made-up results."""
+"""Trials of a study, counted by hand; choices from made-up results."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from gn_transfer.commands.sweep import check_values
 from gn_transfer.config import ConfigError, builtin_configs
-from gn_transfer.study.cells import combinations
 from gn_transfer.study.definition import Arm, Study, parse_value, read_study
-from gn_transfer.study.planning import Outcome, foresee, plan_cells
-from gn_transfer.sweep import check_values
+from gn_transfer.study.planning import Outcome, foresee, plan_trials
+from gn_transfer.study.trials import configurations
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def study(tmp_path):
 
 
 def names(study: Study, outcomes: dict[str, Outcome] | None = None) -> list[str]:
-    return [cell.name for cell in plan_cells(study, outcomes or {}).cells]
+    return [trial.name for trial in plan_trials(study, outcomes or {}).trials]
 
 
 def test_a_grid_is_crossed_and_seeds_are_outermost(study):
@@ -42,15 +42,15 @@ def test_conditional_keys_stand_only_where_they_apply():
         grid={"model.norm": ("none", "bn", "gn"), "model.num_groups": (2, 4, 8, 16), "data.batch_size": (1, 64)},
         where={"model.num_groups": {"model.norm": ("gn",)}},
     )
-    found = combinations(arm, {})
+    found = configurations(arm, {})
     assert len(found) == (1 + 1 + 4) * 2
     assert all(("model.num_groups" in one.varying) == (one.varying["model.norm"] == "gn") for one in found)
 
 
 def test_a_condition_on_the_base_configuration():
     arm = Arm(grid={"model.num_groups": (2, 4)}, where={"model.num_groups": {"model.norm": ("gn",)}})
-    assert len(combinations(arm, {"model.norm": "gn"})) == 2
-    assert len(combinations(arm, {"model.norm": "bn"})) == 1
+    assert len(configurations(arm, {"model.norm": "gn"})) == 2
+    assert len(configurations(arm, {"model.norm": "bn"})) == 1
 
 
 def test_cases_are_crossed_with_their_own_lists_and_the_grid(study):
@@ -58,7 +58,7 @@ def test_cases_are_crossed_with_their_own_lists_and_the_grid(study):
 cases:
   plain: {model.norm: bn, data.batch_size: [1, 2]}
   frozen: {model.norm: bn_frozen, data.batch_size: 1}
-grid: {model.lr: [0.1, 0.01]}
+grid: {optimizer.lr: [0.1, 0.01]}
 """
     assert names(study(text)) == [
         *("plain-bs1-lr0.1-seed0", "plain-bs2-lr0.1-seed0", "plain-bs1-lr0.01-seed0", "plain-bs2-lr0.01-seed0"),
@@ -68,33 +68,35 @@ grid: {model.lr: [0.1, 0.01]}
 
 def test_arms_share_what_stands_above_them(study):
     text = """
-set: {model.lr: 0.5}
+set: {optimizer.lr: 0.5}
 grid: {model.norm: [bn, gn_ws]}
 arms:
   A: {set: {accumulation.effective_batch_size: 16}}
-  B: {set: {accumulation.effective_batch_size: null, model.lr: 0.25}}
+  B: {set: {accumulation.effective_batch_size: null, optimizer.lr: 0.25}}
 """
-    cells = plan_cells(study(text), {}).cells
-    assert [cell.name for cell in cells] == ["A-bn-seed0", "A-gn_ws-seed0", "B-bn-seed0", "B-gn_ws-seed0"]
-    assert [cell.overrides["model.lr"] for cell in cells] == [0.5, 0.5, 0.25, 0.25]
-    assert cells[3].arguments() == [
-        *("--model.lr", "0.25", "--accumulation.effective_batch_size", "null"),
+    trials = plan_trials(study(text), {}).trials
+    assert [trial.name for trial in trials] == ["A-bn-seed0", "A-gn_ws-seed0", "B-bn-seed0", "B-gn_ws-seed0"]
+    assert [trial.overrides["optimizer.lr"] for trial in trials] == [0.5, 0.5, 0.25, 0.25]
+    assert trials[3].arguments() == [
+        *("--optimizer.lr", "0.25", "--accumulation.effective_batch_size", "null"),
         *("--model.norm", "gn_ws", "--seed_everything", "0"),
     ]
 
 
 def test_the_command_line_has_the_last_word(study):
-    overridden = study("grid: {model.norm: [bn, gn], model.lr: [1, 2]}", **{"model.lr": 3, "seeds": 2, "samples": 64})
-    cells = plan_cells(overridden, {}).cells
-    assert [cell.name for cell in cells] == ["bn-seed0", "gn-seed0", "bn-seed1", "gn-seed1"]
-    assert {cell.overrides["model.lr"] for cell in cells} == {3}
-    assert {cell.overrides["samples"] for cell in cells} == {64}
+    overridden = study(
+        "grid: {model.norm: [bn, gn], optimizer.lr: [1, 2]}", **{"optimizer.lr": 3, "seeds": 2, "samples": 64}
+    )
+    trials = plan_trials(overridden, {}).trials
+    assert [trial.name for trial in trials] == ["bn-seed0", "gn-seed0", "bn-seed1", "gn-seed1"]
+    assert {trial.overrides["optimizer.lr"] for trial in trials} == {3}
+    assert {trial.overrides["samples"] for trial in trials} == {64}
 
 
-def test_paths_are_no_part_of_a_cells_identity(study):
+def test_paths_are_no_part_of_a_trials_identity(study):
     here, there = (study("grid: {model.norm: [bn]}", **{"data.root": root}) for root in ("/a", "/b"))
-    assert [cell.identity() for cell in plan_cells(here, {}).cells] == [
-        c.identity() for c in plan_cells(there, {}).cells
+    assert [trial.identity() for trial in plan_trials(here, {}).trials] == [
+        c.identity() for c in plan_trials(there, {}).trials
     ]
 
 
@@ -106,19 +108,19 @@ seeds: 3
 
 
 def scored(study: Study, accuracy: dict[str, float], loss: float = 1.0) -> dict[str, Outcome]:
-    """Complete every cell known so far, the accuracy chosen by a part of its name."""
+    """Complete every trial known so far, the accuracy chosen by a part of its name."""
     return {
-        cell.name: Outcome("complete", next((v for k, v in accuracy.items() if k in cell.name), 0.0), loss)
-        for cell in plan_cells(study, {}).cells
+        trial.name: Outcome("complete", next((v for k, v in accuracy.items() if k in trial.name), 0.0), loss)
+        for trial in plan_trials(study, {}).trials
     }
 
 
 def test_candidates_come_first_on_seeds_of_their_own(study):
-    planned = plan_cells(study(SELECT), {})
-    assert len(planned.cells) == 2 * 3 * 2
-    assert {cell.overrides["seed_everything"] for cell in planned.cells} == {1000, 1001}
-    more = plan_cells(study(SELECT.replace("seeds: 3", "seeds: 12")), {})
-    assert [cell.name for cell in more.cells] == [cell.name for cell in planned.cells]
+    planned = plan_trials(study(SELECT), {})
+    assert len(planned.trials) == 2 * 3 * 2
+    assert {trial.overrides["seed_everything"] for trial in planned.trials} == {1000, 1001}
+    more = plan_trials(study(SELECT.replace("seeds: 3", "seeds: 12")), {})
+    assert [trial.name for trial in more.trials] == [trial.name for trial in planned.trials]
     assert planned.open == 2
     assert planned.to_come == 2 * 3
 
@@ -126,18 +128,18 @@ def test_candidates_come_first_on_seeds_of_their_own(study):
 def test_the_best_on_average_goes_on(study):
     read = study(SELECT)
     outcomes = scored(read, {"bn-lr0.2": 0.8, "bn-lr0.1": 0.7, "gn_ws-lr0.2": 0.9})
-    planned = plan_cells(read, outcomes)
-    finals = [cell for cell in planned.cells if cell.stage == "final"]
-    assert [cell.name for cell in finals][:2] == ["bn-lr0.2-seed0", "gn_ws-lr0.2-seed0"]
+    planned = plan_trials(read, outcomes)
+    finals = [trial for trial in planned.trials if trial.stage == "final"]
+    assert [trial.name for trial in finals][:2] == ["bn-lr0.2-seed0", "gn_ws-lr0.2-seed0"]
     assert len(finals) == 2 * 3
-    assert str(planned.choices[0]) == "norm=bn: model.lr 0.2 (0.1: 0.700, 0.2: 0.800, 0.4: 0.000)"
+    assert str(planned.choices[0]) == "norm=bn: optimizer.lr 0.2 (0.1: 0.700, 0.2: 0.800, 0.4: 0.000)"
 
 
 def test_one_group_does_not_wait_for_the_other(study):
     read = study(SELECT)
     outcomes = {name: one for name, one in scored(read, {"lr0.2": 0.8}).items() if "gn_ws" not in name}
-    planned = plan_cells(read, outcomes)
-    assert {cell.name for cell in planned.cells if cell.stage == "final"} == {f"bn-lr0.2-seed{s}" for s in range(3)}
+    planned = plan_trials(read, outcomes)
+    assert {trial.name for trial in planned.trials if trial.stage == "final"} == {f"bn-lr0.2-seed{s}" for s in range(3)}
     assert planned.open == 1
 
 
@@ -145,17 +147,17 @@ def test_equal_accuracies_are_told_apart_by_the_loss(study):
     read = study(SELECT)
     outcomes = scored(read, {})
     better = {name: Outcome("complete", 0.0, 0.5) for name in outcomes if "lr0.2" in name}
-    assert [choice.value for choice in plan_cells(read, outcomes | better).choices] == [0.2, 0.2]
+    assert [choice.value for choice in plan_trials(read, outcomes | better).choices] == [0.2, 0.2]
 
 
 def test_candidates_grow_at_the_edge_and_then_it_is_said(study):
     read = study(SELECT)
     outcomes = scored(read, {"gn_ws-lr0.2": 0.9, "bn-lr0.4": 0.9})
-    planned = plan_cells(read, outcomes)
-    fresh = [cell.name for cell in planned.cells if cell.name not in outcomes and cell.stage == "select"]
+    planned = plan_trials(read, outcomes)
+    fresh = [trial.name for trial in planned.trials if trial.name not in outcomes and trial.stage == "select"]
     assert fresh == ["select-bn-lr0.8-seed1000", "select-bn-lr0.8-seed1001"]
     outcomes |= {name: Outcome("complete", 0.95, 1.0) for name in fresh}
-    [bn, gn_ws] = plan_cells(read, outcomes).choices
+    [bn, gn_ws] = plan_trials(read, outcomes).choices
     assert (bn.value, bn.at_edge, gn_ws.at_edge) == (0.8, True, False)
     assert "at the edge of what was tried" in str(bn)
 
@@ -164,25 +166,25 @@ def test_a_candidate_that_fails_is_none(study):
     read = study(SELECT)
     outcomes = scored(read, {"lr0.4": 0.9, "lr0.2": 0.8})
     failed = {name: Outcome("failed") for name in outcomes if "lr0.4-seed1001" in name}
-    planned = plan_cells(read, outcomes | failed)
+    planned = plan_trials(read, outcomes | failed)
     assert [(choice.value, choice.at_edge) for choice in planned.choices] == [(0.2, False)] * 2
-    nothing = plan_cells(read, {name: Outcome("failed") for name in outcomes})
+    nothing = plan_trials(read, {name: Outcome("failed") for name in outcomes})
     assert len(nothing.problems) == 2
-    assert all(cell.stage == "select" for cell in nothing.cells)
+    assert all(trial.stage == "select" for trial in nothing.trials)
 
 
 def test_per_shares_a_choice_and_tries_it_on_the_first(study):
     read = study("""
 cases:
   bn: {model.norm: bn, data.batch_size: [16, 1]}
-  corrected: {model.norm: bn, data.batch_size: 1, model.bn_momentum: corrected}
+  corrected: {model.norm: bn, data.batch_size: 1, batch_norm.momentum: corrected}
   gn_ws: {model.norm: gn_ws}
 select: {values: [0.1, 0.2, 0.4], seeds: [7, 8, 9], per: [model.norm]}
 """)
-    planned = plan_cells(read, {})
-    assert [c.name for c in planned.cells][:3] == [f"select-bn-bs16-lr{v}-seed7" for v in (0.1, 0.2, 0.4)]
-    assert len(planned.cells) == 2 * 3 * 3
-    finals = plan_cells(read, scored(read, {"lr0.2": 0.5})).cells[18:]
+    planned = plan_trials(read, {})
+    assert [c.name for c in planned.trials][:3] == [f"select-bn-bs16-lr{v}-seed7" for v in (0.1, 0.2, 0.4)]
+    assert len(planned.trials) == 2 * 3 * 3
+    finals = plan_trials(read, scored(read, {"lr0.2": 0.5})).trials[18:]
     assert [c.name for c in finals] == [
         *("bn-bs16-lr0.2-seed0", "bn-bs1-lr0.2-seed0", "corrected-lr0.2-seed0", "gn_ws-lr0.2-seed0")
     ]
@@ -192,14 +194,16 @@ def test_the_test_split_is_opened_when_everything_else_has_ended(study):
     read = study("grid: {model.norm: [bn, gn_ws]}\nseeds: 2\ntest: last")
     outcomes = scored(read, {})
     last = outcomes.popitem()[0]
-    assert not any(cell.stage == "test" for cell in plan_cells(read, outcomes).cells)
-    tests = [cell for cell in plan_cells(read, {**outcomes, last: Outcome("failed")}).cells if cell.stage == "test"]
-    assert [(cell.name, cell.run) for cell in tests][:1] == [("test-bn-seed0", "bn-seed0")]
+    assert not any(trial.stage == "test" for trial in plan_trials(read, outcomes).trials)
+    tests = [
+        trial for trial in plan_trials(read, {**outcomes, last: Outcome("failed")}).trials if trial.stage == "test"
+    ]
+    assert [(trial.name, trial.run) for trial in tests][:1] == [("test-bn-seed0", "bn-seed0")]
     assert len(tests) == 3
 
 
 def test_foreseeing_a_whole_study(study):
-    assert len(foresee(study(SELECT + "test: last")).cells) == 2 * 3 * 2 + 2 * 3 + 2 * 3
+    assert len(foresee(study(SELECT + "test: last")).trials) == 2 * 3 * 2 + 2 * 3 + 2 * 3
 
 
 @pytest.mark.parametrize(
@@ -226,12 +230,12 @@ def test_mistakes_in_the_file(study, text, message):
 
 def test_a_chosen_key_is_not_set_as_well(study):
     with pytest.raises(ConfigError, match="both set and chosen"):
-        plan_cells(study("set: {model.lr: 1}\nselect: {values: [1, 2]}"), {})
+        plan_trials(study("set: {optimizer.lr: 1}\nselect: {values: [1, 2]}"), {})
 
 
-def test_two_cells_of_one_name(study):
-    with pytest.raises(ConfigError, match="two cells are called a_b-seed0"):
-        plan_cells(study("cases: {a b: {model.norm: bn}, a/b: {model.norm: gn}}"), {})
+def test_two_trials_of_one_name(study):
+    with pytest.raises(ConfigError, match="two trials are called a_b-seed0"):
+        plan_trials(study("cases: {a b: {model.norm: bn}, a/b: {model.norm: gn}}"), {})
 
 
 def test_numbers_without_a_point():
@@ -241,9 +245,9 @@ def test_numbers_without_a_point():
 @pytest.mark.parametrize("name", [name for name in builtin_configs() if name.startswith("sweep_")])
 def test_the_studies_that_ship(name):
     read = read_study(builtin_configs()[name])
-    cells = foresee(read).cells
-    assert len(cells) > 5
-    check_values(read, cells)
+    trials = foresee(read).trials
+    assert len(trials) > 5
+    check_values(read, trials)
 
 
 def test_the_headline_has_every_control():

@@ -1,4 +1,4 @@
-"""One trial per cell, whoever starts, claims, dies or comes back; on SQLite and on a PostgreSQL of our own."""
+"""One trial per trial, whoever starts, claims, dies or comes back; on SQLite and on a PostgreSQL of our own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from gn_transfer.config import ConfigError
 from gn_transfer.study.definition import Study, read_study
-from gn_transfer.study.planning import Outcome, plan_cells
+from gn_transfer.study.planning import Outcome, plan_trials
 from gn_transfer.study.store import Store
 
 CLAIMER = Path(__file__).with_name("claimer.py")
@@ -53,16 +53,18 @@ def trials(url: str, study: Study) -> list[optuna.trial.FrozenTrial]:
 
 def check_each_once(url: str, study: Study) -> None:
     found = trials(url, study)
-    assert Counter(trial.user_attrs["cell"] for trial in found) == Counter(c.name for c in plan_cells(study, {}).cells)
+    assert Counter(trial.user_attrs["trial"] for trial in found) == Counter(
+        c.name for c in plan_trials(study, {}).trials
+    )
     assert {trial.state for trial in found} == {optuna.trial.TrialState.COMPLETE}
 
 
-def test_two_workers_that_start_at_once_share_the_cells(url, file, study, tmp_path):
+def test_two_workers_that_start_at_once_share_the_trials(url, file, study, tmp_path):
     workers = [start(url, file, tmp_path / "log") for _ in range(2)]
     assert [worker.wait(60) for worker in workers] == [0, 0]
     check_each_once(url, study)
     begun = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
-    assert len(begun) == len({cell for cell, _ in begun}) == 24
+    assert len(begun) == len({trial for trial, _ in begun}) == 24
     assert len({pid for _, pid in begun}) == 2
 
 
@@ -77,6 +79,7 @@ def test_killed_workers_lose_and_double_nothing(url, file, study, tmp_path):
             break
         before = log.stat().st_size
         while log.stat().st_size == before:  # importing takes most of the time: kill behind it
+            assert all(worker.poll() is None for worker in workers), "a worker ended by itself"
             time.sleep(0.02)
         time.sleep(generator.uniform(0.0, 0.8))
         for worker in workers:
@@ -97,29 +100,29 @@ def open_store(url: str, study: Study) -> Store:
 
 def test_claims_outcomes_and_retries(study, tmp_path):
     store = open_store(f"sqlite:///{tmp_path / 'study.db'}", study)
-    cells = plan_cells(study, {}).cells[:2]
-    by_name = {cell.name: cell for cell in cells}
-    assert store.enter(cells) == 2
-    assert store.enter(cells) == 0
+    trials = plan_trials(study, {}).trials[:2]
+    by_name = {trial.name: trial for trial in trials}
+    assert store.enter(trials) == 2
+    assert store.enter(trials) == 0
     first, second = store.claim(by_name), store.claim(by_name)
-    assert [first.cell.name, second.cell.name] == [cell.name for cell in cells]
+    assert [first.trial.name, second.trial.name] == [trial.name for trial in trials]
     assert store.claim(by_name) is None  # both are ours, and we live
-    assert store.owned_by(os.getpid()) == cells[0].name
+    assert store.owned_by(os.getpid()) == trials[0].name
     assert store.finish(first, Outcome("complete", 0.75, 0.5, 2.0))
     assert store.finish(second, Outcome("failed", reason="no luck"))
     assert not store.finish(second, Outcome("complete", 1.0, 0.0))
     outcomes = store.outcomes()
-    assert outcomes[cells[0].name] == Outcome("complete", 0.75, 0.5, 2.0)
-    assert (outcomes[cells[1].name].state, outcomes[cells[1].name].reason) == ("failed", "no luck")
-    assert store.enter(cells, retry_failed=True) == 1
-    assert store.outcomes()[cells[1].name].state == "waiting"
+    assert outcomes[trials[0].name] == Outcome("complete", 0.75, 0.5, 2.0)
+    assert (outcomes[trials[1].name].state, outcomes[trials[1].name].reason) == ("failed", "no luck")
+    assert store.enter(trials, retry_failed=True) == 1
+    assert store.outcomes()[trials[1].name].state == "waiting"
 
 
-def test_a_cell_of_another_machine_is_taken_over_when_its_heart_stops(study, tmp_path, monkeypatch):
+def test_a_trial_of_another_machine_is_taken_over_when_its_heart_stops(study, tmp_path, monkeypatch):
     store = open_store(f"sqlite:///{tmp_path / 'study.db'}", study)
-    cells = plan_cells(study, {}).cells[:1]
-    by_name = {cell.name: cell for cell in cells}
-    store.enter(cells)
+    trials = plan_trials(study, {}).trials[:1]
+    by_name = {trial.name: trial for trial in trials}
+    store.enter(trials)
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr("gn_transfer.study.store._host", lambda: "elsewhere")
         theirs = store.claim(by_name)
@@ -132,20 +135,20 @@ def test_a_cell_of_another_machine_is_taken_over_when_its_heart_stops(study, tmp
         elsewhere.setattr("gn_transfer.study.store._host", lambda: "elsewhere")
         assert not store.finish(theirs, Outcome("complete", 0.1, 1.0))
     assert store.finish(ours, Outcome("complete", 0.2, 1.0))
-    assert store.outcomes()[cells[0].name].accuracy == 0.2
+    assert store.outcomes()[trials[0].name].accuracy == 0.2
 
 
 def test_changed_settings_are_refused(file, study, tmp_path):
     url = f"sqlite:///{tmp_path / 'study.db'}"
     store = open_store(url, study)
-    store.enter(plan_cells(study, {}).cells)
-    with pytest.raises(ConfigError, match=r"model\.lr was 0\.01 and is 0\.5"):
-        open_store(url, read_study(file)).begin({**study.shared_settings(), "model.lr": 0.5})
+    store.enter(plan_trials(study, {}).trials)
+    with pytest.raises(ConfigError, match=r"optimizer\.lr was 0\.01 and is 0\.5"):
+        open_store(url, read_study(file)).begin({**study.shared_settings(), "optimizer.lr": 0.5})
     changed = read_study(file, overrides={"samples": 64})
     with pytest.raises(ConfigError, match="samples was None and is 64"):
-        store.enter(plan_cells(changed, {}).cells)
+        store.enter(plan_trials(changed, {}).trials)
     grown = read_study(file, overrides={"seeds": 3})
-    assert store.enter(plan_cells(grown, {}).cells) == 12
+    assert store.enter(plan_trials(grown, {}).trials) == 12
 
 
 @pytest.mark.parametrize(

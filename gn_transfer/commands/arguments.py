@@ -1,0 +1,113 @@
+"""The arguments before the parser reads them: built-in configs, ``last``, and the configuration inside a checkpoint."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gn_transfer.config import ConfigError, find_config
+from gn_transfer.training.checkpoint import read_checkpoint
+from gn_transfer.training.run_folder import find_last
+
+
+class Arguments:
+    """The arguments as Lightning's command line will read them, with what had to be found out before.
+
+    Attributes:
+        command: The command.
+        config_name: Name of the last config, without suffix; the name of a folder of runs.
+        typed: The arguments as the user typed them.
+        checkpoint: Path behind ``--ckpt_path``, resolved.
+        stored: Content of that checkpoint under ``gn_transfer``.
+    """
+
+    def __init__(self, command: str, arguments: Sequence[str]) -> None:
+        self.command = command
+        self.typed = list(arguments)
+        self.argv = list(arguments)
+        configs = [self._replace(index, find_config) for index in self._values_of("--config", "-c")]
+        if studies := [config for config in configs if "base" in _top_level(Path(config))]:
+            raise ConfigError(f"{studies[0]} is a study of many runs: gn-transfer sweep --config {studies[0]}.")
+        self.config_name = Path(configs[-1]).stem if configs else "default"
+        self.checkpoint: Path | None = None
+        self.stored: dict[str, Any] | None = None
+        root = next((self._get(index) for index in self._values_of("--trainer.default_root_dir")), ".")
+        for index in self._values_of("--ckpt_path"):
+            self.checkpoint = Path(
+                self._replace(index, lambda value: self._checkpoint(value, Path(root), bool(configs)))
+            )
+            self.stored = read_checkpoint(self.checkpoint)["gn_transfer"]
+        self.has_config = bool(configs)
+        if self.stored is not None and not configs:
+            self.config_name = str(self.stored["config_name"])
+        if command != "fit" and self.stored is None and not any(a in ("-h", "--help") for a in self.argv):
+            raise ConfigError(
+                f"{command} needs a checkpoint: give --ckpt_path checkpoints/CONFIG/RUN/best.ckpt, or "
+                "--config NAME with --ckpt_path last."
+            )
+
+    @contextmanager
+    def files(self) -> Iterator[list[str]]:
+        """Give the arguments; without a config, the checkpoint's own configuration stands in front of them."""
+        if self.stored is None or self.has_config:
+            yield [self.command, *self._default_data(), *self.argv]
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "config.yaml"
+            path.write_text(yaml.safe_dump(self.stored["config"], sort_keys=False), encoding="utf-8")
+            yield [self.command, "--config", str(path), *self.argv]
+
+    def _default_data(self) -> list[str]:
+        """Choose the sample where nothing else is chosen.
+
+        A default of the parser would hand its own arguments down to the data that is chosen instead.
+        """
+        chosen = bool(self._values_of("--data")) or any(
+            "data" in _top_level(Path(self._get(index))) for index in self._values_of("--config", "-c")
+        )
+        return [] if chosen else ["--data", "Sample"]
+
+    def _checkpoint(self, value: str, root: Path, has_config: bool) -> Path:
+        if value != "last":
+            return Path(value)
+        name = self.config_name if has_config else "*"
+        found = find_last(root, name)
+        if found is None:
+            raise ConfigError(
+                f"--ckpt_path last: no run under {root / 'checkpoints' / name} has a last.ckpt; start one with "
+                "gn-transfer fit, or give the path of a checkpoint."
+            )
+        return found
+
+    def _values_of(self, *names: str) -> list[int]:
+        """Positions whose argument is, or contains after ``=``, the value of an option."""
+        found = []
+        for index, argument in enumerate(self.argv):
+            if argument in names and index + 1 < len(self.argv):
+                found.append(index + 1)
+            elif argument.startswith(tuple(f"{name}=" for name in names if name.startswith("--"))):
+                found.append(index)
+        return found
+
+    def _get(self, index: int) -> str:
+        argument = self.argv[index]
+        return argument.split("=", 1)[1] if argument.startswith("--") else argument
+
+    def _replace(self, index: int, resolve: Callable[[str], object]) -> str:
+        value = str(resolve(self._get(index)))
+        option, equals, _ = self.argv[index].partition("=")
+        self.argv[index] = f"{option}={value}" if option.startswith("--") and equals else value
+        return value
+
+
+def _top_level(config: Path) -> set[str]:
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {"data"}  # the parser will say what is wrong with it
+    return set(content) if isinstance(content, dict) else set()

@@ -1,0 +1,213 @@
+"""``gn-transfer data check | sample | cache | show``: what can be known and done about the images before training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
+from rich import get_console
+from rich.table import Table
+
+from gn_transfer.commands.parsing import Parser
+from gn_transfer.commands.training_cli import parsed
+from gn_transfer.config import ConfigError, did_you_mean
+from gn_transfer.data import ImageDataModule, Pets
+from gn_transfer.data.cache import mib
+from gn_transfer.data.check import CheckResult, Inspected, check_images, list_all
+from gn_transfer.data.pets_counts import BREEDS, compare_counts
+from gn_transfer.data.progress import progress_bar
+from gn_transfer.data.sample import write_sample
+from gn_transfer.data.workers import core_count
+from gn_transfer.training.classification import TransferClassifier
+from gn_transfer.training.tensorboard import training_contact_sheet
+
+COMMANDS = {
+    "check": "decode everything; report corruption, duplicates, the same image in two splits, counts",
+    "sample": "write the embedded sample: gn-transfer data sample --root data_sample",
+    "cache": "decode everything into the disk cache ahead of training",
+    "show": "write a contact sheet of what the model sees: gn-transfer data show --config X --output sheet.png",
+}
+
+_HELP = """\
+usage: gn-transfer data COMMAND [options]
+
+{commands}
+
+check, cache and show take --config and every other option of fit (gn-transfer fit --help), such as --data Folder
+--data.root PATH; gn-transfer data COMMAND --help lists what each has besides."""
+
+_SHOWN = 10
+
+Task = Callable[[ImageDataModule, TransferClassifier, argparse.Namespace], int]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command of ``data``.
+
+    Args:
+        arguments: What stands behind ``data``.
+
+    Returns:
+        Exit code: 0 done, 2 when ``check`` found what would stop a training or ``cache`` could not be completed.
+
+    Raises:
+        ConfigError: The user's mistake.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print(_HELP.format(commands="\n".join(f"  {command:<{width}}  {text}" for command, text in COMMANDS.items())))
+        return 0 if arguments else 2
+    command, *rest = arguments
+    if command not in COMMANDS:
+        raise ConfigError(
+            f"data {command}: not a command; {did_you_mean(command, COMMANDS)}. See gn-transfer data --help."
+        )
+    try:
+        options, others = _parser(command).parse_known_args(rest)
+    except SystemExit:  # after --help
+        return 0
+    if command == "sample":
+        if others:
+            raise ConfigError(f"data sample: {others[0]} is not an option; there are --root and --seed.")
+        print(f"the sample is in {write_sample(Path(options.root), options.seed)}")
+        return 0
+    tasks: dict[str, Task] = {"check": check, "cache": cache, "show": show}
+    with parsed("fit", others) as cli:
+        cli.datamodule.channels = cli.task.model_config.resolved_in_chans
+        cli.datamodule.prepare_data()
+        return tasks[command](cli.datamodule, cli.task, options)
+
+
+def check(data: ImageDataModule, task: TransferClassifier, options: argparse.Namespace) -> int:
+    """Verify the images of all splits; see :func:`gn_transfer.data.check.check_images`."""
+    splits, notes = list_all(data)
+    with progress_bar("decoding", sum(map(len, splits.values()))) as advance:
+        report = check_images(
+            Path(data.root),
+            splits,
+            data.classes,
+            skips_bad=data.on_bad_image == "skip",
+            threads=core_count(),
+            advance=advance,
+        )
+    if isinstance(data, Pets):
+        notes += _compare_with_official(report)
+    if options.format == "json":
+        print(json.dumps({**report.as_dict(), "notes": notes}, indent=2, ensure_ascii=False))
+    else:
+        get_console().print(_table(report, notes, data))
+    return 2 if report.problems else 0
+
+
+def cache(data: ImageDataModule, task: TransferClassifier, options: argparse.Namespace) -> int:
+    """Decode training and validation images into the disk cache."""
+    data.setup("fit")
+    plan = data.decoded_cache.plan
+    if plan.mode != "disk":
+        why = plan.reason or f"data.cache is {plan.mode}"
+        raise ConfigError(
+            f"data cache fills the disk cache, and there is none: {why} ({data.decoded_cache.folder}, about "
+            f"{mib(plan.bytes_needed)} needed). Free some room, set data.cache_dir, or data.cache=disk for a part."
+        )
+    complete = True
+    for split, dataset in (("train", data.train_dataset), ("val", data.val_dataset)):
+        filled = data.decoded_cache.fill(dataset, core_count())
+        assert filled is not None
+        complete = complete and filled.problem is None
+        bad = f", {filled.bad} cannot be decoded (see gn-transfer data check)" if filled.bad else ""
+        print(f"{split:<5}  {filled.present:,} of {len(dataset):,} there, {filled.decoded:,} of them new{bad}")
+    print(f"cache  {data.decoded_cache.folder}")
+    return 0 if complete else 2
+
+
+def show(data: ImageDataModule, task: TransferClassifier, options: argparse.Namespace) -> int:
+    """Write a contact sheet of the first training images as the model sees them."""
+    data.setup("fit")
+    mixer = task.create_mixer(data.seed, rank=0)
+    output = Path(options.output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(training_contact_sheet(data, mixer, options.count)).save(output)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--output {output} cannot be written ({error}); give a path that ends in .png.") from error
+    print(f"{min(options.count, len(data.train_dataset))} training images, recipe {data.recipe}: {output}")
+    return 0
+
+
+def _compare_with_official(report: CheckResult) -> list[str]:
+    """Compare a Pets download, or some of its breeds, with the official counts; differences become warnings."""
+    notes = []
+    for split in ("trainval", "test"):
+        counts = report.class_counts.get(split, {})
+        known = {breed: count for breed, count in counts.items() if breed in BREEDS}
+        if not known:
+            continue
+        differences = compare_counts(split, known)
+        report.warnings.extend(differences)
+        if not differences:
+            breeds = "all 37 breeds" if len(known) == len(BREEDS) else f"{len(known)} of the 37 breeds"
+            notes.append(f"{split}: {sum(known.values()):,} images of {breeds}, as officially published")
+    return notes
+
+
+def _table(report: CheckResult, notes: Sequence[str], data: ImageDataModule) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    facts = report.as_dict()
+    table.add_row("data", f"{type(data).__name__} in {data.root}")
+    for split, counts in report.class_counts.items():
+        spread = f"{min(counts.values())} to {max(counts.values())} per class"
+        table.add_row(split, f"{sum(counts.values()):,} images, {len(counts)} classes, {spread}")
+    for name in ("formats", "modes"):
+        table.add_row(name, ", ".join(f"{key} {count:,}" for key, count in facts[name].items()))
+    if facts["short_side"]:
+        side = facts["short_side"]
+        table.add_row("short side", f"{side['least']} to {side['greatest']} px, median {side['median']}")
+    _rows(table, "unreadable", [f"{_name(file)}: {file.error}" for file in report.unreadable])
+    _rows(table, "suspicious", [f"{_name(file)}: {file.warning}" for file in report.suspicious])
+    _rows(table, "same pixels", [" = ".join(map(_name, group)) for group in report.duplicates])
+    _rows(
+        table,
+        "near_duplicates",
+        [f"{_name(one)} ~ {_name(other)} ({apart:.1f})" for one, other, apart in report.near_duplicates],
+    )
+    for name, lines in (("note", notes), ("warning", report.warnings), ("problem", report.problems)):
+        for line in lines:
+            table.add_row(name, line)
+    table.add_row("result", "something would stop a training" if report.problems else "nothing would stop a training")
+    return table
+
+
+def _name(file: Inspected) -> str:
+    return f"{file.path} ({file.split})"
+
+
+def _rows(table: Table, name: str, lines: Sequence[str]) -> None:
+    for number, line in enumerate(lines[:_SHOWN]):
+        table.add_row(name if number == 0 else "", line)
+    if len(lines) > _SHOWN:
+        table.add_row("", f"... and {len(lines) - _SHOWN} more; --format json lists all")
+
+
+def _parser(command: str) -> Parser:
+    parser = Parser(prog=f"gn-transfer data {command}", description=COMMANDS[command])
+    if command == "check":
+        parser.add_argument("--format", choices=["table", "json"], default="table", help="what to print")
+    elif command == "show":
+        parser.add_argument("--output", default="contact_sheet.png", help="PNG file to write")
+        parser.add_argument("--count", type=_positive, default=24, help="how many images")
+    elif command == "sample":
+        parser.add_argument("--root", default="data_sample", help="folder that will hold oxford-iiit-pet")
+        parser.add_argument("--seed", type=int, default=0, help="seed of the drawings")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give 1 or more")
+    return number

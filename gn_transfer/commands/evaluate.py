@@ -1,0 +1,52 @@
+"""The commands ``validate`` and ``test``: evaluate a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gn_transfer.commands.training_cli import TrainingCLI, parsed
+from gn_transfer.training.checkpoint import check_classes
+from gn_transfer.training.run_folder import run_of_checkpoint
+from gn_transfer.training.run_log import RunLog
+from gn_transfer.training.train import evaluate
+
+
+def run(stage: str, arguments: Sequence[str], log: RunLog | None = None) -> int:
+    """Run ``gn-transfer validate`` or ``gn-transfer test``.
+
+    Args:
+        stage: The command.
+        arguments: The words behind it.
+        log: Where its lines go; None prints them.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        ConfigError: The user's mistake.
+    """
+    with parsed(stage, arguments, log) as cli:
+        run_parsed(cli, stage)
+    return 0
+
+
+def run_parsed(cli: TrainingCLI, stage: str) -> None:
+    """Evaluate what was parsed, and print the metrics."""
+    stored, checkpoint = cli.arguments.stored, cli.arguments.checkpoint
+    assert stored is not None
+    assert checkpoint is not None
+    task, data = cli.task, cli.datamodule
+    task.restore(stored)
+    data.channels = task.model_config.resolved_in_chans
+    data.prepare_data()
+    data.setup(stage)
+    check_classes(stored["classes"], data.classes)
+    for name, value in data.describe()[:3]:
+        cli.log.print(f"{name:<9}  {value}")
+    if cli.section.dry_run:
+        return
+    for name, value in evaluate(task, data, cli.build_trainer(), checkpoint, stage).items():
+        cli.log.print(f"{name:<20} {value:.4f}")
+    run = run_of_checkpoint(checkpoint)
+    if stage == "test" and run is not None and (run.logs / "metrics.json").is_file():
+        cli.log.print(f"recorded in {run.logs / 'metrics.json'}")

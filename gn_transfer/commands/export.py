@@ -1,0 +1,60 @@
+"""The command ``export``: write a checkpoint as a bundle."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+
+from gn_transfer.commands.parsing import Parser
+from gn_transfer.config import ConfigError
+from gn_transfer.inference.export import export_bundle, find_checkpoint
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run ``gn-transfer export``.
+
+    Args:
+        arguments: What stands behind the command.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        ConfigError: The user's mistake.
+        ParityError: The bundle does not compute what was trained; none is left.
+    """
+    parser = Parser(
+        prog="gn-transfer export",
+        description="Write a checkpoint as a bundle for inference: an ONNX graph, safetensors weights, JSON and a "
+        "model card in one folder. The bundle is compared with the checkpoint on the run's validation images; "
+        "where they differ, no bundle is left.",
+    )
+    parser.add_argument(
+        "checkpoint", metavar="RUN_OR_CKPT", type=Path, help="a .ckpt file, or a run's folder: then its best.ckpt"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help="folder to write; an older bundle there is replaced, anything else is refused",
+    )
+    parser.add_argument(
+        "--data.root", dest="root", metavar="PATH", help="where the run's images lie now, if they were moved"
+    )
+    options = parser.parse_args(arguments)
+    path = find_checkpoint(options.checkpoint)
+    try:
+        parity = export_bundle(path, options.output, data_root=options.root, say=print)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST):
+            raise
+        raise ConfigError(f"--output {options.output} cannot be written: {error}; name another folder.") from error
+    size = sum(file.stat().st_size for file in options.output.iterdir()) / 2**20
+    print(f"parity      {parity.summary()}")
+    print(
+        f"bundle      {options.output} ({size:.1f} MiB): {', '.join(sorted(p.name for p in options.output.iterdir()))}"
+    )
+    print(f"next        gn-transfer predict {options.output} IMAGES")
+    return 0

@@ -1,0 +1,173 @@
+"""The command ``fit``: train, or continue a training."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from gn_transfer.commands.training_cli import TrainingCLI, parsed
+from gn_transfer.config import ConfigError
+from gn_transfer.training.checkpoint_callbacks import BestCheckpoint
+from gn_transfer.training.plan import Plan, epochs_of, make_plan
+from gn_transfer.training.progress import Throughput
+from gn_transfer.training.run_folder import RunFolder, claim_run, run_of_checkpoint
+from gn_transfer.training.train import find, prepare, train
+
+_RUN_OF_THIS_TRAINING = "GN_TRANSFER_RUN"  # tells the other processes of a training the name of its run
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run ``gn-transfer fit``.
+
+    Args:
+        arguments: The words behind the command.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        ConfigError: The user's mistake.
+        KeyboardInterrupt: Interrupted, after the checkpoint was saved.
+    """
+    with parsed("fit", arguments) as cli:
+        fit(cli)
+    return 0
+
+
+def fit(
+    cli: TrainingCLI, *, run: RunFolder | None = None, facts: Mapping[str, Any] | None = None, figures: bool = True
+) -> Plan:
+    """Train what was parsed.
+
+    Args:
+        cli: The parsed command line.
+        run: Folder of the run; None claims one.
+        facts: Further entries of ``metrics.json``.
+        figures: Log images and figures to TensorBoard.
+
+    Returns:
+        The plan, which was printed before the first step.
+    """
+    stored, log = cli.arguments.stored, cli.log
+    trainer = cli.build_trainer(figures=figures)
+    prepare(cli.task, cli.datamodule, stored=stored)
+    if cli.section.samples is not None:
+        limit_samples(cli, trainer)
+    plan = plan_of(cli, trainer)
+    if trainer.is_global_zero:
+        log.print(plan.table())
+        for warning in plan.warnings:
+            log.print(f"warning: {warning}")
+    if cli.section.dry_run:
+        return plan
+    run = run or choose_run(cli, trainer)
+    if trainer.is_global_zero:
+        log.print(f"{'continuing' if _continues(cli, run) else 'run':<10} {run.logs}")
+        if cli.augmentation_changes:
+            log.print(f"augmentation changes from here on: {', '.join(cli.augmentation_changes)}")
+    try:
+        train(
+            cli.task,
+            cli.datamodule,
+            trainer,
+            run,
+            config=cli.plain_config(),
+            log=log,
+            loggers=cli.loggers,
+            facts=facts,
+            ckpt_path=cli.section.ckpt_path,
+        )
+        if trainer.is_global_zero:
+            for line in summary(cli, trainer, run):
+                log.print(line)
+    except SystemExit:  # Lightning's way out after Ctrl-C
+        saved = run.checkpoints / "last.ckpt"
+        if saved.is_file():
+            log.print(f"stopped    continue with: gn-transfer fit --ckpt_path {shlex.quote(str(saved))}")
+        raise
+    finally:
+        log.close()
+    return plan
+
+
+def plan_of(cli: TrainingCLI, trainer: Trainer) -> Plan:
+    """Plan what was parsed; the task is prepared."""
+    return make_plan(
+        cli.task,
+        cli.datamodule,
+        accumulation=cli.callback("accumulation"),
+        batch_norm=cli.callback("batch_norm"),
+        frozen_epochs=cli.callback("freezing").epochs,
+        precision=str(trainer.precision),
+        device=trainer.strategy.root_device,
+        num_devices=trainer.world_size,
+        max_epochs=-1 if trainer.max_epochs is None else trainer.max_epochs,
+        max_steps=trainer.max_steps,
+        limit_batches=trainer.limit_train_batches,
+    )
+
+
+def limit_samples(cli: TrainingCLI, trainer: Trainer) -> None:
+    """Set the length of the training to a number of images (``samples``)."""
+    samples, section = cli.section.samples, cli.section.trainer
+    if section.max_steps != -1:
+        raise ConfigError(f"samples={samples} and trainer.max_steps={section.max_steps}: set one of them.")
+    at_once = cli.datamodule.batch_size * trainer.world_size
+    epochs, batches = epochs_of(samples, len(cli.datamodule.train_dataset), at_once)
+    trainer.fit_loop.max_epochs = section.max_epochs = epochs
+    if batches is not None:
+        trainer.limit_train_batches = section.limit_train_batches = batches
+
+
+def choose_run(cli: TrainingCLI, trainer: Trainer) -> RunFolder:
+    """Choose the run's folder: last.ckpt continues its own run, any other checkpoint opens a new one."""
+    checkpoint = cli.arguments.checkpoint
+    if checkpoint is not None and checkpoint.name == "last.ckpt" and (own := run_of_checkpoint(checkpoint)):
+        return own
+    root = Path(cli.section.trainer.default_root_dir or ".")
+    if name := os.environ.get(_RUN_OF_THIS_TRAINING):
+        return RunFolder(name, root)
+    seed = cli.section.seed_everything
+    run = claim_run(root, cli.arguments.config_name, cli.task.norm, cli.datamodule.batch_size, seed)
+    if trainer.world_size > 1:
+        os.environ[_RUN_OF_THIS_TRAINING] = run.name
+    return run
+
+
+def summary(cli: TrainingCLI, trainer: Trainer, run: RunFolder) -> list[str]:
+    """Say what the run reached, and which commands come next."""
+    score, best = find(trainer, BestCheckpoint).best_model_score, run.checkpoints / "best.ckpt"
+    speed = find(trainer, Throughput).images_per_sec
+    reached = [] if score is None else [f"reached    best val/acc1 {float(score):.4f}, {speed:.1f} images/s"]
+    checkpoint, logs = shlex.quote(str(best)), shlex.quote(str(run.root / "runs"))
+    return [
+        *reached,
+        f"best       {best}",
+        f"metrics    {run.logs / 'metrics.json'}",
+        f"next       gn-transfer test --ckpt_path {checkpoint}",
+        f"           gn-transfer export {checkpoint} --output bundle",
+        f"           tensorboard --logdir {logs}",
+        f"           gn-transfer fit {shlex.join(_words_without_norm(cli.arguments.typed))} --model.norm "
+        f"{'bn' if cli.task.norm == 'gn_ws' else 'gn_ws'}",
+    ]
+
+
+def _continues(cli: TrainingCLI, run: RunFolder) -> bool:
+    checkpoint = cli.arguments.checkpoint
+    return checkpoint is not None and checkpoint.resolve().parent == run.checkpoints.resolve()
+
+
+def _words_without_norm(typed: Sequence[str]) -> list[str]:
+    """Repeat what the user typed, without the norm and the checkpoint."""
+    words, kept = iter(typed), []
+    for word in words:
+        if word in ("--model.norm", "--ckpt_path"):
+            next(words, None)
+        elif not word.startswith(("--model.norm=", "--ckpt_path=")):
+            kept.append(word)
+    return kept

@@ -1,0 +1,79 @@
+"""The parsers' messages in our words: what is wrong, the value got, what is allowed."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+from gn_transfer.config import ConfigError, did_you_mean
+
+
+class Parser(argparse.ArgumentParser):
+    """Python's parser, for the commands that are not Lightning's; options are never guessed from a beginning."""
+
+    def __init__(self, *, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of leaving the process."""
+        raise ConfigError(f"{message}. See {self.prog} --help.")
+
+
+def explain(message: str, known_keys: Sequence[str], data_modules: Sequence[str]) -> str:
+    """Turn jsonargparse's message into ours.
+
+    Args:
+        message: Its message, of one or many lines.
+        known_keys: Every key that a configuration may have.
+        data_modules: What ``--data`` may name.
+
+    Returns:
+        Ours where the cause is known, else its own on one line.
+
+    Example:
+        >>> explain("Unrecognized arguments: --model.nrom gn", ["model.norm", "optimizer.lr"], [])
+        "model.nrom is not a key; did you mean 'model.norm'? Known: model.norm."
+    """
+    flat = " ".join(message.split())
+    if found := re.search(r"""(?:Unrecognized arguments: --|does not accept option ['"])([\w.]+)""", flat):
+        return _unknown_key(found[1], known_keys)
+    if found := re.search(r"Option '(\w+)' is not accepted", flat):
+        return _unknown_key(f"data.{found[1]}", known_keys)
+    flat = flat.split(" Given value type: ")[0] if "Problem with given class_path" in flat else flat
+    section = "data." if "Problem with given class_path" in flat else ""
+    if found := re.search(r"""Parser key "([\w.]+)": Expected a typing\.Literal\[(.+?)\]\. Got value: (.*)""", flat):
+        key, choices, value = found.groups()
+        return f"{section}{key}={value} is not allowed; {did_you_mean(value, _words(choices))}."
+    if found := re.search(r"""Parser key "data":.*Given value: (\w+)$""", flat):
+        return f"data={found[1]} is not a data module; {did_you_mean(found[1], data_modules)}."
+    if found := re.search(r"""Parser key "([\w.]+)": Expected an? <class '(\w+)'>\. Got value: (.*)""", flat):
+        return f"{section}{found[1]}={found[3]} is not of type {found[2]}."
+    union = r"""Parser key "([\w.]+)": Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors:"""
+    if found := re.search(union + r".*Given value: (.*)$", flat):
+        key, kinds, value = found.groups()
+        return f"{section}{key}={value} is not allowed; use {', '.join(_alternatives(kinds))}."
+    return flat
+
+
+def _alternatives(kinds: str) -> list[str]:
+    """Put the members of a union into words: ``null``, ``a float``, or the values of a Literal."""
+    names = []
+    for kind, choices in re.findall(r"<class '(\w+)'>|typing\.Literal\[(.+?)\]", kinds):
+        names += _words(choices) if choices else ["null" if kind == "NoneType" else f"a {kind}"]
+    return names
+
+
+def _words(choices: str) -> list[str]:
+    return re.findall(r"[^ ,']+", choices)
+
+
+def _unknown_key(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    section = key.split(".")[0]
+    siblings = [name for name in known if name.split(".")[0] == section]
+    allowed = siblings if "." in key and siblings else dict.fromkeys(name.split(".")[0] for name in known)
+    return f"{key} is not a key; {guess}Known: {', '.join(allowed)}."

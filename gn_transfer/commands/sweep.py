@@ -1,0 +1,171 @@
+"""The command ``sweep``: plan a study, have workers run its trials, and write the report."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from gn_transfer.commands import evaluate
+from gn_transfer.commands.fit import fit
+from gn_transfer.commands.study_checks import check_keys, check_values, print_plan, quiet_log
+from gn_transfer.commands.training_cli import parsed
+from gn_transfer.config import ConfigError, find_config
+from gn_transfer.data.workers import core_count
+from gn_transfer.study.definition import parse_value, read_study
+from gn_transfer.study.planning import Outcome, Planned, foresee
+from gn_transfer.study.runner import StudyRunner
+from gn_transfer.study.store import Store
+from gn_transfer.study.worker import StudyContext
+from gn_transfer.training.run_folder import RunFolder
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command.
+
+    Args:
+        arguments: What stands behind it.
+
+    Returns:
+        Exit code: 0 done, 3 where trials failed.
+
+    Raises:
+        ConfigError: The user's mistake.
+        KeyboardInterrupt: Interrupted; the same command goes on.
+    """
+    options, overrides = _parse(arguments)
+    study = read_study(find_config(options.config), name=options.name, overrides=overrides)
+    check_keys(study)
+    foreseen = foresee(study)
+    check_values(study, foreseen.trials)
+    console = Console(highlight=False)
+    if options.dry_run:
+        print_plan(console, study, foreseen.trials, options.workers)
+        return 0
+    known = {**study.settings, **overrides}
+    context = StudyContext(study, Path(known.get("trainer.default_root_dir") or "."), train_trial, test_trial)
+    folder = context.root / "runs" / study.name
+    url = options.storage or f"sqlite:///{folder / 'study.db'}"
+    store = Store(url, study.name)
+    if not store.knows_study() and (found := next(folder.glob("*/metrics.json"), None)):
+        raise ConfigError(
+            f"{found.parent} is a run, and the database of the study {study.name} knows nothing of it; move {folder} "
+            "away, or choose another --name."
+        )
+    store.begin(study.shared_settings())
+    folder.mkdir(parents=True, exist_ok=True)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems ask in this way
+    try:
+        planned, outcomes = StudyRunner(store, url, context, options.workers, console).run(options.retry_failed)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        store.close()
+    return _conclude(console, context, planned, outcomes)
+
+
+def train_trial(arguments: Sequence[str], run: RunFolder, facts: Mapping[str, Any]) -> None:
+    """Train one configuration in its own folder, without figures: the runs are looked at together."""
+    with parsed("fit", arguments, quiet_log()) as cli:
+        cli.arguments.config_name = run.name.partition("/")[0]
+        fit(cli, run=run, facts=facts, figures=False)
+
+
+def test_trial(arguments: Sequence[str]) -> None:
+    """Test one checkpoint."""
+    evaluate.run("test", arguments, quiet_log())
+
+
+def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    parser = argparse.ArgumentParser(
+        prog="gn-transfer sweep",
+        description="Run a study over configuration keys. A killed study goes on with the same command.",
+        epilog="Any other --KEY VALUE holds in every trial (--data.root PATH); --samples, --seeds, --test and "
+        "--keep replace those of the file.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", "-c", required=True, help="a study: a path, or the name of a built-in one")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the cores (default 1)")
+    parser.add_argument("--storage", help="SQLAlchemy URL of the database (default runs/STUDY/study.db)")
+    parser.add_argument("--name", help="name of the study and of its folder (default: the file's)")
+    parser.add_argument("--retry_failed", action="store_true", help="run trials again that have failed")
+    parser.add_argument("--dry_run", action="store_true", help="print the trials and how long they will take, and stop")
+    try:
+        options, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"sweep: {error}.") from error
+    if not 1 <= options.workers <= core_count():
+        raise ConfigError(f"--workers {options.workers}: use 1 to {core_count()}, the cores of this machine.")
+    return options, dict(_pairs(rest))
+
+
+def _pairs(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    remaining = iter(words)
+    for word in remaining:
+        if not word.startswith("--"):
+            raise ConfigError(f"sweep: {word!r} belongs to no option; write --KEY VALUE.")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            found = next(remaining, None)
+            if found is None:
+                raise ConfigError(f"sweep: --{key} lacks its value.")
+            value = found
+        try:
+            yield key, parse_value(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"sweep: --{key} {value} is not a value that YAML can read; quote it.") from None
+
+
+def _conclude(console: Console, context: StudyContext, planned: Planned, outcomes: Mapping[str, Outcome]) -> int:
+    """Write the report over the final runs, and list what failed."""
+    study = context.study
+    folder = context.root / "runs" / study.name
+    runs = [
+        folder / trial.name
+        for trial in planned.trials
+        if trial.stage == "final" and outcomes[trial.name].state == "complete" and (folder / trial.name).is_dir()
+    ]
+    choices = [str(choice) for choice in planned.choices]
+    if runs:
+        notes = [*study.notes, *choices]
+        try:
+            report = write_report(runs, folder / "report", study.baseline, study.title, notes)
+        except ConfigError as error:
+            console.print(f"no report: {error}", soft_wrap=True, markup=False)
+        else:
+            from gn_transfer.comparison.tables import as_text
+
+            width = console.width if console.is_terminal else None
+            console.print(as_text(report, width), soft_wrap=True, markup=False)
+            console.print(f"report     {folder / 'report'}", soft_wrap=True)
+    failed = [trial for trial in planned.trials if outcomes[trial.name].state == "failed"]
+    for trial in failed:
+        console.print(f"failed     {trial.name}: {outcomes[trial.name].reason}", markup=False)
+    for problem in planned.problems:
+        console.print(f"failed     {problem}", markup=False)
+    if failed:
+        console.print("--retry_failed runs failed trials again")
+    return 3 if failed or planned.problems else 0
+
+
+def write_report(
+    runs: Sequence[Path], output: Path, baseline: Mapping[str, str], title: str, notes: Sequence[str]
+) -> Any:
+    """Compare the final runs, without contrasts where the baseline is not among them.
+
+    What that imports is imported only now. A study may vary what else would not be compared: the page says so.
+    """
+    from gn_transfer import comparison
+
+    try:
+        return comparison.write_report(runs, output, baseline=baseline or None, title=title, notes=notes, force=True)
+    except ConfigError as error:
+        if not baseline:
+            raise
+        notes = [*notes, f"No contrasts: {error}"]
+        return comparison.write_report(runs, output, baseline={}, title=title, notes=notes, force=True)

@@ -1,0 +1,355 @@
+"""The command line of training and evaluation: which keys there are, and what they are turned into."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from gn_transfer.backbones.model_config import ModelConfig
+from gn_transfer.commands.arguments import Arguments
+from gn_transfer.commands.parsing import explain
+from gn_transfer.config import ConfigError
+from gn_transfer.data import Digits, Folder, ImageDataModule, Pets, Sample, TinyImageNet
+from gn_transfer.data.workers import core_count
+from gn_transfer.training.accumulation import GradientAccumulation
+from gn_transfer.training.batch_norm import BatchNormStatistics
+from gn_transfer.training.checkpoint_callbacks import LastCheckpoint
+from gn_transfer.training.classification import RegularizationConfig, TransferClassifier
+from gn_transfer.training.early_stopping import EarlyStopping
+from gn_transfer.training.ema import ExponentialMovingAverage
+from gn_transfer.training.freezing import BackboneFreezing
+from gn_transfer.training.optimizer import OptimizerConfig
+from gn_transfer.training.precision import MixedPrecisionConfig, device_type
+from gn_transfer.training.run_log import RunLog
+from gn_transfer.training.train import TRAINER_DEFAULTS, create_trainer
+
+DATA: tuple[type[ImageDataModule], ...] = (Sample, Pets, Folder, TinyImageNet, Digits)
+"""What ``--data NAME`` offers; jsonargparse finds subclasses of ImageDataModule that are imported."""
+
+CONFIGS: dict[str, type] = {
+    "model": ModelConfig,
+    "optimizer": OptimizerConfig,
+    "regularization": RegularizationConfig,
+    "mixed_precision": MixedPrecisionConfig,
+}
+"""Groups of keys that configure the module and its precision."""
+
+CALLBACKS: dict[str, type[Callback]] = {
+    "accumulation": GradientAccumulation,
+    "batch_norm": BatchNormStatistics,
+    "freezing": BackboneFreezing,
+    "ema": ExponentialMovingAverage,
+    "checkpoint": LastCheckpoint,
+    "early_stopping": EarlyStopping,
+}
+"""Groups of keys that configure a callback each."""
+
+# What decides the course of a training: a resumed run must not change it. The number of epochs may grow.
+_FIXED_ON_RESUME = ("seed_everything", "data", *CONFIGS, "accumulation", "batch_norm", "freezing", "ema")
+_FREE_ON_RESUME = {
+    "data.init_args.root",
+    "data.init_args.num_workers",
+    "data.init_args.download",
+    "data.init_args.cache",
+    "data.init_args.cache_dir",
+    "data.init_args.recipe",
+    "data.init_args.min_crop_scale",
+    "data.init_args.augmentation",
+    "accumulation.cache_weights",
+    "model.compile",
+    "model.channels_last",
+    "model.pretrained",
+}
+_AUGMENTATION = ("recipe", "min_crop_scale", "augmentation")
+_OF_THIS_CALL = ("ckpt_path", "dry_run", "config")
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI with our keys, in the order in which data flows; it parses and builds, and runs nothing.
+
+    Args:
+        arguments: The prepared arguments.
+        log: Where the lines of the run go; None prints them.
+        builds: Build module and data; False only checks the configuration.
+
+    Attributes:
+        task: The module.
+        datamodule: The data.
+        augmentation_changes: How a resumed run augments otherwise than its checkpoint.
+    """
+
+    def __init__(self, arguments: Arguments, log: RunLog | None = None, *, builds: bool = True) -> None:
+        self.arguments = arguments
+        self.log = log or RunLog()
+        self.augmentation_changes: list[str] = []
+        self._builds = builds
+        strict = {"exit_on_error": False}
+        super().__init__(
+            TransferClassifier,
+            ImageDataModule,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_kwargs={**strict, **{command: dict(strict) for command in self.subcommands()}},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands of Lightning that we serve, with the arguments that are ours to fill."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
+            "test": {"model", "dataloaders", "datamodule", "verbose", "weights_only"},
+        }
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the seed."""
+        parser.add_argument(
+            "--seed_everything", type=int, default=0, help="One seed for weights, split, order and augmentation."
+        )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add our keys in the order of the data's path."""
+        parser.add_lightning_class_args(ImageDataModule, "data", subclass_mode=True)
+        for group, kind in CONFIGS.items():
+            parser.add_class_arguments(kind, group, fail_untyped=True)
+        for group, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, group)
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.add_argument(
+            "--samples",
+            type=int | None,
+            default=None,
+            help="Images to train on, with repetitions, in whole epochs; in place of trainer.max_epochs.",
+        )
+        parser.add_argument("--dry_run", action="store_true", help="Print the plan and stop.")
+
+    def _parse_ckpt_path(self) -> None:
+        """Do not let a checkpoint overrule the command line in silence, as Lightning would; see _check_resume."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what cannot be, before anything is built."""
+        trainer = self.section.trainer
+        for key, unset, ours in (
+            ("precision", None, "mixed_precision.mode"),
+            ("accumulate_grad_batches", 1, "accumulation.effective_batch_size (images per optimizer step)"),
+            ("gradient_clip_val", None, "optimizer.clip_norm"),
+        ):
+            if trainer[key] != unset:
+                raise ConfigError(f"trainer.{key}={trainer[key]}: set {ours} instead.")
+        if self.arguments.stored is not None:
+            self._check_resume(self.arguments.stored)
+        workers = self.section.data.init_args.get("num_workers")
+        if device_type(str(trainer.accelerator)) == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            # Compute threads and data workers share the cores: a busy neighbour slows each step several times.
+            torch.set_num_threads(max(1, core_count() - (workers or 0)))
+
+    def _check_resume(self, stored: Mapping[str, Any]) -> None:
+        """Compare the configuration in force with the checkpoint's."""
+        theirs, ours = _flatten(stored["config"]), _flatten(self.plain_config())
+        keys = _FIXED_ON_RESUME if self.subcommand == "fit" else ("model.backbone", "model.norm", "model.num_groups")
+        different = [
+            key
+            for key in ours
+            if key.startswith(keys) and key not in _FREE_ON_RESUME and key in theirs and theirs[key] != ours[key]
+        ]
+        if different:
+            listed = "; ".join(f"{key} is {theirs[key]} in the checkpoint and {ours[key]} here" for key in different)
+            raise ConfigError(
+                f"--ckpt_path {self.arguments.checkpoint} belongs to another run: {listed}. To continue that run leave "
+                "these options out; to start a new run from its weights set model.pretrained to the checkpoint instead."
+            )
+        self.augmentation_changes = [
+            f"{name} {theirs.get(f'data.init_args.{name}')} -> {ours[f'data.init_args.{name}']}"
+            for name in _AUGMENTATION
+            if theirs.get(f"data.init_args.{name}") != ours.get(f"data.init_args.{name}")
+        ]
+
+    def instantiate_classes(self) -> None:
+        """Build module and data; the Trainer comes with :meth:`build_trainer`."""
+        config = self.parser.instantiate_classes(self.config) if self._builds else self.config
+        self.config_init = config
+        section = config[str(self.subcommand)]
+        self.mixed_precision: MixedPrecisionConfig = section.mixed_precision
+        if self._builds:
+            self.task = TransferClassifier(section.model, section.optimizer, section.regularization)
+            self.datamodule = section.data
+            batch_norm = self.callback("batch_norm")
+            batch_norm.check(self.task.norm)
+            self.datamodule.evaluate_in_training_batches = batch_norm.evaluation == "batch"
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing; see ``commands/fit.py`` and ``commands/evaluate.py``."""
+
+    def callback(self, group: str) -> Any:
+        """The callback that a group of keys configures."""
+        return self.config_init[str(self.subcommand)][group]
+
+    @property
+    def section(self) -> Namespace:
+        """The parsed values of this command."""
+        section: Namespace = self.config[str(self.subcommand)]
+        return section
+
+    @property
+    def loggers(self) -> list[Logger] | None:
+        """Loggers beside TensorBoard; None where ``trainer.logger`` is false."""
+        logger = self.config_init[str(self.subcommand)].trainer.logger
+        if logger is False:
+            return None
+        return [] if logger in (None, True) else _as_list(logger)
+
+    def plain_config(self) -> dict[str, Any]:
+        """Give the configuration as plain values, without what only this call needs."""
+        dumped = yaml.safe_load(self._parser(self.subcommand).dump(self.section, skip_none=False, format="yaml"))
+        plain: dict[str, Any] = {key: value for key, value in dumped.items() if key not in _OF_THIS_CALL}
+        # The data's seed is linked to seed_everything, and refused when it is given.
+        plain["data"]["init_args"].pop("seed", None)
+        return plain
+
+    def build_trainer(self, *, figures: bool = True) -> Trainer:
+        """Build the Trainer with the callbacks that the keys configure.
+
+        Args:
+            figures: Log images and figures to TensorBoard.
+        """
+        fits = self.subcommand == "fit"
+        trainer = dict(self.config_init[str(self.subcommand)].trainer)
+        interactive = sys.stdout.isatty() and trainer["enable_progress_bar"] is not False
+        groups = CALLBACKS if fits else ("accumulation", "batch_norm")
+        given = [*_as_list(trainer.pop("callbacks")), *(self.callback(group) for group in groups)]
+        return create_trainer(
+            mode=self.mixed_precision,
+            callbacks=given,
+            log=self.log,
+            interactive=interactive,
+            figures=figures,
+            evaluates=not fits,
+            **{
+                key: value
+                for key, value in trainer.items()
+                if key not in ("precision", "logger", "enable_progress_bar")
+            },
+        )
+
+
+@contextmanager
+def parsed(
+    command: str, arguments: Sequence[str], log: RunLog | None = None, *, builds: bool = True
+) -> Iterator[TrainingCLI]:
+    """Parse the command line of ``fit``, ``validate`` or ``test``; the block runs what was parsed.
+
+    Args:
+        command: The command.
+        arguments: The words behind it.
+        log: Where the lines of the run go.
+        builds: Build module and data; False only checks the configuration.
+
+    Yields:
+        What was parsed.
+
+    Raises:
+        ConfigError: The user's mistake.
+        KeyboardInterrupt: Interrupted, after the checkpoint was saved.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    prepared = Arguments(command, arguments)
+    with prepared.files() as argv, _quiet_warnings(), _own_argv(argv):
+        try:
+            yield TrainingCLI(prepared, log, builds=builds)
+        except ArgumentError as error:
+            raise ConfigError(explain(str(error), known_keys(), [kind.__name__ for kind in DATA])) from error
+        except SystemExit as error:
+            # Lightning turns Ctrl-C into exit code 1, SIGTERM into none; jsonargparse leaves with 0 after help.
+            if error.code in (0, None) and not isinstance(error, SIGTERMException):
+                raise
+            raise KeyboardInterrupt from error
+        except OSError as error:
+            if error.errno is not None and error.errno == 28:  # no space left on device
+                raise ConfigError(
+                    f"the disk is full: {error}; free some room and continue with --ckpt_path last."
+                ) from error
+            raise
+
+
+def known_keys() -> list[str]:
+    """List the keys that a configuration may have, over all data modules."""
+    groups: list[tuple[str, type]] = [
+        *(("data", kind) for kind in DATA),
+        *CONFIGS.items(),
+        *CALLBACKS.items(),
+        ("trainer", Trainer),
+    ]
+    keys = [
+        f"{group}.{name}"
+        for group, kind in groups
+        for part in kind.__mro__[:-1]  # data modules pass what they do not name themselves on to their base
+        if part.__module__.startswith("gn_transfer") or part is Trainer
+        for name, parameter in inspect.signature(part).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    return ["seed_everything", *dict.fromkeys(keys), "samples", "ckpt_path", "dry_run"]
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+@contextmanager
+def _own_argv(argv: list[str]) -> Iterator[None]:
+    """Let Lightning read the prepared arguments from ``sys.argv``, and other processes of the training as well."""
+    before = sys.argv
+    sys.argv = [before[0] if before else "gn-transfer", *argv]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+@contextmanager
+def _quiet_warnings() -> Iterator[None]:
+    """Silence what users can do nothing about."""
+    with warnings.catch_warnings():
+        for message in (
+            ".*does not have many workers.*",  # the number of workers is chosen, and printed
+            ".*You're resuming from a checkpoint that ended before the epoch ended.*",  # our sampler resumes inside it
+            ".*number of training batches.*smaller than the logging interval.*",
+            ".*Checkpoint directory .* exists and is not empty.*",
+            ".*Experiment logs directory .* exists and is not empty.*",
+            ".*callbacks used to create the checkpoint need to be provided.*",  # evaluation needs none of them
+            ".*isinstance.treespec, LeafSpec.*",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        yield

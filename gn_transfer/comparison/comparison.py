@@ -1,0 +1,293 @@
+"""The comparison of runs in numbers: groups, contrasts against a baseline, and what to know beside them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from gn_transfer.comparison.checks import choose_metric, confounds, incomparable, too_many_contrasts
+from gn_transfer.comparison.grouping import Grouping, find_baselines, group_runs, label, select, shown
+from gn_transfer.comparison.runs import Predictions, Problem, Run, Setting, find_run_folders, read_runs, short_name
+from gn_transfer.comparison.statistics import (
+    RESAMPLES,
+    Array,
+    PairedTest,
+    holm,
+    image_bootstrap,
+    interval,
+    sign_flip_test,
+)
+from gn_transfer.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        settings: What tells the group apart.
+        telling: Those of them that the label names.
+        label: The same in words.
+        runs: Its runs.
+        by_seed: Accuracy of each seed, as a fraction; runs of the same seed are averaged.
+        low: Lower end of the 95 % interval of the mean; None for one seed without predictions.
+        high: Upper end.
+    """
+
+    settings: dict[str, Setting]
+    telling: dict[str, Setting]
+    label: str
+    runs: list[Run]
+    by_seed: dict[int, float]
+    low: float | None
+    high: float | None
+
+    @property
+    def n(self) -> int:
+        """Number of seeds."""
+        return len(self.by_seed)
+
+    @property
+    def mean(self) -> float:
+        """Mean accuracy over seeds."""
+        return float(np.mean(list(self.by_seed.values())))
+
+    @property
+    def sd(self) -> float | None:
+        """Standard deviation over seeds; None for one."""
+        return float(np.std(list(self.by_seed.values()), ddof=1)) if self.n > 1 else None
+
+    def average(self, name: str) -> float:
+        """Average another figure of metrics.json over the runs that have it."""
+        values = [run.metrics[name] for run in self.runs if isinstance(run.metrics.get(name), int | float)]
+        return float(np.mean(values)) if values else float("nan")
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A group against its baseline, paired by seed.
+
+    Attributes:
+        group: The group.
+        baseline: What it is measured against.
+        difference: Mean difference of the accuracies over the seeds that both have.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        test: The paired test.
+        p_holm: Its p-value after Holm's correction over all contrasts of the report.
+    """
+
+    group: Group
+    baseline: Group
+    difference: float
+    low: float
+    high: float
+    test: PairedTest
+    p_holm: float
+
+    @property
+    def against(self) -> str:
+        """The baseline in words: only that in which it differs from the group."""
+        ours, theirs = self.group.settings, self.baseline.settings
+        return label({key: value for key, value in theirs.items() if value is not None and value != ours[key]})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison.
+
+    Attributes:
+        title: Its heading.
+        metric: The key of metrics.json that runs are compared by.
+        metric_note: What to say about it.
+        groups: The groups, in order.
+        contrasts: Against the baseline; empty without one.
+        grouping: How the runs were grouped.
+        forced: Why the runs are not comparable, where that was overruled.
+        notes: The caller's, then what differs beside the settings.
+        problems: Folders that could not be used.
+        predictions: Of each run that has them.
+    """
+
+    title: str
+    metric: str
+    metric_note: str
+    groups: list[Group]
+    contrasts: list[Contrast]
+    grouping: Grouping
+    forced: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    predictions: dict[Path, Predictions] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs that are compared."""
+        return [run for group in self.groups for run in group.runs]
+
+    @property
+    def exit_code(self) -> int:
+        """3 where some folders could not be used, else 0."""
+        return 3 if self.problems else 0
+
+    def remarks(self) -> list[str]:
+        """List all that stands beside the tables, one line each."""
+        lines = [f"Compared by {self.metric}: {self.metric_note}."]
+        lines += [f"NOT COMPARABLE, compared all the same (--force): {reason}" for reason in self.forced]
+        lines += [f"note: {note}" for note in self.notes]
+        return lines
+
+
+def compare(
+    sources: Sequence[Path],
+    *,
+    baseline: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+    metric: str | None = None,
+    title: str = "Comparison of runs",
+    notes: Sequence[str] = (),
+    force: bool = False,
+) -> Comparison:
+    """Compare runs; nothing is written.
+
+    Args:
+        sources: Run folders, or folders that hold some.
+        baseline: What the others are measured against, such as ``{"norm": "bn"}``; None takes that where the runs
+            differ in the norm and some have ``bn``.
+        where: Compare only runs with these settings, such as ``{"batch_size": "1"}``.
+        metric: ``test/acc1``, ``val/acc1`` or ``best/val/acc1``; None chooses one that all runs have.
+        title: Heading of the report.
+        notes: What the caller has to say beside the result.
+        force: Compare what is not comparable, and say so.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: No run can be used, they are not comparable, or the baseline or metric is not there.
+    """
+    runs, problems = read_runs(find_run_folders(sources))
+    if not runs:
+        listed = "; ".join(f"{problem.folder}: {problem.reason}" for problem in problems[:5])
+        raise ConfigError(f"none of {len(problems)} runs can be compared. {listed}.")
+    runs, trials = _without_trials(runs)
+    runs = select(runs, where or {})
+    metric, metric_note = choose_metric(runs, metric)
+    reasons = incomparable(runs, metric)
+    if reasons and not force:
+        raise ConfigError(
+            f"these runs cannot be compared: {'. '.join(reasons)}. Leave out the runs that differ, or add --force, "
+            "which says so beside the result."
+        )
+    grouping = group_runs(runs)
+    predictions = {run.folder: found for run in runs if (found := run.predictions(metric)) is not None}
+    resampled = _resample(runs, metric, predictions)
+    groups = {key: _summarize(grouping, key, metric, resampled, predictions) for key in grouping.groups}
+    if baseline is None and "norm" in grouping.keys and any(run.settings["norm"] == "bn" for run in runs):
+        baseline = {"norm": "bn"}
+    pairs = find_baselines(grouping, baseline) if baseline else {}
+    contrasts = _contrasts([(groups[one], groups[other]) for one, other in pairs.items()], resampled)
+    least = min((contrast.test.smallest_p for contrast in contrasts), default=1.0)
+    without = [run.name for run in runs if run.folder not in predictions]
+    return Comparison(
+        title=title,
+        metric=metric,
+        metric_note=metric_note,
+        groups=list(groups.values()),
+        contrasts=contrasts,
+        grouping=grouping,
+        forced=reasons,
+        notes=[
+            *notes,
+            *trials,
+            *_without_contrast(grouping, pairs, baseline or {}),
+            *too_many_contrasts(len(contrasts), least),
+            *confounds(grouping, without),
+        ],
+        problems=problems,
+        predictions=predictions,
+    )
+
+
+def _without_trials(runs: list[Run]) -> tuple[list[Run], list[str]]:
+    """Leave the runs out on which a study made its choices: they are not to be counted among those they chose."""
+    kept = [run for run in runs if run.metrics.get("stage") != "select"]
+    if not kept or len(kept) == len(runs):
+        return runs, []
+    return kept, [f"{len(runs) - len(kept)} runs on which a study made its choices are left out."]
+
+
+def _without_contrast(
+    grouping: Grouping, pairs: Mapping[tuple[Setting, ...], tuple[Setting, ...]], baseline: Mapping[str, str]
+) -> list[str]:
+    """Name the groups that have no counterpart."""
+    wanted = {grouping.keys.index(short_name(key)): value for key, value in baseline.items()}
+    lonely = [
+        grouping.label(group)
+        for group in grouping.groups
+        if wanted and group not in pairs and any(shown(group[place]) != value for place, value in wanted.items())
+    ]
+    if not lonely:
+        return []
+    asked = ", ".join(f"{key}={value}" for key, value in baseline.items())
+    return [
+        f"Without a contrast, since no single group with {asked} is otherwise set alike: {'; '.join(lonely)}. "
+        "--where and --baseline choose others."
+    ]
+
+
+def _resample(runs: Sequence[Run], metric: str, predictions: Mapping[Path, Predictions]) -> dict[Path, Array]:
+    """Give each run's accuracy on every sample of images; without predictions the accuracy repeated."""
+    on: dict[str, list[Run]] = defaultdict(list)
+    resampled = {run.folder: np.full(RESAMPLES, float(run.metrics[metric])) for run in runs}
+    for run in runs:
+        if run.folder in predictions:
+            on[predictions[run.folder].digest].append(run)
+    drawn = image_bootstrap({digest: [predictions[run.folder].correct for run in some] for digest, some in on.items()})
+    for digest, some in on.items():
+        resampled |= {run.folder: values for run, values in zip(some, drawn[digest], strict=True)}
+    return resampled
+
+
+def _summarize(
+    grouping: Grouping,
+    key: tuple[Setting, ...],
+    metric: str,
+    resampled: Mapping[Path, Array],
+    predictions: Mapping[Path, Predictions],
+) -> Group:
+    runs = grouping.groups[key]
+    values: dict[int, list[float]] = defaultdict(list)
+    for run in runs:
+        values[run.seed].append(float(run.metrics[metric]))
+    by_seed = {seed: float(np.mean(some)) for seed, some in sorted(values.items())}
+    ends: tuple[float | None, float | None] = (None, None)
+    if len(by_seed) > 1 or any(run.folder in predictions for run in runs):
+        ends = interval(list(_by_seed(runs, resampled).values()))
+    settings = dict(zip(grouping.keys, key, strict=True))
+    return Group(settings, grouping.telling(key), grouping.label(key), runs, by_seed, *ends)
+
+
+def _contrasts(pairs: Sequence[tuple[Group, Group]], resampled: Mapping[Path, Array]) -> list[Contrast]:
+    found = []
+    for group, baseline in pairs:
+        seeds = [seed for seed in group.by_seed if seed in baseline.by_seed]
+        if not seeds:
+            continue
+        differences = [group.by_seed[seed] - baseline.by_seed[seed] for seed in seeds]
+        ours, theirs = _by_seed(group.runs, resampled), _by_seed(baseline.runs, resampled)
+        low, high = interval([ours[seed] - theirs[seed] for seed in seeds])
+        found.append((group, baseline, float(np.mean(differences)), low, high, sign_flip_test(differences)))
+    adjusted = holm([test.p for *_, test in found])
+    return [Contrast(*parts, p_holm) for parts, p_holm in zip(found, adjusted, strict=True)]
+
+
+def _by_seed(runs: Sequence[Run], resampled: Mapping[Path, Array]) -> dict[int, Array]:
+    parts: dict[int, list[Array]] = defaultdict(list)
+    for run in runs:
+        parts[run.seed].append(resampled[run.folder])
+    return {seed: np.mean(some, axis=0) for seed, some in sorted(parts.items())}

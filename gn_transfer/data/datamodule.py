@@ -1,0 +1,342 @@
+"""What all data modules share: splits, loaders, verification, the rows of the plan."""
+
+from __future__ import annotations
+
+import os
+import random
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import lightning
+import torch
+from torch import Tensor
+
+from gn_transfer.config import ConfigError
+from gn_transfer.data.augmentation import Augmentation, Recipe, read_pipeline
+from gn_transfer.data.cache import CacheMode, DatasetCache, default_cache_dir
+from gn_transfer.data.dataset import ImageDataset, LabeledImage, find_bad_images, with_remedy
+from gn_transfer.data.loader import ImageLoader
+from gn_transfer.data.sampler import EpochSampler
+from gn_transfer.data.splits import balanced_weights, few_shots, stratified_split
+from gn_transfer.data.workers import choose_num_workers, core_count
+
+EVAL_BATCH_SIZE = 16
+"""Smallest batch of validation and test: without gradients it needs little memory, and no metric depends on it."""
+
+
+class ListedImages(NamedTuple):
+    """What a data module lists for training.
+
+    Attributes:
+        classes: Class names; a target is a position in it.
+        train: Training images, or training and validation together where ``val`` is None.
+        val: Validation images, or None: they are cut from ``train``.
+    """
+
+    classes: list[str]
+    train: list[LabeledImage]
+    val: list[LabeledImage] | None
+
+
+class ImageDataModule(lightning.LightningDataModule, ABC):
+    """Labeled images as batches ``(images uint8 (B, 3, H, W), targets int64 (B,))``. The module normalizes them.
+
+    Args:
+        root: Folder of the images.
+        img_size: Side of the square that the model sees, in pixels.
+        batch_size: Images per forward pass and device. This is what BatchNorm sees.
+        num_workers: Threads that load images ahead. null takes as many as fit beside the compute threads, which on a
+            CPU is usually 0.
+        val_fraction: Fraction of the training images that is held out for validation, stratified by class, where the
+            data has no validation split of its own.
+        recipe: Augmentation of the training images: none, light (resize, flip, cutout), crop_flip (random resized crop
+            and flip), bit (resize, random crop, flip) or strong (crop_flip, color jitter, cutout).
+        min_crop_scale: Smallest fraction of the area that a random crop keeps. null means 0.35 for crop_flip and 0.25
+            for strong.
+        augmentation: File of an albumentations pipeline that replaces the recipe, as albumentations.save writes it.
+        cache: Where decoded images are kept, which changes speed and not a pixel: none, ram (this run), disk (shared
+            with other and later runs), or auto. auto takes the disk if it has twice the room, else ram if a quarter of
+            the free memory is enough, else none.
+        cache_dir: Folder of the disk cache. null means $XDG_CACHE_HOME/gn_transfer or ~/.cache/gn_transfer.
+        shots_per_class: Train on that many images of each class only, chosen by the seed. null takes all.
+        on_bad_image: What happens with an image that cannot be decoded: raise an error with its path, or decode all
+            images at the start and skip the bad ones.
+        class_weights: Weights of the classes in the loss: none, or balanced (inverse frequency).
+        seed: Seed of the split, the order and the augmentation.
+
+    Attributes:
+        channels: 3 for RGB. Set it to 1 before ``setup`` for a model that takes grey images.
+        evaluate_in_training_batches: Set it before ``setup`` where metrics depend on the batch. Validation and test
+            then come in batches of ``batch_size``, in an order shuffled by the seed.
+        classes: Class names; a target is a position in it. Set by ``setup``.
+        train_dataset: Set by ``setup("fit")``.
+        val_dataset: Set by ``setup("fit")`` and ``setup("validate")``.
+        test_dataset: Set by ``setup("test")``.
+        train_sampler: Order of training, set by ``setup("fit")``; its ``resume_at`` continues within an epoch.
+        bad_images: Path and reason of each image that was left out.
+        decoded_cache: The cache of decoded images.
+    """
+
+    classes: list[str]
+    train_dataset: ImageDataset
+    val_dataset: ImageDataset
+    test_dataset: ImageDataset
+    train_sampler: EpochSampler
+
+    def __init__(
+        self,
+        root: Path | str,
+        img_size: int = 224,
+        batch_size: int = 1,
+        num_workers: int | None = None,
+        val_fraction: float = 0.2,
+        recipe: Recipe = "crop_flip",
+        min_crop_scale: float | None = None,
+        augmentation: Path | None = None,
+        cache: CacheMode = "auto",
+        cache_dir: Path | None = None,
+        shots_per_class: int | None = None,
+        on_bad_image: Literal["raise", "skip"] = "raise",
+        class_weights: Literal["none", "balanced"] = "none",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for key, value, least in (
+            ("img_size", img_size, 1),
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("shots_per_class", shots_per_class, 1),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"data.{key}={value} is out of range; give an integer of at least {least}.")
+        if num_workers is not None and num_workers < 0:
+            raise ConfigError(f"data.num_workers={num_workers} is out of range; give 0 or more, or null to choose.")
+        self.root = root
+        self.img_size = img_size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.val_fraction = val_fraction
+        self.recipe: Recipe = recipe
+        self.min_crop_scale = min_crop_scale
+        self.augmentation = augmentation
+        self.shots_per_class = shots_per_class
+        self.on_bad_image = on_bad_image
+        self.class_weights = class_weights
+        self.seed = seed
+        self.channels = 3
+        self.evaluate_in_training_batches = False
+        self.bad_images: list[tuple[str, str]] = []
+        self.classes = []
+        self.decoded_cache = DatasetCache(cache, default_cache_dir() if cache_dir is None else Path(cache_dir))
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{split} {len(dataset):,}" for split, dataset in self._datasets().items())
+        return (
+            f"{type(self).__name__}(root={str(self.root)!r}, img_size={self.img_size}, batch_size={self.batch_size}; "
+            f"{counts or 'not set up'})"
+        )
+
+    @abstractmethod
+    def list_fit(self) -> ListedImages:
+        """List the images of training and validation, without opening any image.
+
+        Raises:
+            ConfigError: They are not there, or not as they should be.
+        """
+
+    @abstractmethod
+    def list_test(self) -> list[LabeledImage]:
+        """List the images of the test split, without opening any image.
+
+        Raises:
+            ConfigError: They are not there, or not as they should be.
+        """
+
+    def setup(self, stage: str) -> None:
+        """List, verify and split the images; Lightning calls it in every process.
+
+        Args:
+            stage: ``fit``, ``validate`` or ``test``. ``fit`` opens no test image.
+
+        Raises:
+            ConfigError: The images are not there, or not as they should be.
+            BadImageError: With ``on_bad_image="raise"``, an image is missing, empty, truncated or none at all.
+        """
+        if stage == "test":
+            self.classes, _, _ = self.list_fit()
+            self.test_dataset = self._eval_dataset(self._without_bad_images(self.list_test()))
+            self.decoded_cache.plan_for([self.test_dataset])
+            return
+        self.classes, train, val = self.list_fit()
+        train = self._without_bad_images(train)
+        if val is None:
+            kept, held_out = stratified_split(
+                [image.path for image in train],
+                [image.target for image in train],
+                self.val_fraction,
+                self.seed,
+            )
+            train, val = [train[position] for position in kept], [train[position] for position in held_out]
+        else:
+            val = self._without_bad_images(val)
+        self._check_all_classes_occur(train)
+        if not val:
+            raise ConfigError(f"{self.root}: no image is left for validation.")
+        if self.shots_per_class is not None:
+            paths, targets = [image.path for image in train], [image.target for image in train]
+            chosen = few_shots(paths, targets, self.shots_per_class, self.seed, names_of=self.classes)
+            train = [train[position] for position in chosen]
+        self.val_dataset = self._eval_dataset(val)
+        if stage == "fit":
+            self.train_dataset = self._dataset(train, self._augmentation())
+            self.train_sampler = self._sampler(self.train_dataset, self.batch_size, shuffle=True)
+        self.decoded_cache.plan_for(list(self._datasets().values()))
+
+    def train_dataloader(self) -> ImageLoader:
+        """Batches of the training split in the order of :attr:`train_sampler`."""
+        return self._loader(self.train_dataset, self.train_sampler)
+
+    def val_dataloader(self) -> ImageLoader:
+        """Batches of the validation split, in order, of :data:`EVAL_BATCH_SIZE` or more unless figures depend on it."""
+        return self._eval_loader(self.val_dataset)
+
+    def test_dataloader(self) -> ImageLoader:
+        """Batches of the test split, in order, of :data:`EVAL_BATCH_SIZE` or more unless figures depend on it."""
+        return self._eval_loader(self.test_dataset)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; known after ``setup``."""
+        return len(self.classes)
+
+    @property
+    def class_counts(self) -> dict[str, dict[str, int]]:
+        """Images per split and class, of the splits that are set up."""
+        counts = {}
+        for split, dataset in self._datasets().items():
+            found = Counter(image.target for image in dataset.images)
+            counts[split] = {name: found[target] for target, name in enumerate(self.classes)}
+        return counts
+
+    @property
+    def class_weight_tensor(self) -> Tensor | None:
+        """Weights of the classes in the loss, float32 ``(num_classes,)``; None with ``class_weights="none"``."""
+        if self.class_weights == "none":
+            return None
+        targets = [image.target for image in self.train_dataset.images]
+        return torch.tensor(balanced_weights(targets, self.num_classes), dtype=torch.float32)
+
+    def training_images(self, number: int) -> Tensor:
+        """Fetch training images as evaluation would see them: to calibrate or re-estimate statistics on.
+
+        Args:
+            number: How many; all where there are fewer.
+
+        Returns:
+            Pixels, uint8, shape ``(number, channels, img_size, img_size)``: the same ones for the same seed.
+        """
+        images = self.train_dataset.images
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))[:number]
+        chosen = [images[position] for position in order.tolist()]
+        plain = ImageDataset(Path(self.root), chosen, self.img_size, channels=self.channels)
+        return torch.stack([plain[position][0] for position in range(len(plain))])
+
+    def split(self) -> dict[str, list[str]]:
+        """List the files of each split that is set up, relative to ``root``: what a run stores."""
+        return {split: [image.path for image in data.images] for split, data in self._datasets().items()}
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Give the rows that ``fit`` prints about its data; after ``setup``."""
+        counts = self.class_counts
+        images = ", ".join(f"{split} {sum(per_class.values()):,}" for split, per_class in counts.items())
+        crops = "" if self.min_crop_scale is None else f", crops from {self.min_crop_scale:.0%} of the area"
+        recipe = f"recipe {self.recipe}{crops}" if self.augmentation is None else f"augmentation {self.augmentation}"
+        per_class = counts.get("train", next(iter(counts.values())))
+        rows = [
+            ("data", f"{type(self).__name__} in {self.root}"),
+            ("images", f"{images}; {self.img_size} px, {recipe}"),
+            ("classes", f"{self.num_classes}: {_shortened(self.classes)}"),
+            ("class balance", f"{_balance(per_class)}; class weights {self.class_weights}"),
+            ("cache", self.decoded_cache.describe(next(iter(self._datasets().values())))),
+            ("threads", f"{torch.get_num_threads()} compute, {self.worker_count()} data workers, {core_count()} cores"),
+        ]
+        if self.bad_images:
+            names = _shortened([f"{path} ({reason})" for path, reason in self.bad_images], most=3)
+            rows.append(("skipped", f"{len(self.bad_images)} that cannot be decoded: {names}"))
+        return rows
+
+    def worker_count(self) -> int:
+        """Tell how many threads fetch images ahead: ``num_workers``, or what fits."""
+        if self.num_workers is not None:
+            return self.num_workers
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+        return choose_num_workers(core_count(), torch.get_num_threads(), on_gpu=self._on_gpu(), processes=processes)
+
+    def _datasets(self) -> dict[str, ImageDataset]:
+        named = {split: getattr(self, f"{split}_dataset", None) for split in ("train", "val", "test")}
+        return {split: dataset for split, dataset in named.items() if dataset is not None}
+
+    def _without_bad_images(self, images: list[LabeledImage]) -> list[LabeledImage]:
+        """Verify images: raise at a bad one, or leave it out and remember it."""
+        skip = self.on_bad_image == "skip"
+        errors = find_bad_images(Path(self.root), [image.path for image in images], decode=skip, threads=core_count())
+        if errors and not skip:
+            first = errors[0]
+            more = f" ({len(errors) - 1} more like it)" if len(errors) > 1 else ""
+            raise with_remedy(type(first)(first.path, first.reason + more))
+        root = Path(self.root)
+        bad = {Path(error.path).relative_to(root).as_posix(): error.reason for error in errors}
+        self.bad_images += [item for item in bad.items() if item not in self.bad_images]
+        return [image for image in images if image.path not in bad]
+
+    def _check_all_classes_occur(self, train: Sequence[LabeledImage]) -> None:
+        missing = sorted(set(range(self.num_classes)) - {image.target for image in train})
+        if missing:
+            names = ", ".join(self.classes[target] for target in missing)
+            raise ConfigError(f"{self.root}: no training image of {names}; add images or remove the class.")
+
+    def _on_gpu(self) -> bool:
+        if self.trainer is not None:
+            return self.trainer.strategy.root_device.type != "cpu"
+        return torch.cuda.is_available()
+
+    def _sampler(self, dataset: ImageDataset, batch_size: int, *, shuffle: bool) -> EpochSampler:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        return EpochSampler(len(dataset), batch_size, self.seed, shuffle, rank, world_size)
+
+    def _augmentation(self) -> Augmentation:
+        pipeline = None if self.augmentation is None else read_pipeline(Path(self.augmentation))
+        return Augmentation(self.recipe, self.img_size, self.min_crop_scale, pipeline)
+
+    def _dataset(self, images: list[LabeledImage], augmentation: Augmentation | None = None) -> ImageDataset:
+        return ImageDataset(Path(self.root), images, self.img_size, augmentation, self.seed, self.channels)
+
+    def _eval_loader(self, dataset: ImageDataset) -> ImageLoader:
+        size = self.batch_size if self.evaluate_in_training_batches else max(self.batch_size, EVAL_BATCH_SIZE)
+        return self._loader(dataset, self._sampler(dataset, size, shuffle=False))
+
+    def _eval_dataset(self, images: list[LabeledImage]) -> ImageDataset:
+        if self.evaluate_in_training_batches:  # lists are sorted by class, and training has no batches of one class
+            images = list(images)
+            random.Random(self.seed).shuffle(images)
+        return self._dataset(images)
+
+    def _loader(self, dataset: ImageDataset, sampler: EpochSampler) -> ImageLoader:
+        self.decoded_cache.fill(dataset, core_count())
+        on_cuda = self._on_gpu() and torch.cuda.is_available()
+        return ImageLoader(dataset, sampler, num_workers=self.worker_count(), pin_memory=on_cuda)
+
+
+def _shortened(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")
+
+
+def _balance(per_class: dict[str, int]) -> str:
+    fewest, most = min(per_class, key=per_class.__getitem__), max(per_class, key=per_class.__getitem__)
+    if per_class[fewest] == per_class[most]:
+        return f"{per_class[most]} images each"
+    ratio = f" ({per_class[most] / per_class[fewest]:.1f} to 1)" if per_class[fewest] else ""
+    return f"from {per_class[fewest]} ({fewest}) to {per_class[most]} ({most}){ratio}"

@@ -1,0 +1,175 @@
+"""The README.md of a bundle: what it is, how good it is, how to use it without us."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gn_transfer.backbones.pretrained import ALIASES
+
+_CARD = """\
+# {backbone} ({norm}), {count} classes
+
+{classes}
+
+Images of {img_size} x {img_size} pixels; weights {weights}; {transfer}.
+Run `{run}`, {checkpoint} (epoch {epoch}, {optimizer_steps} optimizer steps). Exported {created} by gn-transfer \
+{version}.
+
+## How good
+
+| figure | value |
+|---|---|
+{metrics}
+
+{confused}
+
+## That it computes what was trained
+
+On {images} validation images the logits of `model.onnx` and of the checkpoint in torch differ by at most \
+{max_difference:.1e} (allowed {tolerance:.1e}); the top class is equal on {same_class}; accuracy \
+{accuracy_bundle:.4f} against {accuracy_checkpoint:.4f}.
+
+## Use it with numpy and onnxruntime alone
+
+```python
+import json
+import numpy as np
+import onnxruntime
+
+classes = json.load(open("bundle.json"))["classes"]
+session = onnxruntime.InferenceSession("model.onnx")
+images = np.load("images.npy")  # uint8, RGB, shape (batch, {img_size}, {img_size}, 3)
+logits, probs = session.run(None, {{"images": images}})
+for row in probs:
+    print(classes[row.argmax()], f"{{row.max():.3f}}")
+```
+
+An image becomes such a square as in validation: decode it upright to RGB, cut the centre square of \
+{crop_percent:g} % of its short side, resize that to {img_size} x {img_size} (OpenCV's `INTER_AREA` where it shrinks, \
+`INTER_LINEAR` where it grows). The graph subtracts the mean and divides by the standard deviation itself. \
+With gn-transfer installed, `gn-transfer predict BUNDLE IMAGES` does all of it, and in Python:
+
+```python
+from gn_transfer import load_bundle
+
+for prediction in load_bundle(".").predict(["cat.jpg"], top_k=3):
+    print(prediction.path, prediction.label, prediction.prob, prediction.top)
+```
+
+## Train on
+
+`model.safetensors` holds the weights under timm's names; feed it pixels as `(x / 255 - mean) / std` with mean \
+{mean} and std {std}.
+
+```python
+{timm}
+model.load_state_dict(load_file("model.safetensors"))
+```
+
+`bundle.json` holds all of this for programs, and the SHA-256 of every file.
+"""
+
+
+def model_card(metadata: Mapping[str, Any]) -> str:
+    """Write the card.
+
+    Args:
+        metadata: Content of bundle.json.
+
+    Returns:
+        Markdown.
+    """
+    origin, parity, architecture = metadata["provenance"], metadata["parity"], metadata["architecture"]
+    report = origin["transfer_report"]
+    confused = metadata["validation"]["confused"]
+    rows = [f"| {pair['true']} | {pair['predicted']} | {pair['images']} |" for pair in confused]
+    table = "\n".join(["Most confused in validation:\n", "| true | seen as | images |", "|---|---|---|", *rows])
+    metrics = {**metadata["metrics"], "validation accuracy of this bundle": parity["accuracy_bundle"]}
+    start = "trained from scratch" if report["source"] == "from scratch" else f"started from `{report['source']}`"
+    return _CARD.format(
+        backbone=metadata["backbone"],
+        norm=metadata["norm"],
+        count=len(metadata["classes"]),
+        classes=", ".join(metadata["classes"]),
+        img_size=metadata["img_size"],
+        weights=metadata["weights"],
+        transfer=start,
+        **{key: origin[key] for key in ("run", "checkpoint", "epoch", "optimizer_steps")},
+        created=metadata["created"],
+        version=metadata["versions"]["gn-transfer"],
+        metrics="\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
+        confused=table if rows else "No validation image was taken for another class.",
+        **parity,
+        crop_percent=100 * metadata["crop_fraction"],
+        mean=metadata["mean"],
+        std=metadata["std"],
+        timm=timm_lines(architecture, len(metadata["classes"])),
+    )
+
+
+def confused_pairs(
+    targets: npt.NDArray[np.int64], preds: npt.NDArray[np.int64], classes: Sequence[str], most: int = 10
+) -> list[dict[str, Any]]:
+    """Find the pairs of classes that are confused most.
+
+    Args:
+        targets: True classes, shape ``(N,)``.
+        preds: Predicted classes, shape ``(N,)``.
+        classes: Their names.
+        most: How many pairs to give.
+
+    Returns:
+        ``true``, ``predicted`` and the number of ``images`` of each pair, the most frequent first.
+
+    Example:
+        >>> confused_pairs(np.array([0, 0, 1]), np.array([1, 1, 1]), ["ant", "bee"])
+        [{'true': 'ant', 'predicted': 'bee', 'images': 2}]
+    """
+    wrong = Counter((int(t), int(p)) for t, p in zip(targets, preds, strict=True) if t != p)
+    ordered = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:most]
+    return [{"true": classes[t], "predicted": classes[p], "images": count} for (t, p), count in ordered]
+
+
+def timm_lines(architecture: Mapping[str, Any], num_classes: int) -> str:
+    """Write the Python that builds the model in timm, ready for the weights.
+
+    Args:
+        architecture: ``architecture`` of bundle.json.
+        num_classes: Width of the head.
+
+    Returns:
+        Lines of Python that define ``model`` and import ``load_file``; they need gn_transfer only for models that timm
+        cannot build with this norm.
+    """
+    name, norm = architecture["architecture"], architecture["norm"]
+    base, extra = ALIASES.get(name, (name, {}))
+    arguments = [repr(base), f"num_classes={num_classes}", *(f"{key}={value!r}" for key, value in extra.items())]
+    imports = ["import timm", "from safetensors.torch import load_file"]
+    groups = f"num_groups={architecture['num_groups']}"
+    if architecture["group_size"] is not None:
+        groups = f"group_size={architecture['group_size']}"
+    as_built = norm == "gn_ws" and groups == "num_groups=32" if base.endswith("_bit") else norm.startswith("bn")
+    if as_built and norm != "bn_ws":
+        pass
+    elif base.startswith("resnetv2") and not base.endswith("_bit") and norm != "none":
+        groups = {"ln": "num_groups=1", "in": "group_size=1"}.get(norm, groups)
+        if norm != "bn_ws":
+            arguments.append(f"norm_layer=partial(GroupNormAct, {groups})")
+        if norm.endswith("_ws"):
+            arguments.append("conv_layer=partial(StdConv2d, eps=1e-8)")
+        imports = ["from functools import partial\n", *imports, "from timm.layers import GroupNormAct, StdConv2d"]
+    else:
+        return "\n".join(
+            [
+                *imports,
+                "from gn_transfer.layers import convert_norm\n",
+                f"model = timm.create_model({', '.join(arguments)})",
+                f"convert_norm(model, {norm!r}, {groups}, skip={{{architecture['head']!r}}})",
+            ]
+        )
+    return "\n".join(imports) + f"\n\nmodel = timm.create_model({', '.join(arguments)})"

@@ -1,0 +1,187 @@
+"""Runs a study: keeps workers busy until all trials have ended, and reports how far it is."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from statistics import fmean
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from gn_transfer.config import ConfigError
+from gn_transfer.data.workers import core_count
+from gn_transfer.study.planning import Outcome, Planned, plan_trials
+from gn_transfer.study.store import Store
+from gn_transfer.study.worker import IDLE_SECONDS, StudyContext, interrupt, work
+from gn_transfer.training.plan import duration
+
+MAX_CRASHES = 3
+"""So many workers may die of a trial before it is given up."""
+
+
+class StudyRunner:
+    """Keep workers busy and the user informed until all trials have ended.
+
+    Args:
+        store: The study.
+        url: Its database, for the workers.
+        context: What all trials share.
+        workers: How many processes.
+        console: The terminal.
+    """
+
+    def __init__(self, store: Store, url: str, context: StudyContext, workers: int, console: Console) -> None:
+        self.store, self.url, self.context, self.console = store, url, context, console
+        self.count = workers
+        self.processes = multiprocessing.get_context("spawn")
+        self.stop = self.processes.Event()
+        self.workers: dict[int, BaseProcess] = {}
+        self.crashes: Counter[str] = Counter()
+        self.reported: set[str] = set()
+
+    def run(self, retry_failed: bool) -> tuple[Planned, dict[str, Outcome]]:
+        """Enter trials as they become known, until all have ended."""
+        study = self.context.study
+        planned = plan_trials(study, self.store.outcomes())
+        self.store.enter(planned.trials, retry_failed=retry_failed)
+        with _progress(self.console) as progress, share_threads(core_count() // self.count):
+            task = progress.add_task("trials", total=len(planned.trials), left="")
+            try:
+                while True:
+                    began = time.thread_time()
+                    outcomes = self.store.outcomes()
+                    planned = plan_trials(study, outcomes)
+                    if any(trial.name not in outcomes for trial in planned.trials):
+                        self.store.enter(planned.trials)
+                        continue
+                    self._report(progress, task, planned, outcomes)
+                    if all(outcomes[trial.name].ended for trial in planned.trials):
+                        return planned, outcomes
+                    self._keep_workers(sum(not outcomes[trial.name].ended for trial in planned.trials))
+                    # Reading hundreds of trials takes a tenth of a second, from cores on which workers compute.
+                    self.stop.wait(max(IDLE_SECONDS, 30 * (time.thread_time() - began)))
+            except KeyboardInterrupt:
+                self.console.print("stopping: the running trials are saved; the same command continues the study")
+                for worker in self.workers.values():
+                    if worker.pid is not None:
+                        interrupt(worker.pid)
+                raise
+            finally:
+                self.stop.set()
+                for worker in self.workers.values():
+                    worker.join(60)
+                    worker.kill()
+
+    def _keep_workers(self, open_trials: int) -> None:
+        """Replace workers that have died, and give up a trial that several workers died of."""
+        for number, worker in list(self.workers.items()):
+            if worker.exitcode is None:
+                continue
+            del self.workers[number]
+            assert worker.pid is not None
+            trial = self.store.owned_by(worker.pid)
+            log = self._log(number)
+            self.crashes[trial or ""] += 1
+            if self.crashes[trial or ""] < MAX_CRASHES:
+                continue
+            reason = (
+                f"its worker ended with exit code {worker.exitcode} {MAX_CRASHES} times (out of memory?); see {log}"
+            )
+            if trial is None:
+                raise ConfigError(f"workers do not start: exit code {worker.exitcode}; see {log}.")
+            self.store.fail(trial, reason)
+        for number in range(min(self.count, open_trials)):
+            if number not in self.workers:
+                worker = self.processes.Process(
+                    target=work, args=(self.url, self.context, self.stop, self._log(number)), name=f"worker {number}"
+                )
+                worker.start()
+                self.workers[number] = worker
+
+    def _log(self, number: int) -> Path:
+        return self.context.root / "runs" / self.context.study.name / f"worker-{number}.log"
+
+    def _report(self, progress: Progress, task: TaskID, planned: Planned, outcomes: Mapping[str, Outcome]) -> None:
+        ended = [trial for trial in planned.trials if outcomes[trial.name].ended]
+        left = time_left(planned, outcomes, self.count)
+        total = len(planned.trials) + planned.to_come
+        first = not self.reported
+        for trial in ended:
+            if trial.name not in self.reported and not (first and len(ended) > 1):
+                outcome = outcomes[trial.name]
+                split = "test" if trial.stage == "test" else "val"
+                result = (
+                    f"{split}/acc1 {outcome.accuracy:.3f}"
+                    if outcome.state == "complete"
+                    else "failed: " + outcome.reason
+                )
+                progress.console.print(
+                    f"{len(ended)}/{total}  {trial.name}  {result}  {duration(outcome.seconds)}", markup=False
+                )
+            self.reported.add(trial.name)
+        for choice in map(str, planned.choices):
+            if choice not in self.reported:
+                progress.console.print(f"chosen  {choice}", markup=False)
+                self.reported.add(choice)
+        shown = "" if left is None else f"about {duration(left)} left"
+        progress.update(task, completed=len(ended), total=total, left=shown)
+
+
+def time_left(planned: Planned, outcomes: Mapping[str, Outcome], workers: int) -> float | None:
+    """Estimate the time until a study is done from the trials that are.
+
+    Args:
+        planned: The plan so far.
+        outcomes: What became of its trials.
+        workers: Processes that share the rest.
+
+    Returns:
+        Seconds; None before the first trial has ended. A trial is taken to last as long as those of its arm and case.
+    """
+    times: dict[tuple[str, str, bool], list[float]] = {}
+    for trial in planned.trials:
+        if trial.name in outcomes and outcomes[trial.name].state == "complete":
+            times.setdefault((trial.arm, trial.case, trial.stage == "test"), []).append(outcomes[trial.name].seconds)
+    if not times:
+        return None
+    mean = fmean(seconds for some in times.values() for seconds in some)
+    seconds = sum(
+        fmean(times.get((trial.arm, trial.case, trial.stage == "test"), [mean]))
+        for trial in planned.trials
+        if not (trial.name in outcomes and outcomes[trial.name].ended)
+    )
+    return (seconds + mean * planned.to_come) / workers
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("trials"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
+@contextmanager
+def share_threads(share: int) -> Iterator[int]:
+    """Give workers their share of the cores, or less where the user said so."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    allowed = int(before) if before and before.isdigit() else share
+    threads = max(1, min(share, allowed))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    try:
+        yield threads
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before

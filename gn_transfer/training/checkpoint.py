@@ -1,0 +1,149 @@
+"""The checkpoint format: plain values and tensors, read without running code, enough to rebuild the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from gn_transfer.backbones.model_config import ModelConfig
+from gn_transfer.config import ConfigError
+
+if TYPE_CHECKING:
+    from gn_transfer.training.task import TransferTask
+
+CHECKPOINT_VERSION = 2
+"""Version of what stands under ``gn_transfer`` in a checkpoint. A newer one is refused."""
+
+Task = TypeVar("Task", bound="TransferTask")
+
+
+def read_checkpoint(path: str | Path, argument: str = "--ckpt_path") -> dict[str, Any]:
+    """Read a checkpoint of ours from a local file, without running any code in it.
+
+    Args:
+        path: Local path.
+        argument: Option or command that the user gave the path to, for messages.
+
+    Returns:
+        The checkpoint; its tensors on the CPU.
+
+    Raises:
+        ConfigError: No such file, unreadable, not a checkpoint of gn_transfer, or of another format version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"{argument} {path}: no such file; give a checkpoint, such as checkpoints/pets_gnws/RUN/best.ckpt, or "
+            "`last` for the newest run of this config."
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever a corrupt file leads it to
+        raise ConfigError(
+            f"{argument} {path} cannot be read ({type(error).__name__}); it is corrupt or holds more than plain "
+            "values and tensors. Use another checkpoint of the run, such as best.ckpt."
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("gn_transfer"), dict):
+        raise ConfigError(
+            f"{argument} {path} is not a checkpoint of gn-transfer; to start from other weights set model.pretrained."
+        )
+    found = content["gn_transfer"].get("version", CHECKPOINT_VERSION)
+    if found != CHECKPOINT_VERSION:
+        raise ConfigError(
+            f"{argument} {path} has checkpoint format {found}, this gn-transfer reads format {CHECKPOINT_VERSION}; "
+            f"{'update gn-transfer' if found > CHECKPOINT_VERSION else 'use the version that wrote it'}."
+        )
+    checkpoint: dict[str, Any] = content
+    return checkpoint
+
+
+def describe_task(task: TransferTask, content: dict[str, Any]) -> None:
+    """Add to a checkpoint what is needed to rebuild the model: plain values only.
+
+    Args:
+        task: The module, built.
+        content: The checkpoint, changed in place.
+    """
+    assert task.report is not None
+    config = task.model_config
+    content.setdefault("gn_transfer", {}).update(
+        version=CHECKPOINT_VERSION,
+        written_by=version("gn-transfer"),
+        classes=list(task.classes),
+        architecture={
+            "backbone": config.backbone,
+            "architecture": task.report.architecture,
+            "norm": config.norm,
+            "num_groups": config.resolved_num_groups,
+            "group_size": config.group_size,
+            "head": task.head,
+            "in_chans": config.resolved_in_chans,
+            "mean": (task.mean.flatten() / 255.0).tolist(),
+            "std": (task.std.flatten() / 255.0).tolist(),
+        },
+        transfer_report=task.report.as_dict(),
+        **task.run_config,
+    )
+
+
+def rebuild_task(kind: type[Task], content: Mapping[str, Any], path: Path) -> Task:
+    """Build the module of a checkpoint and load its weights.
+
+    Args:
+        kind: Class of the module.
+        content: The checkpoint.
+        path: Its path, for messages.
+
+    Returns:
+        The module in float32, on the CPU.
+
+    Raises:
+        ConfigError: Weights that do not fit the model, or are not finite.
+    """
+    stored = content["gn_transfer"]
+    try:
+        architecture = stored["architecture"]
+        # The architecture decides; what a run says about its own memory format or compilation is not needed here.
+        known = {field.name for field in fields(ModelConfig)} & architecture.keys()
+        config = ModelConfig(**{key: architecture[key] for key in known})
+        if config.norm == "bn_sync":  # computes what bn computes, without CUDA
+            config.norm = "bn"
+        task = kind(model=config)
+        task.restore(stored)
+        task.build(stored["classes"])
+        task.load_state_dict(content["state_dict"])
+    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} does not fit this gn-transfer ({error}); use the version that wrote it, "
+            f"{stored.get('written_by', 'see its run.log')}."
+        ) from error
+    for name, tensor in task.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ConfigError(f"{path} holds numbers that are not finite, in {name}; use another checkpoint.")
+    return task.float()
+
+
+def check_classes(stored: Sequence[str], found: Sequence[str]) -> None:
+    """Refuse data of other classes than the checkpoint's.
+
+    Args:
+        stored: Classes of the checkpoint.
+        found: Classes of the data.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    if list(stored) != list(found):
+        raise ConfigError(
+            f"the checkpoint knows {len(stored)} classes ({_shortened(stored)}), the data has {len(found)} "
+            f"({_shortened(found)}); point data.root at the data it was trained on."
+        )
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

@@ -1,0 +1,136 @@
+"""Image classification: cross entropy, Mixup and CutMix, accuracy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from gn_transfer.backbones.model_config import ModelConfig
+from gn_transfer.config import ConfigError, check_range
+from gn_transfer.training.mixing import MixupCutmix
+from gn_transfer.training.optimizer import OptimizerConfig
+from gn_transfer.training.task import TransferTask
+
+
+@dataclass
+class RegularizationConfig:
+    """Regularization of a classifier.
+
+    Args:
+        label_smoothing: Weight of the uniform distribution in the training target, in [0, 1).
+        mixup: alpha of Mixup with the previous image of the accumulation step. 0 disables it.
+        cutmix: alpha of CutMix with that image. 0 disables it. With both, each image gets one of them at random.
+    """
+
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range("regularization.label_smoothing", self.label_smoothing, low=0.0, high=1.0)
+        check_range("regularization.mixup", self.mixup, low=0.0)
+        check_range("regularization.cutmix", self.cutmix, low=0.0)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+class TransferClassifier(TransferTask):
+    """Fine-tune a timm model to classify images.
+
+    Args:
+        model: Backbone, norm and weights; None takes the defaults.
+        optimizer: Optimizer and learning rates; None takes the defaults.
+        regularization: Label smoothing, Mixup and CutMix; None disables them.
+
+    Example:
+        >>> module = TransferClassifier(ModelConfig("resnet18", "gn_ws"), OptimizerConfig(lr=0.01))
+        >>> module.build(["cat", "dog"])
+        >>> module(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape
+        torch.Size([1, 2])
+    """
+
+    monitor: ClassVar[str] = "val/acc1"
+
+    def __init__(
+        self,
+        model: ModelConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        regularization: RegularizationConfig | None = None,
+    ) -> None:
+        super().__init__(model, optimizer)
+        self.regularization = regularization or RegularizationConfig()
+        self._mixer: MixupCutmix | None = None
+
+    def configure_metrics(self, num_classes: int) -> MetricCollection:
+        """Create top-1 accuracy over images (``acc1``) and averaged over classes (``acc_per_class``)."""
+        return MetricCollection(
+            {
+                "acc1": MulticlassAccuracy(num_classes, average="micro"),
+                "acc_per_class": MulticlassAccuracy(num_classes, average="macro"),
+            }
+        )
+
+    def on_fit_start(self) -> None:
+        """Prepare Mixup and CutMix, and compile."""
+        super().on_fit_start()
+        self._mixer = self.create_mixer(getattr(self.trainer.datamodule, "seed", 0), self.global_rank)  # type: ignore[attr-defined]
+
+    def create_mixer(self, seed: int, rank: int) -> MixupCutmix | None:
+        """Create what mixes training images; None without Mixup and CutMix."""
+        config = self.regularization
+        return MixupCutmix(config.mixup, config.cutmix, (seed, rank)) if config.mixes else None
+
+    def check_accumulation(self, images_per_step: int) -> None:
+        """Refuse Mixup and CutMix where an accumulation step has one image only.
+
+        Raises:
+            ConfigError: There is nothing to mix it with.
+        """
+        config = self.regularization
+        if images_per_step < 2 and config.mixes:
+            raise ConfigError(
+                f"regularization.mixup={config.mixup:g}, regularization.cutmix={config.cutmix:g}: images are mixed "
+                "within an accumulation step, and this one has a single image; set "
+                "accumulation.effective_batch_size to 2 or more, or both to 0."
+            )
+
+    def describe_recipe(self) -> list[str]:
+        """Say how images are mixed."""
+        config = self.regularization
+        return [f"mixup {config.mixup:g}, cutmix {config.cutmix:g}, with the previous image"] if config.mixes else []
+
+    def training_loss(self, pixels: Tensor, targets: Tensor) -> Tensor:
+        """Compute cross entropy with label smoothing, class weights and mixed images.
+
+        Args:
+            pixels: Normalized pixels, shape ``(B, in_chans, H, W)``.
+            targets: Class indices, int64, shape ``(B,)``.
+        """
+        if self._mixer is None:
+            return self._cross_entropy(self.compute_logits(pixels), targets).mean()
+        mixed = self._mixer(pixels, targets, step=self.micro_batch.step, offset=self.micro_batch.offset)
+        logits = self.compute_logits(mixed.pixels)
+        own, partners = self._cross_entropy(logits, targets), self._cross_entropy(logits, mixed.partners)
+        return torch.lerp(partners, own, mixed.weights).mean()
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(
+            logits.float(),
+            targets,
+            weight=self.class_weight,
+            label_smoothing=self.regularization.label_smoothing,
+            reduction="none",
+        )
+
+    def evaluation_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Compute plain cross entropy: no smoothing, no class weights."""
+        return F.cross_entropy(logits.float(), targets)

@@ -1,0 +1,85 @@
+"""What the model says of each image of an evaluation, so that two runs can be compared image by image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from gn_transfer.data.dataset import LabeledImage
+from gn_transfer.files import write_csv
+
+COLUMNS = ("path", "target", "predicted", "prob_target")
+"""Columns of the file; target and predicted are class names, ``prob_target`` is the probability of the target."""
+
+
+class ImagePredictions(Callback):
+    """Keep the predictions of the latest validation or test; a softmax per batch and two numbers per image.
+
+    Attributes:
+        predicted: Class index per image, in the order of the split; complete when the evaluation has ended.
+        prob_target: Probability of the true class, likewise.
+    """
+
+    def __init__(self) -> None:
+        self.predicted: list[int] = []
+        self.prob_target: list[float] = []
+        self._parts: list[Tensor] = []
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the evaluation before."""
+        self._parts = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: tuple[Tensor, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the batch; nothing waits for the device."""
+        probs = outputs.double().softmax(dim=1)
+        of_target = probs.gather(1, batch[1].unsqueeze(1)).squeeze(1)
+        self._parts.append(torch.stack([probs.argmax(dim=1).double(), of_target]))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring the images of all processes back into the order of the split."""
+        ranks = pl_module.all_gather(torch.cat(self._parts, dim=1))
+        assert isinstance(ranks, Tensor)
+        predicted, prob_target = in_order(ranks.reshape(-1, 2, ranks.shape[-1])).tolist()
+        self.predicted, self.prob_target = [int(index) for index in predicted], prob_target
+        self._parts = []
+
+    on_test_start = on_validation_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+
+    def write(self, path: Path, images: list[LabeledImage], classes: list[str]) -> None:
+        """Write the file.
+
+        Args:
+            path: Its folder exists.
+            images: The split in order; where only its beginning was evaluated, only that is written.
+            classes: Class names.
+        """
+        rows = zip(images, self.predicted, self.prob_target, strict=False)
+        write_csv(
+            path, COLUMNS, ([p.path, classes[p.target], classes[index], f"{prob:.5g}"] for p, index, prob in rows)
+        )
+
+
+def in_order(ranks: Tensor) -> Tensor:
+    """Undo the dealing of an unshuffled split to ranks in turn.
+
+    Args:
+        ranks: What each rank has, shape ``(world_size, K, N)``: rank r's n-th is image ``r + n * world_size``.
+
+    Returns:
+        Shape ``(K, world_size * N)``; at the end the images repeat that filled the ranks up.
+    """
+    return ranks.permute(1, 2, 0).flatten(1)

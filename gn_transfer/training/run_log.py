@@ -1,0 +1,42 @@
+"""What the program says during a run, on the terminal and in the run's ``run.log``."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich import get_console
+from rich.console import Console
+
+
+class RunLog:
+    """What the program says, on the terminal and in the run's ``run.log``.
+
+    Args:
+        console: The terminal; ``None`` takes rich's own, so that lines go above a progress bar, not through it.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or get_console()
+        self._buffer: TextIO = io.StringIO()
+        self._copy = Console(file=self._buffer, width=120, color_system=None)
+
+    def print(self, *renderables: Any) -> None:
+        """Print rich renderables or text; markup in square brackets is not interpreted."""
+        text = all(isinstance(renderable, str) for renderable in renderables)  # a command must not be broken over lines
+        for console in (self.console, self._copy):
+            console.print(*renderables, markup=False, highlight=False, soft_wrap=text)
+        self._buffer.flush()
+
+    def attach(self, path: Path) -> None:
+        """Go on in a file, beginning with what has been said so far; an existing file is continued."""
+        said = self._buffer.getvalue() if isinstance(self._buffer, io.StringIO) else ""
+        self._buffer = path.open("a", encoding="utf-8")
+        self._buffer.write(said)
+        self._buffer.flush()
+        self._copy = Console(file=self._buffer, width=120, color_system=None)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._buffer.close()

@@ -1,0 +1,87 @@
+"""What a training step costs in time and memory, measured on a copy of the model."""
+
+from __future__ import annotations
+
+import time
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from gn_transfer.layers import AccumulationEngine
+from gn_transfer.training.precision import autocast_dtype
+from gn_transfer.training.task import TransferTask
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a training step costs.
+
+    Attributes:
+        seconds: Forward and backward of a micro-batch.
+        activations_mib: What autograd keeps for the backward of a micro-batch.
+        state_mib: Weights, gradients and the optimizer's state.
+    """
+
+    seconds: float
+    activations_mib: float
+    state_mib: float
+
+
+def measure_step(
+    task: TransferTask, cache_weights: bool, batch_size: int, img_size: int, precision: str, device: torch.device
+) -> StepCost:
+    """Run a few micro-batches on a copy of the model; uses no random numbers.
+
+    The time is the fastest of up to three after one to warm up, in about two seconds at most. The memory is counted,
+    not measured: tensors saved for backward in the first, by storage, beside the parameters' own. Buffers that a
+    library takes for the time of an operation come on top.
+
+    Args:
+        task: The module, built.
+        cache_weights: See :class:`gn_transfer.training.accumulation.GradientAccumulation`.
+        batch_size: Images per forward pass.
+        img_size: Their side, in pixels.
+        precision: Lightning's name of the precision.
+        device: Where to measure.
+
+    Returns:
+        What a step costs.
+    """
+    assert task.model is not None
+    memory_format = task.memory_format(device.type, batch_size)
+    model = deepcopy(task.model).to(device).train().to(memory_format=memory_format)  # type: ignore[call-overload]
+    engine = AccumulationEngine(model) if cache_weights else None
+    if engine is not None:
+        engine.micro_batch(first=True, last=False)
+    parameters = list(model.parameters())
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    saved: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    dtype = autocast_dtype(precision)
+    pixels = torch.zeros(batch_size, task.mean.shape[1], img_size, img_size, device=device)
+    pixels += torch.linspace(-1, 1, img_size, device=device)
+    pixels = pixels.contiguous(memory_format=memory_format)
+    fastest, began = float("inf"), time.perf_counter()
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        with saved_tensors_hooks(count, lambda tensor: tensor):
+            model(pixels).float().square().mean().backward()
+        for _ in range(3):
+            start = time.perf_counter()
+            model(pixels).float().square().mean().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            fastest = min(fastest, time.perf_counter() - start)
+            if time.perf_counter() - began > 2.0:
+                break
+    moments = {"sgd": 1 if task.optimizer_config.momentum else 0, "adam": 2, "adamw": 2}[task.optimizer_config.name]
+    state = sum(parameter.nbytes for parameter in parameters) * (2 + moments)
+    return StepCost(fastest, sum(saved.values()) / 2**20, state / 2**20)

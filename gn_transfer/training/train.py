@@ -1,0 +1,261 @@
+"""Train and evaluate, from a script or from the command line: the steps of a run in the order in which they happen.
+
+A script needs no command line::
+
+    task = TransferClassifier(ModelConfig("resnetv2_18", "gn_ws", pretrained="auto"), OptimizerConfig(lr=0.01))
+    data = Folder("photos", img_size=64)
+    trainer = create_trainer(max_epochs=5, callbacks=[GradientAccumulation(effective_batch_size=8)])
+    prepare(task, data)
+    train(task, data, trainer, claim_run(Path("."), "photos", task.norm, data.batch_size, data.seed))
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+
+from gn_transfer.data import ImageDataModule
+from gn_transfer.data.splits import split_digest
+from gn_transfer.files import read_json, write_json
+from gn_transfer.training.accumulation import GradientAccumulation
+from gn_transfer.training.batch_norm import BatchNormStatistics
+from gn_transfer.training.checkpoint import check_classes
+from gn_transfer.training.checkpoint_callbacks import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from gn_transfer.training.ema import AS_TRAINED, ExponentialMovingAverage
+from gn_transfer.training.environment import environment
+from gn_transfer.training.precision import MixedPrecisionConfig, device_type, resolve_precision
+from gn_transfer.training.predictions import ImagePredictions
+from gn_transfer.training.progress import EpochLines, ProgressBar, Throughput
+from gn_transfer.training.record import RunRecord
+from gn_transfer.training.run_folder import RunFolder, run_of_checkpoint
+from gn_transfer.training.run_log import RunLog
+from gn_transfer.training.task import TransferTask
+from gn_transfer.training.tensorboard import RunLogger, TrainingImages, ValidationFigures, flat_hparams
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": 10,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,  # the plan has checked shapes and files already
+    "enable_model_summary": False,  # the plan says it in a line
+    "use_distributed_sampler": False,  # the data's own sampler knows ranks and resumes inside an epoch
+}
+
+Found = TypeVar("Found", bound=Callback)
+
+
+def create_trainer(
+    *,
+    mode: MixedPrecisionConfig | None = None,
+    callbacks: Sequence[Callback] = (),
+    log: RunLog | None = None,
+    interactive: bool = False,
+    figures: bool = True,
+    evaluates: bool = False,
+    **arguments: Any,
+) -> Trainer:
+    """Build a Trainer with the callbacks that every run needs.
+
+    Args:
+        mode: Precision of training; None means auto.
+        callbacks: Further callbacks. One of a kind that every run needs replaces the default; those whose ``enabled``
+            is False are left out.
+        log: Where the lines of the epochs go; None prints them.
+        interactive: Show a progress bar.
+        figures: Log images and figures to TensorBoard.
+        evaluates: For validate and test: nothing is saved.
+        **arguments: Lightning's arguments of the Trainer, on top of :data:`TRAINER_DEFAULTS`.
+
+    Returns:
+        The Trainer; :func:`train` gives it its loggers.
+    """
+    log = log or RunLog()
+    needed: list[Callback] = [GradientAccumulation(), BatchNormStatistics(), Throughput(), ImagePredictions()]
+    needed += [] if evaluates else [EpochLines(log.print), BestCheckpoint(), LastCheckpoint()]
+    needed += [ProgressBar(leave=False)] if interactive and not evaluates else []
+    needed += [ValidationFigures(), *([] if evaluates else [TrainingImages()])] if figures else []
+    given = [callback for callback in callbacks if getattr(callback, "enabled", True)]
+    kinds = tuple(type(callback) for callback in given)
+    precision = resolve_precision((mode or MixedPrecisionConfig()).mode, device_type(str(arguments.get("accelerator"))))
+    plugins = arguments.pop("plugins", None) or []
+    return Trainer(
+        **{
+            **TRAINER_DEFAULTS,
+            "precision": precision,
+            "logger": False,
+            "enable_progress_bar": interactive,
+            **arguments,
+            "callbacks": [*given, *(callback for callback in needed if not isinstance(callback, kinds or ()))],
+            "plugins": [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()],
+        }
+    )
+
+
+def prepare(task: TransferTask, data: ImageDataModule, *, stored: Mapping[str, Any] | None = None) -> None:
+    """Set up the data and build the model: everything that can fail before a run has a folder.
+
+    Args:
+        task: The module.
+        data: The data.
+        stored: What a checkpoint holds under ``gn_transfer``, to continue its run.
+
+    Raises:
+        ConfigError: Data, weights and batch do not fit together.
+    """
+    data.channels = task.model_config.resolved_in_chans
+    data.prepare_data()
+    data.setup("fit")
+    if stored is not None:
+        task.restore(dict(stored))
+        check_classes(stored["classes"], data.classes)
+    task.build_for(data)
+    task.check_batch(batch_size=data.batch_size, img_size=data.img_size)
+
+
+def train(
+    task: TransferTask,
+    data: ImageDataModule,
+    trainer: Trainer,
+    run: RunFolder,
+    *,
+    config: Mapping[str, Any] | None = None,
+    log: RunLog | None = None,
+    loggers: Sequence[Logger] | None = (),
+    facts: Mapping[str, Any] | None = None,
+    ckpt_path: str | Path | None = None,
+) -> None:
+    """Train a prepared task, with everything that the run leaves in its folders.
+
+    Args:
+        task: The module; see :func:`prepare`.
+        data: The data, set up.
+        trainer: See :func:`create_trainer`.
+        run: Folder of the run; see :func:`gn_transfer.training.run_folder.claim_run`.
+        config: The configuration that the run and its checkpoints store; None derives it from the objects.
+        log: Goes on in the run's ``run.log``; None starts one.
+        loggers: Loggers beside TensorBoard; None disables all logging.
+        facts: Further entries of ``metrics.json``.
+        ckpt_path: Checkpoint to continue.
+    """
+    assert task.report is not None
+    config = config or config_of(task, data, trainer)
+    config_name = run.name.partition("/")[0]
+    task.run_config = {"config": dict(config), "config_name": config_name}
+    find(trainer, BestCheckpoint).dirpath = str(run.checkpoints)
+    find(trainer, LastCheckpoint).directory = run.checkpoints
+    hparams = {**flat_hparams(config), "num_groups": task.model_config.resolved_num_groups}
+    record = RunRecord(
+        run.logs / "metrics.json",
+        {**hparams, **describe_run(task, data, trainer), "config": config_name, "run": run.name, **(facts or {})},
+        find(trainer, ImagePredictions),
+    )
+    trainer.callbacks.append(record)  # type: ignore[attr-defined]
+    own_log = RunLog() if log is None else None
+    if trainer.is_global_zero:
+        run.logs.mkdir(parents=True, exist_ok=True)
+        (run.logs / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+        write_json(run.logs / "split.json", data.split())
+        write_json(run.logs / "transfer_report.json", task.report.as_dict())
+        (log or own_log).attach(run.logs / "run.log")  # type: ignore[union-attr]
+    if loggers is not None:
+        tensorboard = RunLogger(run, hparams)
+        for logger in loggers:
+            logger.log_hyperparams(hparams)
+        trainer.loggers = [tensorboard, *loggers]
+        if trainer.is_global_zero:
+            tensorboard.announce()
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=ckpt_path)
+    finally:
+        if own_log is not None:
+            own_log.close()
+
+
+def evaluate(
+    task: TransferTask, data: ImageDataModule, trainer: Trainer, checkpoint: Path, stage: str
+) -> dict[str, float]:
+    """Evaluate a checkpoint; a test is recorded in the metrics.json of its run.
+
+    Args:
+        task: The module, restored from the checkpoint.
+        data: The data, set up for the stage.
+        trainer: See :func:`create_trainer`.
+        checkpoint: Path of the checkpoint.
+        stage: ``validate`` or ``test``.
+
+    Returns:
+        The metrics.
+    """
+    run_stage = getattr(trainer, stage)
+    [metrics] = run_stage(task, datamodule=data, ckpt_path=str(checkpoint), verbose=False)
+    run = run_of_checkpoint(checkpoint)
+    record = None if run is None else run.logs / "metrics.json"
+    if stage == "test" and record is not None and record.is_file():
+        images = data.test_dataset.images
+        digest = split_digest(data.test_dataset.paths)
+        find(trainer, ImagePredictions).write(record.with_name("predictions_test.csv"), images, data.classes)
+        write_json(record, {**read_json(record), **metrics, "test/checkpoint": checkpoint.name, "test_split": digest})
+    found: dict[str, float] = metrics
+    return found
+
+
+def find(trainer: Trainer, kind: type[Found]) -> Found:
+    """Find the callback of a kind; every run has it."""
+    found: Found = next(callback for callback in trainer.callbacks if isinstance(callback, kind))  # type: ignore[attr-defined]
+    return found
+
+
+def describe_run(task: TransferTask, data: ImageDataModule, trainer: Trainer) -> dict[str, Any]:
+    """Collect what is known about a run before its first step, for ``metrics.json``."""
+    assert task.report is not None
+    averages = [callback for callback in trainer.callbacks if isinstance(callback, ExponentialMovingAverage)]  # type: ignore[attr-defined]
+    return {
+        **environment(),
+        "data": type(data).__name__,
+        "data_root": str(Path(data.root).resolve()),
+        **{f"{name}_split": split_digest(paths) for name, paths in data.split().items()},
+        "architecture": task.report.architecture,
+        "weights": task.report.source,
+        "weights_pretrained_on": task.report.pretrained_on,
+        "evaluated_weights": averages[0].describe() if averages else AS_TRAINED,
+    }
+
+
+def config_of(task: Any, data: ImageDataModule, trainer: Trainer) -> dict[str, Any]:
+    """Derive the configuration of a run from its objects, with the keys of the command line."""
+    accumulation, batch_norm = find(trainer, GradientAccumulation), find(trainer, BatchNormStatistics)
+    parameters = [
+        name
+        for kind in type(data).__mro__
+        if issubclass(kind, ImageDataModule)
+        for name, parameter in inspect.signature(kind).parameters.items()
+        if name != "seed" and parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    given = {name: getattr(data, name, None) for name in dict.fromkeys(parameters)}
+    return {
+        "seed_everything": data.seed,
+        "data": {
+            "class_path": f"gn_transfer.data.{type(data).__name__}",
+            "init_args": {name: str(value) if isinstance(value, Path) else value for name, value in given.items()},
+        },
+        "model": asdict(task.model_config),
+        "optimizer": asdict(task.optimizer_config),
+        "regularization": asdict(task.regularization),
+        "accumulation": {
+            "effective_batch_size": accumulation.effective_batch_size,
+            "cache_weights": accumulation.cache_weights,
+        },
+        "batch_norm": {
+            "momentum": batch_norm.momentum,
+            "reestimate_images": batch_norm.reestimate_images,
+            "evaluation": batch_norm.evaluation,
+        },
+        "mixed_precision": {"mode": {"bf16-mixed": "bf16", "16-mixed": "fp16"}.get(str(trainer.precision), "fp32")},
+        "trainer": {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps},
+    }

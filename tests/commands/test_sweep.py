@@ -1,0 +1,269 @@
+"""The command sweep through the real command line, on small images."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+
+from gn_transfer.__main__ import main
+from gn_transfer.commands import sweep
+from gn_transfer.study.definition import read_study
+from gn_transfer.study.planning import Outcome, plan_trials
+from gn_transfer.study.runner import StudyRunner
+from gn_transfer.study.trials import Trial
+from gn_transfer.study.worker import StudyContext, run_trial, run_trials
+
+SMALL = """
+base: pets_gnws.yaml
+samples: 24
+set: {{data.root: {root}, data.img_size: 32, model.backbone: resnetv2_18, model.pretrained: null, optimizer.lr: 0.01,
+  mixed_precision.mode: fp32, accumulation.effective_batch_size: 4, data.batch_size: 4}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def reported(monkeypatch) -> list[list[str]]:
+    """The runs that the report was asked for."""
+    asked: list[list[str]] = []
+    write = sweep.write_report
+
+    def write_report(runs, output, baseline, title, notes):
+        asked.append([run.name for run in runs])
+        return write(runs, output, baseline, title, notes)
+
+    monkeypatch.setattr(sweep, "write_report", write_report)
+    return asked
+
+
+def study_file(root: Path, rest: str) -> Path:
+    path = Path("sweep_small.yaml")
+    path.write_text(SMALL.format(root=root) + rest)
+    return path
+
+
+def metrics(trial: str) -> dict:
+    return json.loads(Path("runs/sweep_small", trial, "metrics.json").read_text())
+
+
+def test_a_study_from_choice_to_test(pets_root, reported, capsys):
+    rest = """
+grid: {model.norm: [gn_ws]}
+select: {values: [0.001, 0.01, 0.1], seeds: 1, extend: 0}
+test: last
+"""
+    path = study_file(pets_root, rest)
+    path.write_text(path.read_text().replace("optimizer.lr: 0.01,", ""))
+    assert main(["sweep", "--config", str(path), "--workers", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "chosen" in printed
+    assert "5/5" in printed
+    assert "gn_ws" in printed.partition("5/5")[2]
+    assert "</html>" in Path("runs/sweep_small/report/index.html").read_text()
+    [finals] = reported
+    assert [name.split("-lr")[0] for name in finals] == ["gn_ws"]
+    for name in finals:
+        found = metrics(name)
+        assert (found["status"], found["samples_seen"], found["stage"]) == ("finished", 24, "final")
+        assert found["test/checkpoint"] == "last.ckpt"
+        assert found["weight_norm"] > 0
+    chosen = [json.loads(path.read_text()) for path in Path("runs/sweep_small").glob("select-*/metrics.json")]
+    assert len(chosen) == 3
+    assert not any("test/acc1" in one for one in chosen)
+    assert not list(Path("checkpoints").rglob("*.ckpt"))
+
+    stamps = {path: path.stat().st_mtime for path in Path("runs").rglob("metrics.json")}
+    assert main(["sweep", "--config", str(path)]) == 0  # nothing is left to do but the report
+    assert {path: path.stat().st_mtime for path in Path("runs").rglob("metrics.json")} == stamps
+
+
+def test_failed_trials_are_told_and_the_rest_goes_on(pets_root, reported, capsys):
+    rest = "cases: {bn at 1: {model.norm: bn, data.batch_size: 1}, gn: {model.norm: gn_ws}}\nbaseline: {norm: bn}"
+    path = study_file(pets_root, rest)
+    assert main(["sweep", "--config", str(path)]) == 3
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "failed bn_at_1-seed0: data.img_size=32 with data.batch_size=1 cannot be trained" in printed
+    assert reported[0] == ["gn-seed0"]
+    assert "note: No contrasts: --baseline norm=bn" in printed
+    assert Path("runs/sweep_small/report/index.html").is_file()
+
+
+def test_failed_trials_are_run_again_wherever_in_the_study_they_stand(pets_root, monkeypatch, capsys):
+    """Without workers: each trial ends as it is told to."""
+    failing = {"gn_ws-lr0.02-seed1", "test-gn_ws-lr0.02-seed0"}
+    ran: list[str] = []
+
+    def work(runner, open_trials):
+        store, stop = runner.store, threading.Event()
+
+        def run(trial: Trial) -> Outcome:
+            ran.append(trial.name)
+            if sum(not outcome.ended for outcome in store.outcomes().values()) == 1:
+                stop.set()
+            fails = trial.name in failing
+            return Outcome("failed" if fails else "complete", float("lr0.02" in trial.name), 1.0, 0.0, "no room")
+
+        run_trials(store, runner.context.study, run, stop)
+
+    monkeypatch.setattr(StudyRunner, "_keep_workers", work)
+    rest = "grid: {model.norm: [gn_ws]}\nselect: {values: [0.01, 0.02, 0.04], seeds: 1}\nseeds: 2\ntest: last"
+    path = study_file(pets_root, rest)
+    path.write_text(path.read_text().replace("optimizer.lr: 0.01,", ""))
+    assert main(["sweep", "--config", str(path)]) == 3
+    assert "failed     gn_ws-lr0.02-seed1: no room" in capsys.readouterr().out
+    ran.clear()
+    failing.clear()
+    assert main(["sweep", "--config", str(path), "--retry_failed"]) == 0
+    assert sorted(ran) == ["gn_ws-lr0.02-seed1", "test-gn_ws-lr0.02-seed0", "test-gn_ws-lr0.02-seed1"]
+
+
+def test_dry_run_prints_trials_and_time_and_leaves_nothing(pets_root, capsys):
+    path = study_file(pets_root, "grid: {model.norm: [gn, gn_ws]}\nseeds: 2")
+    assert main(["sweep", "--config", str(path), "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "gn_ws" in printed
+    assert "4 trials (4 final); about" in printed
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("rest", "words", "message"),
+    [
+        ("grid: {model.nrom: [bn]}", [], "model.nrom is not a key; did you mean 'model.norm'"),
+        (
+            "grid: {model.norm: [bn]}",
+            ["--optimizer.lrr", "1"],
+            "optimizer.lrr is not a key; did you mean 'optimizer.lr'",
+        ),
+        ("grid: {model.norm: [bn, gnws]}", [], "trial gnws-seed0: model.norm=gnws is not allowed"),
+        ("grid: {model.norm: []}", [], "is empty"),
+        ("grid: {seed_everything: [1]}", [], "use seeds of the study"),
+        ("grid: {model.norm: [gn], batch_norm.evaluation: [batch]}", [], "takes no statistics from a batch"),
+        ("grid: {model.norm: [bn]}", ["--storage", "postgresql://nobody@127.0.0.1:1/none"], "cannot be used"),
+        ("grid: {model.norm: [bn]}", ["--workers", "0"], "--workers 0: use 1 to"),
+        ("grid: {model.norm: [bn]}", ["stray"], "belongs to no option"),
+        ("grid: {model.norm: [bn]}", ["--seeds", "[0, 1"], "--seeds [0, 1 is not a value that YAML can read"),
+        ("grid: {model.norm: [bn, gn]}\nbaseline: {nrom: bn}", [], "baseline nrom is not a key; did you mean 'norm'"),
+        (
+            "grid: {model.norm: [gn]}",
+            ["--model.pretrained", "auto"],
+            "model.pretrained=auto: no weights are known",
+        ),
+    ],
+)
+def test_bad_input_is_one_message(pets_root, capsys, rest, words, message):
+    assert main(["sweep", "--config", str(study_file(pets_root, rest)), *words]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+    assert not list(Path().glob("runs/*/*/"))
+
+
+def test_runs_that_the_database_does_not_know_are_left_alone(pets_root, capsys):
+    folder = Path("runs/sweep_small/bn-seed0")
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text("{}")
+    assert main(["sweep", "--config", str(study_file(pets_root, "grid: {model.norm: [bn]}"))]) == 2
+    assert "knows nothing of it" in capsys.readouterr().err
+
+
+def context_and_trial(root: Path, rest: str) -> tuple[StudyContext, Trial]:
+    study = read_study(study_file(root, rest))
+    return StudyContext(study, Path(), sweep.train_trial, sweep.test_trial), plan_trials(study, {}).trials[0]
+
+
+def test_a_begun_trial_goes_on_from_its_checkpoint(pets_root, monkeypatch):
+    context, trial = context_and_trial(
+        pets_root, "grid: {model.norm: [gn_ws], checkpoint.every_minutes: [0]}\nkeep: last"
+    )
+
+    def stop(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("gn_transfer.training.record.RunRecord.on_validation_end", stop)
+        assert run_trial(context, trial) == Outcome(
+            "failed", seconds=pytest.approx(0, abs=60), reason="RuntimeError: killed"
+        )
+    checkpoint = Path("checkpoints/sweep_small", trial.name, "last.ckpt")
+    began = checkpoint.stat().st_mtime
+    outcome = run_trial(context, trial)
+    assert outcome.state == "complete"
+    assert "continuing" in Path("runs/sweep_small", trial.name, "run.log").read_text()
+    assert metrics(trial.name)["samples_seen"] == 24
+    assert checkpoint.stat().st_mtime > began
+
+
+def test_a_trial_with_a_corrupt_checkpoint_starts_again(pets_root):
+    context, trial = context_and_trial(pets_root, "grid: {model.norm: [gn_ws]}")
+    checkpoint = Path("checkpoints/sweep_small", trial.name, "last.ckpt")
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"half of a checkpo")
+    assert run_trial(context, trial).state == "complete"
+
+
+def test_memory_is_stable_from_trial_to_trial(pets_root):
+    context, _ = context_and_trial(pets_root, "grid: {model.norm: [gn_ws]}\nseeds: 4")
+
+    def resident_mib() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    sizes = []
+    for trial in plan_trials(context.study, {}).trials:
+        assert run_trial(context, trial).state == "complete"
+        sizes.append(resident_mib())
+    assert sizes[-1] - sizes[1] < 20  # weights, gradients and momentum take 130
+
+
+def test_asked_to_end_it_says_how_to_go_on(pets_root):
+    path = study_file(pets_root, "seeds: 40\ngrid: {model.norm: [bn]}")
+    words = [sys.executable, "-u", "-m", "gn_transfer", "sweep", "--config", str(path)]
+    command = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert command.stdout.readline().startswith("1/40")
+    command.terminate()
+    said, _ = command.communicate(timeout=120)
+    assert command.returncode == 130
+    assert "the same command continues the study" in said
+
+
+@pytest.mark.slow
+def test_ten_kills_of_a_study_of_24_trials(url):
+    path = Path("sweep_killed.yaml")
+    path.write_text("""
+base: digits.yaml
+samples: 512
+grid: {model.norm: [none, bn, gn], data.batch_size: [4, 8]}
+seeds: 4
+""")
+    words = [sys.executable, "-m", "gn_transfer", "sweep", "--config", str(path), "--workers", "2", "--storage", url]
+    generator = random.Random(7)
+    for _ in range(10):
+        with Path("out.log").open("a") as log:
+            command = subprocess.Popen(words, stdout=log, stderr=log)
+        time.sleep(generator.uniform(4.0, 20.0))
+        command.send_signal(signal.SIGKILL)
+        command.wait()
+        time.sleep(0.3)
+    assert subprocess.run(words, capture_output=True).returncode == 0
+    storage = optuna.storages.RDBStorage(url.replace("postgresql:", "postgresql+psycopg:"))
+    trials = optuna.load_study(storage=storage, study_name="sweep_killed").trials
+    storage.engine.dispose()
+    assert Counter(trial.state.name for trial in trials) == {"COMPLETE": 24}
+    assert len({trial.user_attrs["trial"] for trial in trials}) == 24
+    records = [json.loads(path.read_text()) for path in Path("runs/sweep_killed").glob("*/metrics.json")]
+    assert [(record["status"], record["samples_seen"]) for record in records] == [("finished", 512)] * 24

@@ -1,0 +1,177 @@
+"""Reading, verifying and running bundles; the graph is a tiny one, written by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gn_transfer import load_bundle
+from gn_transfer.config import ConfigError
+from gn_transfer.data.decode import BadImageError
+from gn_transfer.inference.bundle import FORMAT_VERSION, GRAPH, METADATA, read_metadata, sha256
+
+CLASSES = ["red", "green", "blue"]
+
+
+def flat(colour: tuple[int, int, int], size: tuple[int, int] = (20, 30)) -> np.ndarray:
+    return np.full((*size, 3), colour, np.uint8)
+
+
+def test_paths_arrays_and_pillow_images_give_the_same(bundle_dir, tmp_path):
+    pixels = flat((10, 60, 20))
+    Image.fromarray(pixels).save(tmp_path / "green.png")
+    bundle = load_bundle(bundle_dir)
+    found = bundle.predict([tmp_path / "green.png", pixels, Image.fromarray(pixels)], top_k=2)
+    assert [prediction.path for prediction in found] == [str(tmp_path / "green.png"), None, None]
+    for prediction in found:
+        assert (prediction.label, [name for name, _ in prediction.top]) == ("green", ["green", "blue"])
+        assert prediction.logits == pytest.approx([1.0, 6.0, 2.0])
+        assert prediction.prob == pytest.approx(np.exp(6) / np.exp([1, 6, 2]).sum())
+
+
+def test_results_keep_their_order_whatever_the_batch(bundle_dir):
+    bundle = load_bundle(bundle_dir)
+    images = [flat((200, 0, 0)), flat((0, 200, 0)), flat((0, 0, 200))] * 5
+    for batch_size in (1, 4, 100):
+        assert [p.label for p in bundle.predict(images, batch_size=batch_size)] == CLASSES * 5
+
+
+def test_images_are_taken_as_they_are_needed(bundle_dir):
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield flat((1, 2, 3))
+
+    results = load_bundle(bundle_dir).iter_predict(endless(), batch_size=4)
+    next(results)
+    assert len(taken) == 8
+    results.close()
+
+
+def test_a_bad_image_raises_or_is_handed_out(bundle_dir, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xffcut")
+    bundle = load_bundle(bundle_dir)
+    images = [flat((9, 0, 0)), tmp_path / "bad.jpg", tmp_path / "gone.jpg", flat((0, 9, 0))]
+    with pytest.raises(BadImageError, match=r"bad\.jpg: corrupt JPEG"):
+        bundle.predict(images)
+    found = list(bundle.iter_predict(images, batch_size=3))
+    assert [type(result).__name__ for result in found] == ["Prediction", "BadImageError", "BadImageError", "Prediction"]
+    assert "no such file" in str(found[2])
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), "u1")]
+)
+def test_arrays_that_are_no_images(bundle_dir, array):
+    with pytest.raises(ConfigError, match="give uint8 RGB"):
+        load_bundle(bundle_dir).predict([array])
+
+
+@pytest.mark.parametrize("one", ["cat.jpg", Path("cat.jpg"), Image.new("RGB", (4, 4))])
+def test_one_image_is_given_as_a_list(bundle_dir, one):
+    with pytest.raises(ConfigError, match="give a list"):
+        load_bundle(bundle_dir).predict(one)
+
+
+@pytest.mark.parametrize("key", ["top_k", "batch_size"])
+def test_numbers_out_of_range(bundle_dir, key):
+    with pytest.raises(ConfigError, match=f"{key}=0 is out of range"):
+        load_bundle(bundle_dir).predict([flat((1, 1, 1))], **{key: 0})
+
+
+@pytest.mark.parametrize("name", [GRAPH, "README.md"])
+def test_a_changed_byte(bundle_dir, name):
+    data = bytearray((bundle_dir / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle_dir / name).write_bytes(data)
+    with pytest.raises(ConfigError, match=rf"{name} is not the file that was exported .* copy the bundle again"):
+        load_bundle(bundle_dir)
+
+
+def test_a_changed_class_name(bundle_dir):
+    path = bundle_dir / METADATA
+    path.write_text(path.read_text().replace("green", "greed"))
+    with pytest.raises(ConfigError, match=r"bundle.json was changed after the export"):
+        load_bundle(bundle_dir)
+
+
+@pytest.mark.parametrize("name", [GRAPH, "README.md"])
+def test_a_missing_file(bundle_dir, name):
+    (bundle_dir / name).unlink()
+    with pytest.raises(ConfigError, match=f"{name} is missing"):
+        load_bundle(bundle_dir)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/file", "..\\secret", "..", "C:x", ""])
+def test_a_path_that_climbs_out(bundle_dir, seal, name):
+    (bundle_dir.parent / "secret").write_text("secret")
+    seal(bundle_dir, files={GRAPH: sha256(bundle_dir / GRAPH), name: sha256(bundle_dir.parent / "secret")})
+    with pytest.raises(ConfigError, match="not a plain name inside the bundle; refused"):
+        load_bundle(bundle_dir)
+
+
+def test_a_link_that_climbs_out(bundle_dir):
+    shutil.move(bundle_dir / GRAPH, bundle_dir.parent / GRAPH)
+    (bundle_dir / GRAPH).symlink_to(bundle_dir.parent / GRAPH)
+    with pytest.raises(ConfigError, match="leads out of the bundle; refused"):
+        load_bundle(bundle_dir)
+
+
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, "2", None])
+def test_a_newer_version(bundle_dir, seal, version):
+    seal(bundle_dir, format_version=version)
+    with pytest.raises(ConfigError, match=rf"newer gn-transfer \(bundle format {version}, .* update gn-transfer"):
+        load_bundle(bundle_dir)
+
+
+def test_another_crop(bundle_dir, seal):
+    seal(bundle_dir, crop_fraction=1.0)
+    with pytest.raises(ConfigError, match=r"wants a crop of 1.0"):
+        load_bundle(bundle_dir)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is corrupt"),
+        ("[]", "does not describe"),
+        ('{"format": "x"}', "does not describe"),
+        ("\xff", "is corrupt"),
+    ],
+)
+def test_metadata_that_is_none(bundle_dir, text, message):
+    (bundle_dir / METADATA).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=message):
+        read_metadata(bundle_dir)
+
+
+def test_metadata_that_lacks_something(bundle_dir, seal):
+    metadata = json.loads((bundle_dir / METADATA).read_text())
+    del metadata["classes"], metadata["norm"]
+    (bundle_dir / METADATA).write_text(json.dumps(metadata))
+    with pytest.raises(ConfigError, match="lacks classes, norm"):
+        load_bundle(bundle_dir)
+    seal(bundle_dir, files={})
+    with pytest.raises(ConfigError, match=r"names no model.onnx"):
+        load_bundle(bundle_dir)
+
+
+def test_a_folder_that_is_no_bundle(tmp_path):
+    with pytest.raises(ConfigError, match="not a bundle"):
+        load_bundle(tmp_path)
+    with pytest.raises(ConfigError, match="no such folder"):
+        load_bundle(tmp_path / "gone")
+
+
+def test_a_graph_that_cannot_be_run(bundle_dir, seal):
+    (bundle_dir / GRAPH).write_bytes(b"no graph")
+    seal(bundle_dir)
+    with pytest.raises(ConfigError, match="cannot run it"):
+        load_bundle(bundle_dir)

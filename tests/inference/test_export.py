@@ -1,0 +1,300 @@
+"""``gn-transfer export`` on tiny runs of the real command line, and the nets behind the graph."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from gn_transfer import load_bundle
+from gn_transfer.__main__ import main
+from gn_transfer.backbones.create import rebuild
+from gn_transfer.config import ConfigError
+from gn_transfer.inference import export
+from gn_transfer.inference.bundle import open_graph
+from gn_transfer.inference.export import check_output, find_checkpoint, validation_data
+from gn_transfer.inference.graph import InferenceModel, plain, write_onnx
+from gn_transfer.inference.model_card import timm_lines
+from gn_transfer.inference.parity import measure_parity
+from gn_transfer.training.checkpoint import rebuild_task
+
+BACKBONE, SIZE = "resnetv2_18", 64
+
+
+CHECKPOINT = Path("checkpoints/folder/gn_ws-bs4-seed0/best.ckpt")
+
+
+@pytest.fixture(scope="module")
+def run_root(tmp_path_factory) -> Path:
+    """What a run of one optimizer step over 30 images of noise leaves."""
+    root = tmp_path_factory.mktemp("run")
+    draw = np.random.default_rng(0)
+    for number in range(30):
+        folder = root / "images" / f"class {number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    words = f"--model.backbone {BACKBONE} --model.norm gn_ws --model.pretrained null --data.img_size {SIZE}"
+    words += " --data.batch_size 4 --accumulation.effective_batch_size 4 --mixed_precision.mode fp32"
+    words += " --trainer.max_epochs 1 --trainer.limit_train_batches 1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        assert main(["fit", "--config", "folder.yaml", "--data.root", "images", *words.split()]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def bundle(run_root: Path) -> Path:
+    """The bundle of that run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(run_root)
+        assert main(["export", str(CHECKPOINT), "--output", "bundle"]) == 0
+    return run_root / "bundle"
+
+
+@pytest.fixture
+def in_root(run_root: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(run_root)
+    return run_root
+
+
+def test_a_bundle_holds_what_was_promised(bundle):
+    names = ["README.md", "bundle.json", "model.onnx", "model.safetensors"]
+    assert sorted(path.name for path in bundle.iterdir()) == names
+    assert not list(bundle.parent.glob(".bundle*"))
+    metadata = json.loads((bundle / "bundle.json").read_text())
+    assert sorted(metadata["files"]) == [name for name in names if name != "bundle.json"]
+    expected = {"norm": "gn_ws", "backbone": BACKBONE, "img_size": SIZE, "weights": "as trained", "format_version": 1}
+    assert expected.items() <= metadata.items()
+    assert metadata["parity"]["images"] == sum(metadata["validation"]["images"].values()) == 6
+    assert metadata["validation"]["same_images_as_the_run"] is True
+    assert metadata["parity"]["max_difference"] < 1e-4
+    assert metadata["parity"]["same_class"] >= metadata["parity"]["decided_same_class"] == metadata["parity"]["decided"]
+    assert metadata["metrics"]["val/acc1"] == pytest.approx(metadata["parity"]["accuracy_bundle"])
+    assert metadata["provenance"]["transfer_report"]["source"] == "from scratch"
+    assert "root" not in metadata["provenance"]["config"]["data"]["init_args"]
+    assert {"torch", "timm", "onnx", "onnxruntime"} <= metadata["versions"].keys()
+    assert str(bundle.parent) not in (bundle / "bundle.json").read_text()
+
+
+def test_the_graph_has_plain_convolutions_and_no_trace_of_this_machine(bundle):
+    graph = onnx.load(bundle / "model.onnx")
+    onnx.checker.check_model(graph, full_check=True)
+    kinds = Counter(node.op_type for node in graph.graph.node)
+    assert kinds["LayerNormalization"] == kinds["Relu"] == 17
+    assert not {"BatchNormalization", "InstanceNormalization", "Sqrt"} & kinds.keys()
+    [images] = graph.graph.input
+    shape = images.type.tensor_type.shape.dim
+    assert (shape[0].dim_param, [d.dim_value for d in shape[1:]]) == ("batch", [SIZE, SIZE, 3])
+    assert [output.name for output in graph.graph.output] == ["logits", "probs"]
+    assert b"site-packages" not in (bundle / "model.onnx").read_bytes()
+
+
+def test_it_computes_what_the_model_in_timm_computes(bundle):
+    loaded = load_bundle(bundle)
+    images = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
+    logits, probs = loaded.logits_and_probs(images)
+    assert probs == pytest.approx(torch.softmax(torch.tensor(logits), 1).numpy(), abs=1e-6)
+
+    card = (bundle / "README.md").read_text()
+    code = card.split("## Train on")[1].split("```python\n")[1].split("```")[0]
+    assert 'load_file("model.safetensors")' in code
+    scope: dict[str, object] = {}
+    exec(code.replace('"model.safetensors"', repr(str(bundle / "model.safetensors"))), scope)
+    net = scope["model"]
+    assert isinstance(net, nn.Module)
+    mean, std = loaded.metadata["mean"], loaded.metadata["std"]
+    pixels = (torch.tensor(images) / 255 - torch.tensor(mean)) / torch.tensor(std)
+    with torch.no_grad():
+        theirs = net.eval()(pixels.permute(0, 3, 1, 2).contiguous())
+    assert theirs.numpy() == pytest.approx(logits, abs=1e-4)
+
+
+def test_the_ten_lines_of_the_card(bundle, monkeypatch, capsys):
+    images = np.random.default_rng(1).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
+    monkeypatch.chdir(bundle)
+    np.save(bundle.parent / "images.npy", images)
+    code = (bundle / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(
+        code.replace("images.npy", "../images.npy").replace('json.load(open("bundle.json"))', "__meta"),
+        {"__meta": json.loads((bundle / "bundle.json").read_text())},
+    )
+    expected = [prediction.label for prediction in load_bundle(bundle).predict(list(images))]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [name.split()[0] for name in expected]
+
+
+def test_bn_is_folded_where_it_is_exact(tmp_path):
+    torch.manual_seed(0)
+    net = rebuild(BACKBONE, norm="bn", num_classes=3, head="head.fc", num_groups=32, group_size=None).eval()
+    for name, value in net.state_dict().items():
+        if value.is_floating_point():
+            nn.init.uniform_(value, 0.5 if name.endswith("var") else -0.2, 1.0 if name.endswith("var") else 0.2)
+    inference = InferenceModel(net, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    write_onnx(inference, SIZE, tmp_path / "bn.onnx")
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "bn.onnx").graph.node)
+    assert (kinds["Relu"], kinds["BatchNormalization"]) == (17, 9)  # eight follow a convolution and are in it now
+    images = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
+    logits, _ = open_graph(tmp_path / "bn.onnx", 1).run(None, {"images": images})
+    with torch.no_grad():
+        expected = inference(torch.tensor(images))[0].numpy()
+    assert np.abs(logits - expected).max() < 1e-4 * max(1.0, np.abs(expected).max())
+
+
+def test_exporting_again_replaces_the_bundle_alone(in_root, bundle, capsys):
+    copy = in_root / "again"
+    shutil.copytree(bundle, copy)
+    check_output(copy)
+    (copy / "notes.txt").write_text("mine")
+    assert main(["export", str(CHECKPOINT), "--output", "again"]) == 2
+    assert "holds something that is no bundle (notes.txt)" in capsys.readouterr().err
+    assert (copy / "notes.txt").read_text() == "mine"
+
+
+def test_a_bundle_that_differs_is_not_left(in_root, bundle, monkeypatch):
+    def other_task(kind, content, path):
+        task = rebuild_task(kind, content, path)
+        with torch.no_grad():
+            task.model.get_submodule("head.fc").bias += 0.01
+        return task
+
+    monkeypatch.setattr(export, "rebuild_task", other_task)
+    monkeypatch.setattr(export, "write_onnx", lambda model, size, path: shutil.copy(bundle / "model.onnx", path))
+    with pytest.raises(export.ParityError, match=r"differ by at most 1\.0e-02"):
+        export.export_bundle(CHECKPOINT, Path("wrong"))
+    assert not list(in_root.glob("*wrong*"))
+
+
+def test_where_a_run_lies(in_root):
+    for path in (CHECKPOINT, CHECKPOINT.parent, Path("runs/folder/gn_ws-bs4-seed0")):
+        assert find_checkpoint(path).resolve() == CHECKPOINT.resolve()
+    with pytest.raises(ConfigError, match=r"no such file or folder; give a checkpoint"):
+        find_checkpoint(Path("gone"))
+    with pytest.raises(ConfigError, match=r"has no best.ckpt or last.ckpt"):
+        find_checkpoint(Path("runs"))
+
+
+def test_other_validation_images_than_the_runs_are_told(in_root, bundle, monkeypatch, capsys):
+    shutil.copytree("images", "more")
+    held_out = Path("more") / json.loads(Path("runs/folder/gn_ws-bs4-seed0/split.json").read_text())["val"][0]
+    held_out.rename(held_out.with_name("renamed.png"))
+    monkeypatch.setattr(export, "write_onnx", lambda model, size, path: shutil.copy(bundle / "model.onnx", path))
+    assert main(["export", str(CHECKPOINT), "--output", "more_bundle", "--data.root", "more"]) == 0
+    assert "the validation images are not those of the run" in capsys.readouterr().out
+
+
+def test_an_output_that_cannot_be_written(in_root, capsys):
+    Path("file").write_text("x")
+    assert main(["export", str(CHECKPOINT), "--output", "file/bundle"]) == 2
+    assert "--output file/bundle cannot be written" in capsys.readouterr().err
+
+
+def bad_checkpoint(root: Path, **changes: object) -> str:
+    content = torch.load(root / CHECKPOINT, weights_only=True)
+    for key, value in changes.items():
+        if value is None:
+            del content["gn_transfer"][key]
+        else:
+            content["gn_transfer"][key] = value
+    torch.save(content, root / "bad.ckpt")
+    return "bad.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 99}, "has checkpoint format 99, this gn-transfer reads format"),
+        ({"architecture": None, "config": None}, "lacks architecture, config, which export needs"),
+        ({"classes": ["a", "b"]}, "the checkpoint knows 2 classes (a, b), the data"),
+    ],
+)
+def test_checkpoints_that_do_not_fit(in_root, capsys, changes, message):
+    assert main(["export", bad_checkpoint(in_root, **changes), "--output", "refused"]) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("refused").exists()
+
+
+def test_images_that_were_moved(folder_root, tmp_path):
+    config = {"seed_everything": 0, "data": {"class_path": "gn_transfer.data.Folder", "init_args": {}}}
+    config["data"]["init_args"] = {"root": str(tmp_path / "gone"), "img_size": 32, "val_fraction": 0.25}
+    with pytest.raises(ConfigError, match=r"validation images cannot be used.*give --data.root PATH, where they lie"):
+        validation_data(config, ["apple", "pear"], None)
+    assert len(validation_data(config, ["apple", "pear"], str(folder_root)).val_dataset) == 3
+    with pytest.raises(ConfigError, match=r"knows 2 classes \(apple, plum\), the data"):
+        validation_data(config, ["apple", "plum"], str(folder_root))
+
+
+@pytest.mark.parametrize("class_path", ["os.system", "mine.Folder", "gn_transfer.data.decode_image", "Nothing"])
+def test_data_modules_that_are_not_ours(class_path):
+    config = {"seed_everything": 0, "data": {"class_path": class_path, "init_args": {}}}
+    with pytest.raises(ConfigError, match="export runs only data modules of gn_transfer"):
+        validation_data(config, ["a"], None)
+
+
+@pytest.mark.parametrize("options", [["--output", "x"], ["ckpt"], ["ckpt", "--output", "x", "--format", "h5"]])
+def test_bad_options(tmp_path, monkeypatch, capsys, options):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", *options]) == 2
+    assert "gn-transfer: error:" in capsys.readouterr().err
+
+
+def test_parity_by_hand():
+    ours = np.array([[1.0, 3.0], [2.0, 2.00001], [5.0, 0.0]], np.float32)
+    theirs = np.array([[1.0, 3.0], [2.00002, 2.0], [5.0, 0.0]], np.float32)
+    parity = measure_parity(ours, theirs, np.array([1, 1, 1]))
+    assert parity.max_difference == pytest.approx(2e-5, rel=0.1)
+    assert parity.tolerance == pytest.approx(5e-4)
+    assert (parity.images, parity.same_class, parity.decided, parity.decided_same_class) == (3, 2, 2, 2)
+    assert (parity.accuracy_checkpoint, parity.accuracy_bundle) == pytest.approx((2 / 3, 1 / 3))
+    assert parity.holds
+    assert not measure_parity(ours, ours + 1e-3, np.array([1, 1, 1])).holds
+    assert not measure_parity(ours, ours * np.nan, np.array([1, 1, 1])).holds
+
+
+NETS = [
+    ("resnetv2_18", "gn_ws", {}),
+    ("resnetv2_18", "gn", {"group_size": 16}),
+    ("resnetv2_18", "bn_ws", {}),
+    ("resnetv2_18", "in", {}),
+    ("resnetv2_18", "ln", {}),
+    ("resnetv2_18", "none", {}),
+    ("resnetv2_18", "bn_frozen", {}),
+    ("resnet18", "gn_ws", {}),
+    ("resnetv2_26", "gn", {"num_groups": 16}),
+]
+
+
+@pytest.mark.parametrize(("name", "norm", "groups"), NETS, ids=lambda value: str(value))
+def test_plain_nets_and_timm_nets_compute_the_same(name, norm, groups):
+    head = "fc" if name == "resnet18" else "head.fc"
+    architecture = {"num_groups": 32, "group_size": None, **groups}
+    torch.manual_seed(0)
+    net = rebuild(name, norm=norm, num_classes=3, head=head, **architecture).eval()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = net(images)
+        assert plain(net)(images) == pytest.approx(expected, abs=1e-5, rel=1e-4)
+
+        scope: dict[str, object] = {}
+        exec(timm_lines({"architecture": name, "norm": norm, "head": head, **architecture}, 3), scope)
+        theirs = scope["model"]
+        assert isinstance(theirs, nn.Module)
+        theirs.load_state_dict(net.state_dict())
+        assert theirs.eval()(images) == pytest.approx(expected, abs=1e-5, rel=1e-4)
+
+
+def test_bit_needs_no_arguments():
+    lines = timm_lines(
+        {"architecture": "resnetv2_50x1_bit", "norm": "gn_ws", "head": "head.fc", "num_groups": 32, "group_size": None},
+        5,
+    )
+    assert lines.endswith("model = timm.create_model('resnetv2_50x1_bit', num_classes=5)")

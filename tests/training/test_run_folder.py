@@ -1,0 +1,78 @@
+from concurrent.futures import ThreadPoolExecutor
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from gn_transfer.training.run_folder import claim_run, find_last, run_of_checkpoint
+from gn_transfer.training.run_log import RunLog
+from gn_transfer.training.tensorboard import RunLogger, flat_hparams
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda _: claim_run(tmp_path, "pets", "bn", 1, 0).name, range(8)))
+    assert sorted(runs) == ["pets/bn-bs1-seed0", *(f"pets/bn-bs1-seed0-{k}" for k in range(2, 9))]
+
+
+def test_a_name_whose_checkpoints_are_left_is_not_used_again(tmp_path):
+    (tmp_path / "checkpoints/pets/bn-bs1-seed0").mkdir(parents=True)
+    assert claim_run(tmp_path, "pets", "bn", 1, 0).name == "pets/bn-bs1-seed0-2"
+
+
+def test_a_checkpoint_knows_its_run_by_its_place(tmp_path):
+    run = claim_run(tmp_path, "pets", "bn", 1, 0)
+    run.checkpoints.mkdir(parents=True)
+    checkpoint = run.checkpoints / "last.ckpt"
+    checkpoint.touch()
+    assert run_of_checkpoint(checkpoint) == run
+    assert find_last(tmp_path, "pets") == find_last(tmp_path, "*") == checkpoint
+    assert find_last(tmp_path, "other") is None
+    assert run_of_checkpoint(tmp_path / "elsewhere" / "last.ckpt") is None
+
+
+def config(head_lr=None, **model):
+    return {
+        "seed_everything": 3,
+        "data": {"init_args": {"batch_size": 2, "img_size": 64, "recipe": "none"}},
+        "model": {
+            **dict.fromkeys(("group_size", "pretrained", "num_groups")),
+            "norm": "gn",
+            "backbone": "r18",
+            **model,
+        },
+        "optimizer": {"name": "sgd", "lr": 0.1, "head_lr": head_lr, "weight_decay": 0},
+        "regularization": {"label_smoothing": 0, "mixup": 0, "cutmix": 0},
+        "batch_norm": {"momentum": None, "reestimate_images": 0, "evaluation": "running"},
+        "accumulation": {"effective_batch_size": None},
+        "mixed_precision": {"mode": "auto"},
+        "trainer": {"max_epochs": 1},
+    }
+
+
+def test_hparams_have_the_same_keys_and_types_in_every_run():
+    first, second = flat_hparams(config()), flat_hparams(config(group_size=8, pretrained="auto", head_lr=1))
+    assert {key: type(value) for key, value in first.items()} == {key: type(value) for key, value in second.items()}
+    assert None not in first.values()
+    assert (first["effective_batch_size"], first["head_lr"], first["group_size"]) == (2, 0.1, "none")
+
+
+def test_the_log_file_begins_with_what_was_said_before_it_was_there(tmp_path, capsys):
+    log = RunLog()
+    log.print("[plan] first")
+    log.attach(tmp_path / "run.log")
+    log.print("second")
+    log.close()
+    assert (tmp_path / "run.log").read_text() == "[plan] first\nsecond\n"
+    assert capsys.readouterr().out == "[plan] first\nsecond\n"
+
+
+def test_the_hparams_tab_shows_norm_and_batch_size_first(tmp_path):
+    logger = RunLogger(claim_run(tmp_path, "pets", "bn", 1, 0), flat_hparams(config()))
+    logger.announce()
+    logger.finalize("success")
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    stored = HParamsPluginData.FromString(events.PluginTagToContent("hparams")["_hparams_/experiment"])
+    first = {info.name for info in stored.experiment.hparam_infos if info.differs}
+    assert first == {"norm", "batch_size", "num_groups", "lr", "seed"}
+    assert len(stored.experiment.hparam_infos) == len(flat_hparams(config()))
