@@ -12,9 +12,9 @@ from gn_transfer.config import ConfigError, builtin_configs, did_you_mean
 COMMANDS = {
     "fit": "train: gn-transfer fit --config pets_gnws.yaml",
     "validate": "evaluate a checkpoint on the validation split: gn-transfer validate --ckpt_path CKPT",
-    "test": "evaluate a checkpoint on the test split, once all choices are made: gn-transfer test --ckpt_path CKPT",
+    "test": "evaluate a checkpoint on the test split, at the very end: gn-transfer test --ckpt_path CKPT",
     "sweep": "run a study of many runs: gn-transfer sweep --config sweep_quickstart.yaml",
-    "test": "evaluate a checkpoint on the test split, once: gn-transfer test --ckpt_path CKPT",
+    "data": "check, cache or show images: gn-transfer data check|sample|cache|show --config pets_gnws.yaml",
     "export": "write a checkpoint as a bundle for inference: gn-transfer export CKPT --output BUNDLE",
     "predict": "classify images with a bundle: gn-transfer predict BUNDLE IMAGES",
     "compare": "compare runs in tables and on a page: gn-transfer compare RUNS... --output DIR",

@@ -1,12 +1,15 @@
-"""Which model a run trains: the keys ``model.*``."""
+"""Which model a run trains: the keys ``model.*``, and building it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from gn_transfer.backbones.create import default_channels
-from gn_transfer.backbones.transfer import Conversion
+from torch import Tensor
+
+from gn_transfer.backbones.create import Backbone, create_backbone, default_channels, rebuild
+from gn_transfer.backbones.transfer import Conversion, TransferReport
 from gn_transfer.config import Norm
 from gn_transfer.layers import default_groups
 
@@ -55,3 +58,43 @@ class ModelConfig:
     def resolved_in_chans(self) -> int:
         """Channels of the images, with the default filled in."""
         return default_channels(self.backbone) if self.in_chans is None else self.in_chans
+
+
+def build_backbone(config: ModelConfig, num_classes: int, *, calibration: Tensor | None = None) -> Backbone:
+    """Build the model of a configuration; see :func:`gn_transfer.backbones.create_backbone`."""
+    return create_backbone(
+        config.backbone,
+        norm=config.norm,
+        num_classes=num_classes,
+        pretrained=config.pretrained,
+        num_groups=config.resolved_num_groups,
+        group_size=config.group_size,
+        conversion=config.conversion,
+        calibration=calibration,
+        in_chans=config.resolved_in_chans,
+    )
+
+
+def rebuild_backbone(config: ModelConfig, stored: Mapping[str, Any], report: Mapping[str, Any]) -> Backbone:
+    """Build the model that a checkpoint describes, without looking for any pretrained weights.
+
+    Args:
+        config: Norm and groups of the model.
+        stored: The checkpoint's description of the architecture.
+        report: Its transfer report.
+
+    Returns:
+        The model, freshly initialized and ready for ``load_state_dict``.
+    """
+    model = rebuild(
+        stored["architecture"],
+        norm=config.norm,
+        num_classes=stored["num_classes"],
+        head=stored["head"],
+        num_groups=config.resolved_num_groups,
+        group_size=config.group_size,
+        in_chans=config.resolved_in_chans,
+    )
+    return Backbone(
+        model, tuple(stored["mean"]), tuple(stored["std"]), stored["head"], TransferReport.from_dict(report)
+    )

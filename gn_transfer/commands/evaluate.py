@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gn_transfer.commands.training_cli import TrainingCLI, parsed
+from gn_transfer.data.describe import describe_data
 from gn_transfer.training.checkpoint import check_classes
 from gn_transfer.training.run_folder import run_of_checkpoint
 from gn_transfer.training.run_log import RunLog
@@ -41,8 +42,8 @@ def run_parsed(cli: TrainingCLI, stage: str) -> None:
     data.prepare_data()
     data.setup(stage)
     check_classes(stored["classes"], data.classes)
-    for name, value in data.describe()[:3]:
-        cli.log.print(f"{name:<9}  {value}")
+    for name, text in describe_data(data)[:3]:
+        cli.log.print(f"{name:<9}  {text}")
     if cli.section.dry_run:
         return
     for name, value in evaluate(task, data, cli.build_trainer(), checkpoint, stage).items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -133,7 +132,7 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         self.decoded_cache = DatasetCache(cache, default_cache_dir() if cache_dir is None else Path(cache_dir))
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{split} {len(dataset):,}" for split, dataset in self._datasets().items())
+        counts = ", ".join(f"{split} {len(dataset):,}" for split, dataset in self.datasets().items())
         return (
             f"{type(self).__name__}(root={str(self.root)!r}, img_size={self.img_size}, batch_size={self.batch_size}; "
             f"{counts or 'not set up'})"
@@ -193,10 +192,12 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         if stage == "fit":
             self.train_dataset = self._dataset(train, self._augmentation())
             self.train_sampler = self._sampler(self.train_dataset, self.batch_size, shuffle=True)
-        self.decoded_cache.plan_for(list(self._datasets().values()))
+        self.decoded_cache.plan_for(list(self.datasets().values()))
 
     def train_dataloader(self) -> ImageLoader:
         """Batches of the training split in the order of :attr:`train_sampler`."""
+        if self.trainer is not None and self.trainer.overfit_batches:
+            self.train_sampler.shuffle = False  # the same batches in every epoch
         return self._loader(self.train_dataset, self.train_sampler)
 
     def val_dataloader(self) -> ImageLoader:
@@ -211,15 +212,6 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
     def num_classes(self) -> int:
         """Number of classes; known after ``setup``."""
         return len(self.classes)
-
-    @property
-    def class_counts(self) -> dict[str, dict[str, int]]:
-        """Images per split and class, of the splits that are set up."""
-        counts = {}
-        for split, dataset in self._datasets().items():
-            found = Counter(image.target for image in dataset.images)
-            counts[split] = {name: found[target] for target, name in enumerate(self.classes)}
-        return counts
 
     @property
     def class_weight_tensor(self) -> Tensor | None:
@@ -246,27 +238,7 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
 
     def split(self) -> dict[str, list[str]]:
         """List the files of each split that is set up, relative to ``root``: what a run stores."""
-        return {split: [image.path for image in data.images] for split, data in self._datasets().items()}
-
-    def describe(self) -> list[tuple[str, str]]:
-        """Give the rows that ``fit`` prints about its data; after ``setup``."""
-        counts = self.class_counts
-        images = ", ".join(f"{split} {sum(per_class.values()):,}" for split, per_class in counts.items())
-        crops = "" if self.min_crop_scale is None else f", crops from {self.min_crop_scale:.0%} of the area"
-        recipe = f"recipe {self.recipe}{crops}" if self.augmentation is None else f"augmentation {self.augmentation}"
-        per_class = counts.get("train", next(iter(counts.values())))
-        rows = [
-            ("data", f"{type(self).__name__} in {self.root}"),
-            ("images", f"{images}; {self.img_size} px, {recipe}"),
-            ("classes", f"{self.num_classes}: {_shortened(self.classes)}"),
-            ("class balance", f"{_balance(per_class)}; class weights {self.class_weights}"),
-            ("cache", self.decoded_cache.describe(next(iter(self._datasets().values())))),
-            ("threads", f"{torch.get_num_threads()} compute, {self.worker_count()} data workers, {core_count()} cores"),
-        ]
-        if self.bad_images:
-            names = _shortened([f"{path} ({reason})" for path, reason in self.bad_images], most=3)
-            rows.append(("skipped", f"{len(self.bad_images)} that cannot be decoded: {names}"))
-        return rows
+        return {split: [image.path for image in data.images] for split, data in self.datasets().items()}
 
     def worker_count(self) -> int:
         """Tell how many threads fetch images ahead: ``num_workers``, or what fits."""
@@ -275,7 +247,8 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
         return choose_num_workers(core_count(), torch.get_num_threads(), on_gpu=self._on_gpu(), processes=processes)
 
-    def _datasets(self) -> dict[str, ImageDataset]:
+    def datasets(self) -> dict[str, ImageDataset]:
+        """Give the splits that are set up, by name."""
         named = {split: getattr(self, f"{split}_dataset", None) for split in ("train", "val", "test")}
         return {split: dataset for split, dataset in named.items() if dataset is not None}
 
@@ -328,15 +301,3 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         self.decoded_cache.fill(dataset, core_count())
         on_cuda = self._on_gpu() and torch.cuda.is_available()
         return ImageLoader(dataset, sampler, num_workers=self.worker_count(), pin_memory=on_cuda)
-
-
-def _shortened(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")
-
-
-def _balance(per_class: dict[str, int]) -> str:
-    fewest, most = min(per_class, key=per_class.__getitem__), max(per_class, key=per_class.__getitem__)
-    if per_class[fewest] == per_class[most]:
-        return f"{per_class[most]} images each"
-    ratio = f" ({per_class[most] / per_class[fewest]:.1f} to 1)" if per_class[fewest] else ""
-    return f"from {per_class[fewest]} ({fewest}) to {per_class[most]} ({most}){ratio}"

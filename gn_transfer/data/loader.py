@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from types import SimpleNamespace
 
 import cv2
 import torch
@@ -39,15 +40,15 @@ class ImageLoader:
 
     def __init__(self, dataset: ImageDataset, sampler: EpochSampler, *, num_workers: int, pin_memory: bool) -> None:
         self.dataset = dataset
-        self.sampler = sampler  # Lightning sets its epoch,
-        self.batch_sampler = None  # and asks for this one beside it
+        # Lightning sets the epoch of a sampler that it finds here. One called `sampler` it would want to replace.
+        self.batch_sampler = SimpleNamespace(sampler=sampler)
         self.batch_size = sampler.batch_size
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         cv2.setNumThreads(0)  # images go over threads; those of OpenCV, within an image, would be in the way
 
     def __len__(self) -> int:
-        return -(-len(self.sampler) // self.batch_size)
+        return -(-len(self.batch_sampler.sampler) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         size = self.batch_size
@@ -55,7 +56,7 @@ class ImageLoader:
             yield from zip(torch.split(images, size), torch.split(targets, size), strict=True)
 
     def _chunks(self) -> Iterator[Batch]:
-        keys = iter(self.sampler)
+        keys = iter(self.batch_sampler.sampler)
         size = self.batch_size * -(-CHUNK // self.batch_size)
         parts = iter(lambda: list(islice(keys, size)), [])
         if self.num_workers == 0:

@@ -10,8 +10,6 @@ import json
 import os
 import socket
 import threading
-import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,20 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import sqlalchemy
-from filelock import FileLock
-from optuna.exceptions import ExperimentalWarning
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from gn_transfer.config import ConfigError
+from gn_transfer.study.database import HEARTBEAT_SECONDS, Database
 from gn_transfer.study.planning import Outcome
 from gn_transfer.study.trials import Trial
-
-HEARTBEAT_SECONDS = 10
-GRACE_SECONDS = 120
-"""After so long without a heartbeat, a trial of another machine is taken over."""
 
 _MARK = "gn_transfer"
 _STATES = {TrialState.WAITING: "waiting", TrialState.RUNNING: "running", TrialState.COMPLETE: "complete"}
@@ -63,23 +53,10 @@ class Store:
     """
 
     def __init__(self, url: str, name: str) -> None:
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.url = normalized(url)
         self.name = name
-        parsed = sqlalchemy.make_url(self.url)
-        on_file = parsed.get_backend_name() == "sqlite"
-        self._file = parsed.database or ":memory:" if on_file else None
-        self._shown = parsed.render_as_string(hide_password=True)
-        with self._explain_errors():
-            if self._file is not None:
-                if self._file == ":memory:":
-                    raise ConfigError(
-                        f"--storage {self._shown}: a database in memory is lost with its process; name a file."
-                    )
-                Path(self._file).parent.mkdir(parents=True, exist_ok=True)
-            with self._file_lock():
-                self._refuse_foreign()
-                self._storage = self._open(parsed.get_backend_name())
+        self._database = Database(url)
+        self._storage = self._database.storage
+        self._explain_errors, self._locked = self._database.explain_errors, self._database.locked
 
     # -- the plan's side ----------------------------------------------------------------------------------------
 
@@ -101,7 +78,7 @@ class Store:
             ConfigError: The study is another program's, or was begun with other settings.
         """
         text = json.dumps(settings, sort_keys=True)
-        with self._explain_errors(), self.locked():
+        with self._explain_errors(), self._locked():
             new = not self.knows_study()
             self._study = optuna.create_study(
                 storage=self._storage, study_name=self.name, direction="maximize", load_if_exists=True
@@ -111,7 +88,8 @@ class Store:
                 self._study.set_user_attr(_MARK, text)
             elif known is None:
                 raise ConfigError(
-                    f"{self._shown} holds a study {self.name} that is not gn-transfer's; choose another --name."
+                    f"{self._database.shown} holds a study {self.name} that is not gn-transfer's; "
+                    "choose another --name."
                 )
             elif known != text:
                 difference = _difference(json.loads(known), settings)
@@ -134,7 +112,7 @@ class Store:
         Raises:
             ConfigError: A trial of that name was entered with other values.
         """
-        with self._explain_errors(), self.locked():
+        with self._explain_errors(), self._locked():
             known = self._latest()
             fresh = []
             for trial in trials:
@@ -177,7 +155,7 @@ class Store:
         with self._explain_errors():
             if not any(not entry.state.is_finished() for entry in self._entries()):
                 return None
-            with self.locked():
+            with self._locked():
                 entries = [t for t in self._entries() if not t.state.is_finished() and t.user_attrs["trial"] in trials]
                 waiting = [entry for entry in entries if entry.state == TrialState.WAITING]
                 found = waiting or [entry for entry in entries if self._abandoned(entry)]
@@ -218,7 +196,7 @@ class Store:
         Returns:
             False where it was taken over meanwhile, and another's result counts.
         """
-        with self._explain_errors(), self.locked():
+        with self._explain_errors(), self._locked():
             entry = self._storage.get_trial(claim.trial_id)
             if entry.state.is_finished() or entry.user_attrs.get("owner") != _me():
                 return False
@@ -227,7 +205,7 @@ class Store:
 
     def fail(self, name: str, reason: str) -> None:
         """Give a trial up whose workers die of it."""
-        with self._explain_errors(), self.locked():
+        with self._explain_errors(), self._locked():
             entry = self._latest()[name]
             if entry.state == TrialState.RUNNING and self._abandoned(entry):
                 self._end(entry._trial_id, Outcome("failed", reason=reason))
@@ -242,92 +220,8 @@ class Store:
         return None
 
     def close(self) -> None:
-        """Let go of connections."""
-        self._storage.remove_session()
-        self._storage.engine.dispose()
-
-    # -- below ----------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep all other workers of the database waiting; ends with the process, however that ends.
-
-        A server locks the one row of Optuna's table of versions, which nobody writes. SQLite has no such lock that
-        would let us write meanwhile, and two workers could claim one trial in it: a file beside it is locked instead.
-        """
-        if self._file is not None:
-            with self._file_lock():
-                yield
-            return
-        with self._storage.engine.begin() as connection:
-            version = sqlalchemy.table("version_info", sqlalchemy.column("version_info_id"))
-            connection.execute(sqlalchemy.select(version.c.version_info_id).with_for_update())
-            yield
-
-    @contextmanager
-    def _file_lock(self) -> Iterator[None]:
-        if self._file is None:
-            yield
-            return
-        with FileLock(f"{self._file}.lock"):
-            yield
-
-    @contextmanager
-    def _explain_errors(self) -> Iterator[None]:
-        """Turn what a database cannot do into the user's words."""
-        try:
-            yield
-        except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:
-            cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
-            reason = " ".join(str(getattr(cause, "orig", None) or cause).split())
-            raise ConfigError(
-                f"--storage {self._shown}: the database cannot be used ({reason}); check that it is there, running, "
-                "writable and a database of Optuna's."
-            ) from error
-        except ImportError as error:
-            raise ConfigError(
-                f"--storage {self._shown}: the driver of this database is not installed ({error.__cause__ or error}); "
-                "for PostgreSQL, pip install 'gn-transfer[postgresql]'."
-            ) from error
-        except RuntimeError as error:
-            if "optuna" not in str(error).lower():
-                raise
-            raise ConfigError(f"--storage {self._shown}: {' '.join(str(error).split())}") from error
-
-    def _open(self, backend: str) -> RDBStorage:
-        """Open the storage; where several workers lay out a server's tables at once, all but one try again."""
-        for attempt in range(5, 0, -1):
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats: in Optuna since 2021
-                    return RDBStorage(
-                        self.url,
-                        engine_kwargs={"connect_args": _patience(backend)},
-                        heartbeat_interval=HEARTBEAT_SECONDS,
-                        grace_period=GRACE_SECONDS,
-                    )
-            except (IntegrityError, ProgrammingError):
-                if attempt == 1:
-                    raise
-                time.sleep(1.0)
-        raise AssertionError("unreachable")
-
-    def _refuse_foreign(self) -> None:
-        """Refuse a database of another program before Optuna lays its tables out in it."""
-        if self._file is not None and not Path(self._file).exists():
-            return
-        engine = sqlalchemy.create_engine(
-            self.url, connect_args=_patience(sqlalchemy.make_url(self.url).get_backend_name())
-        )
-        try:
-            tables = sqlalchemy.inspect(engine).get_table_names()
-        finally:
-            engine.dispose()
-        if tables and not {"studies", "trials", "version_info"} <= set(tables):
-            raise ConfigError(
-                f"--storage {self._shown} holds tables of another program ({', '.join(sorted(tables)[:4])}); name "
-                "an empty database, or one of Optuna's."
-            )
+        """Close the connections."""
+        self._database.close()
 
     def _entries(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
@@ -348,34 +242,6 @@ class Store:
         self._storage.set_trial_state_values(
             trial_id, TrialState.COMPLETE if complete else TrialState.FAIL, [outcome.accuracy] if complete else None
         )
-
-
-def normalized(url: str) -> str:
-    """Name the driver that comes with the extra ``postgresql`` where a URL names none.
-
-    Raises:
-        ConfigError: It is no URL.
-
-    Example:
-        >>> normalized("postgresql://user@host/base")
-        'postgresql+psycopg://user@host/base'
-    """
-    try:
-        parsed = sqlalchemy.make_url(url)
-    except ArgumentError as error:
-        raise ConfigError(
-            f"--storage {url} is no database URL; write sqlite:///runs/study.db or postgresql://user@host/database."
-        ) from error
-    if parsed.drivername in ("postgresql", "postgres"):
-        parsed = parsed.set(drivername="postgresql+psycopg")
-    return parsed.render_as_string(hide_password=False)
-
-
-def _patience(backend: str) -> dict[str, Any]:
-    """Wait for other writers of a file; do not wait long for a server that is not there."""
-    return {"sqlite": {"timeout": 60}, "postgresql": {"connect_timeout": 10}, "mysql": {"connect_timeout": 10}}.get(
-        backend, {}
-    )
 
 
 def _outcome(entry: FrozenTrial) -> Outcome:

@@ -14,12 +14,12 @@ from gn_transfer.backbones.model_config import ModelConfig
 from gn_transfer.config import ConfigError
 
 if TYPE_CHECKING:
-    from gn_transfer.training.task import TransferTask
+    from gn_transfer.training.backbone_module import BackboneModule
 
 CHECKPOINT_VERSION = 2
 """Version of what stands under ``gn_transfer`` in a checkpoint. A newer one is refused."""
 
-Task = TypeVar("Task", bound="TransferTask")
+Task = TypeVar("Task", bound="BackboneModule")
 
 
 def read_checkpoint(path: str | Path, argument: str = "--ckpt_path") -> dict[str, Any]:
@@ -62,7 +62,7 @@ def read_checkpoint(path: str | Path, argument: str = "--ckpt_path") -> dict[str
     return checkpoint
 
 
-def describe_task(task: TransferTask, content: dict[str, Any]) -> None:
+def describe_task(task: BackboneModule, content: dict[str, Any]) -> None:
     """Add to a checkpoint what is needed to rebuild the model: plain values only.
 
     Args:
@@ -82,6 +82,7 @@ def describe_task(task: TransferTask, content: dict[str, Any]) -> None:
             "num_groups": config.resolved_num_groups,
             "group_size": config.group_size,
             "head": task.head,
+            "num_classes": len(task.classes),
             "in_chans": config.resolved_in_chans,
             "mean": (task.mean.flatten() / 255.0).tolist(),
             "std": (task.std.flatten() / 255.0).tolist(),

@@ -49,7 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keep ``best.ckpt``: the earliest of the epochs with the highest ``val/acc1``."""
+    """Keep ``best.ckpt``: the earliest of the epochs with the highest value of the task's metric."""
 
     def __init__(self) -> None:
         super().__init__(

@@ -56,6 +56,21 @@ class OptimizerConfig:
         if self.clip_norm is not None:
             check_range("optimizer.clip_norm", self.clip_norm, low=0.0, open_low=True)
 
+    def create_optimizer(
+        self, model: nn.Module, head: str, depths: Mapping[str, int] | None, *, fused: bool = True
+    ) -> torch.optim.Optimizer:
+        """Build the optimizer of a model whose classifier module is called ``head``."""
+        groups = parameter_groups(
+            model.named_parameters(),
+            lr=self.lr,
+            head=head,
+            head_lr=self.head_lr,
+            weight_decay=self.weight_decay,
+            layer_decay=self.layer_decay,
+            depths=depths,
+        )
+        return create_optimizer(self.name, groups, momentum=self.momentum, fused=fused)
+
     def create_scheduler(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR:
         """Build the schedule over ``total_steps`` optimizer steps."""
         warmup_steps, scale = math.ceil(self.warmup_fraction * total_steps), SCHEDULES[self.schedule]

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data import ImageDataModule
+from gn_transfer.data.describe import describe_data
 from gn_transfer.training.accumulation import GradientAccumulation, micro_batches_per_step
 from gn_transfer.training.batch_norm import BatchNormStatistics
 from gn_transfer.training.schedules import bit_samples
@@ -91,7 +92,7 @@ def make_plan(
     groups = f", {size}" if config.norm.startswith("gn") else ""
     parameters = sum(parameter.numel() for parameter in task.model.parameters()) / 1e6
     rows = [
-        *data.describe(),
+        *describe_data(data),
         ("model", f"{report.architecture}, norm {config.norm}{groups}, {parameters:.1f} M parameters"),
         ("weights", report.summary()),
         *([("", f"pretrained on {report.pretrained_on}")] if report.pretrained_on else []),

@@ -50,14 +50,15 @@ class RunRecord(Callback):
         """Leave a record of a run that does not reach its first validation."""
         self._write(trainer, pl_module, "running", trainer.current_epoch)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Take over the figures of a validation."""
         if trainer.sanity_checking:
             return
         self.metrics = {
             name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")
         }
-        improved = not self.best_metrics or self.metrics["val/acc1"] > self.best_metrics["best/val/acc1"]
+        name = pl_module.monitor
+        improved = not self.best_metrics or self.metrics[name] > self.best_metrics[f"best/{name}"]
         if improved:
             self.best_metrics = {f"best/{name}": value for name, value in self.metrics.items()}
             self.best_metrics["best/epoch"] = trainer.current_epoch + 1

@@ -147,7 +147,8 @@ def train(
     config = config or config_of(task, data, trainer)
     config_name = run.name.partition("/")[0]
     task.run_config = {"config": dict(config), "config_name": config_name}
-    find(trainer, BestCheckpoint).dirpath = str(run.checkpoints)
+    best = find(trainer, BestCheckpoint)
+    best.dirpath, best.monitor = str(run.checkpoints), task.monitor
     find(trainer, LastCheckpoint).directory = run.checkpoints
     hparams = {**flat_hparams(config), "num_groups": task.model_config.resolved_num_groups}
     record = RunRecord(

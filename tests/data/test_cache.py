@@ -30,6 +30,7 @@ from gn_transfer.data.cache import (
     free_disk_bytes,
 )
 from gn_transfer.data.cache_store import DiskStore, RamStore, fingerprint
+from gn_transfer.data.describe import describe_data
 from gn_transfer.data.resolution import Resolution
 
 RESOLUTION = Resolution("short", 30)
@@ -309,7 +310,7 @@ def test_a_run_sees_the_same_images_with_and_without(tmp_path: Path, recipe: str
         for (images, targets), (expected, labels) in zip(other, batches[0], strict=True):
             assert torch.equal(images, expected)
             assert torch.equal(targets, labels)
-    assert "complete" in dict(data.describe())["cache"]
+    assert "complete" in dict(describe_data(data))["cache"]
 
 
 def test_a_cache_that_cannot_be_written_is_reported_and_done_without(

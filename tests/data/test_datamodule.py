@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data import BadImageError, Folder, ImageDataModule, Pets
+from gn_transfer.data.describe import class_counts, describe_data
 from gn_transfer.data.workers import choose_num_workers
 
 
@@ -165,7 +166,7 @@ def test_skip_leaves_out_counts_and_lists(pets_root: Path) -> None:
     assert sum(len(targets) for _, targets in epoch_batches(data)) == len(data.train_sampler) == len(data.train_dataset)
     data.setup("validate")  # finds them again: they are not listed twice
     assert len(data.bad_images) == 2
-    skipped = dict(data.describe())["skipped"]
+    skipped = dict(describe_data(data))["skipped"]
     assert skipped.startswith("2 that cannot be decoded: oxford-iiit-pet/images/Abyssinian_3.jpg (truncated JPEG")
 
 
@@ -211,7 +212,7 @@ def test_validate_sets_up_the_same_validation_images_only(pets_root: Path) -> No
 
 
 def test_plan(pets_root: Path) -> None:
-    rows = dict(pets(pets_root, num_workers=None).describe())
+    rows = dict(describe_data(pets(pets_root, num_workers=None)))
     assert rows["images"] == "train 24, val 6; 32 px, recipe crop_flip"
     assert rows["classes"] == "3: Abyssinian, american_bulldog, Maine_Coon"
     assert rows["class balance"] == "8 images each; class weights none"
@@ -221,11 +222,11 @@ def test_plan(pets_root: Path) -> None:
 def test_class_weights(folder_root: Path) -> None:
     data = Folder(folder_root, val_fraction=0.25, class_weights="balanced")
     data.setup("fit")
-    assert data.class_counts == {"train": {"apple": 6, "pear": 3}, "val": {"apple": 2, "pear": 1}}
+    assert class_counts(data) == {"train": {"apple": 6, "pear": 3}, "val": {"apple": 2, "pear": 1}}
     weights = data.class_weight_tensor
     assert weights is not None
     torch.testing.assert_close(weights, torch.tensor([9 / 12, 9 / 6]))
-    assert dict(data.describe())["class balance"] == "from 3 (pear) to 6 (apple) (2.0 to 1); class weights balanced"
+    assert dict(describe_data(data))["class balance"] == "from 3 (pear) to 6 (apple) (2.0 to 1); class weights balanced"
     assert Folder(folder_root).class_weight_tensor is None
 
 

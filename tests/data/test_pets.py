@@ -15,6 +15,7 @@ import torchvision.datasets
 from gn_transfer.config import ConfigError
 from gn_transfer.data import Pets
 from gn_transfer.data import pets as pets_module
+from gn_transfer.data.describe import class_counts
 from gn_transfer.data.pets import read_annotations
 
 
@@ -29,7 +30,7 @@ def test_official_splits_and_class_order(pets_root: Path) -> None:
     assert split["test"] == [
         f"oxford-iiit-pet/images/{breed}_{number}.jpg" for breed in data.classes for number in (11, 12)
     ]
-    assert data.class_counts["val"] == {"Abyssinian": 2, "american_bulldog": 2, "Maine_Coon": 2}
+    assert class_counts(data)["val"] == {"Abyssinian": 2, "american_bulldog": 2, "Maine_Coon": 2}
     assert all(data.classes[target] in path for path, target in data.val_dataset.images)
 
 

@@ -1,0 +1,57 @@
+"""What the plan of a run says about its data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from gn_transfer.data.datamodule import ImageDataModule
+from gn_transfer.data.workers import core_count
+
+
+def describe_data(data: ImageDataModule) -> list[tuple[str, str]]:
+    """Give the rows that ``fit`` prints about its data.
+
+    Args:
+        data: The data module, set up.
+    """
+    counts = class_counts(data)
+    images = ", ".join(f"{split} {sum(per_class.values()):,}" for split, per_class in counts.items())
+    crops = "" if data.min_crop_scale is None else f", crops from {data.min_crop_scale:.0%} of the area"
+    recipe = f"recipe {data.recipe}{crops}" if data.augmentation is None else f"augmentation {data.augmentation}"
+    per_class = counts.get("train", next(iter(counts.values())))
+    rows = [
+        ("data", f"{type(data).__name__} in {data.root}"),
+        ("images", f"{images}; {data.img_size} px, {recipe}"),
+        ("classes", f"{data.num_classes}: {_shortened(data.classes)}"),
+        ("class balance", f"{_balance(per_class)}; class weights {data.class_weights}"),
+        ("cache", data.decoded_cache.describe(next(iter(data.datasets().values())))),
+        ("threads", f"{torch.get_num_threads()} compute, {data.worker_count()} data workers, {core_count()} cores"),
+    ]
+    if data.bad_images:
+        names = _shortened([f"{path} ({reason})" for path, reason in data.bad_images], most=3)
+        rows.append(("skipped", f"{len(data.bad_images)} that cannot be decoded: {names}"))
+    return rows
+
+
+def class_counts(data: ImageDataModule) -> dict[str, dict[str, int]]:
+    """Images per split and class, of the splits that are set up."""
+    counts = {}
+    for split, dataset in data.datasets().items():
+        found = Counter(image.target for image in dataset.images)
+        counts[split] = {name: found[target] for target, name in enumerate(data.classes)}
+    return counts
+
+
+def _shortened(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")
+
+
+def _balance(per_class: dict[str, int]) -> str:
+    fewest, most = min(per_class, key=per_class.__getitem__), max(per_class, key=per_class.__getitem__)
+    if per_class[fewest] == per_class[most]:
+        return f"{per_class[most]} images each"
+    ratio = f" ({per_class[most] / per_class[fewest]:.1f} to 1)" if per_class[fewest] else ""
+    return f"from {per_class[fewest]} ({fewest}) to {per_class[most]} ({most}){ratio}"

@@ -1,0 +1,170 @@
+"""The database of a study: opening it, locking it, and saying what is wrong with it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from filelock import FileLock
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import RDBStorage
+from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
+
+from gn_transfer.config import ConfigError
+
+HEARTBEAT_SECONDS = 10
+GRACE_SECONDS = 120
+"""After so long without a heartbeat, a trial of another machine is taken over."""
+
+
+class Database:
+    """Optuna's storage in SQLite or any database that SQLAlchemy reaches.
+
+    Args:
+        url: SQLAlchemy URL.
+
+    Attributes:
+        storage: Optuna's storage.
+        shown: The URL without its password, for messages.
+
+    Raises:
+        ConfigError: The database cannot be reached or opened, or holds something else.
+    """
+
+    def __init__(self, url: str) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.url = normalized(url)
+        parsed = sqlalchemy.make_url(self.url)
+        on_file = parsed.get_backend_name() == "sqlite"
+        self._file = parsed.database or ":memory:" if on_file else None
+        self.shown = parsed.render_as_string(hide_password=True)
+        with self.explain_errors():
+            if self._file is not None:
+                if self._file == ":memory:":
+                    raise ConfigError(
+                        f"--storage {self.shown}: a database in memory is lost with its process; name a file."
+                    )
+                Path(self._file).parent.mkdir(parents=True, exist_ok=True)
+            with self._file_lock():
+                self._refuse_foreign()
+                self.storage = self._open(parsed.get_backend_name())
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.storage.remove_session()
+        self.storage.engine.dispose()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep all other workers of the database waiting; ends with the process, however that ends.
+
+        A server locks the one row of Optuna's table of versions, which nobody writes. SQLite has no such lock that
+        would let us write meanwhile, and two workers could claim one trial in it: a file beside it is locked instead.
+        """
+        if self._file is not None:
+            with self._file_lock():
+                yield
+            return
+        with self.storage.engine.begin() as connection:
+            version = sqlalchemy.table("version_info", sqlalchemy.column("version_info_id"))
+            connection.execute(sqlalchemy.select(version.c.version_info_id).with_for_update())
+            yield
+
+    @contextmanager
+    def _file_lock(self) -> Iterator[None]:
+        if self._file is None:
+            yield
+            return
+        with FileLock(f"{self._file}.lock"):
+            yield
+
+    @contextmanager
+    def explain_errors(self) -> Iterator[None]:
+        """Turn what a database cannot do into the user's words."""
+        try:
+            yield
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:
+            cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
+            reason = " ".join(str(getattr(cause, "orig", None) or cause).split())
+            raise ConfigError(
+                f"--storage {self.shown}: the database cannot be used ({reason}); check that it is there, running, "
+                "writable and a database of Optuna's."
+            ) from error
+        except ImportError as error:
+            raise ConfigError(
+                f"--storage {self.shown}: the driver of this database is not installed ({error.__cause__ or error}); "
+                "for PostgreSQL, pip install 'gn-transfer[postgresql]'."
+            ) from error
+        except RuntimeError as error:
+            if "optuna" not in str(error).lower():
+                raise
+            raise ConfigError(f"--storage {self.shown}: {' '.join(str(error).split())}") from error
+
+    def _open(self, backend: str) -> RDBStorage:
+        """Open the storage; where several workers lay out a server's tables at once, all but one try again."""
+        for attempt in range(5, 0, -1):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats: in Optuna since 2021
+                    return RDBStorage(
+                        self.url,
+                        engine_kwargs={"connect_args": _patience(backend)},
+                        heartbeat_interval=HEARTBEAT_SECONDS,
+                        grace_period=GRACE_SECONDS,
+                    )
+            except (IntegrityError, ProgrammingError):
+                if attempt == 1:
+                    raise
+                time.sleep(1.0)
+        raise AssertionError("unreachable")
+
+    def _refuse_foreign(self) -> None:
+        """Refuse a database of another program before Optuna lays its tables out in it."""
+        if self._file is not None and not Path(self._file).exists():
+            return
+        engine = sqlalchemy.create_engine(
+            self.url, connect_args=_patience(sqlalchemy.make_url(self.url).get_backend_name())
+        )
+        try:
+            tables = sqlalchemy.inspect(engine).get_table_names()
+        finally:
+            engine.dispose()
+        if tables and not {"studies", "trials", "version_info"} <= set(tables):
+            raise ConfigError(
+                f"--storage {self.shown} holds tables of another program ({', '.join(sorted(tables)[:4])}); name "
+                "an empty database, or one of Optuna's."
+            )
+
+
+def normalized(url: str) -> str:
+    """Name the driver that comes with the extra ``postgresql`` where a URL names none.
+
+    Raises:
+        ConfigError: It is no URL.
+
+    Example:
+        >>> normalized("postgresql://user@host/base")
+        'postgresql+psycopg://user@host/base'
+    """
+    try:
+        parsed = sqlalchemy.make_url(url)
+    except ArgumentError as error:
+        raise ConfigError(
+            f"--storage {url} is no database URL; write sqlite:///runs/study.db or postgresql://user@host/database."
+        ) from error
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    return parsed.render_as_string(hide_password=False)
+
+
+def _patience(backend: str) -> dict[str, Any]:
+    """Wait for other writers of a file; do not wait long for a server that is not there."""
+    return {"sqlite": {"timeout": 60}, "postgresql": {"connect_timeout": 10}, "mysql": {"connect_timeout": 10}}.get(
+        backend, {}
+    )

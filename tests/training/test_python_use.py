@@ -1,0 +1,103 @@
+"""Training from Python: Lightning's Trainer with our module, data and callbacks, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+import gn_transfer as gnt
+from gn_transfer.config import ConfigError
+from gn_transfer.training.run_folder import claim_run
+from gn_transfer.training.train import create_trainer, prepare, train
+
+QUIET: dict[str, Any] = {
+    "max_epochs": 1,
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+}
+
+
+def task(norm: str = "gn_ws") -> gnt.TransferClassifier:
+    return gnt.TransferClassifier(gnt.ModelConfig("resnet18", norm), gnt.OptimizerConfig(lr=0.01))
+
+
+def loader(images: int = 6, batch_size: int = 2) -> DataLoader[Any]:
+    pixels = torch.randint(0, 256, (images, 3, 64, 64), dtype=torch.uint8)
+    return DataLoader(TensorDataset(pixels, torch.arange(images) % 2), batch_size)
+
+
+def test_the_trainer_fits_our_module_with_our_data(folder_root: Path, tmp_path: Path) -> None:
+    module, data = task(), gnt.Folder(folder_root, img_size=64, num_workers=0)
+    assert "not set up" in repr(data)
+    trainer = Trainer(**QUIET, callbacks=[gnt.GradientAccumulation(4)], use_distributed_sampler=False)
+    trainer.fit(module, datamodule=data)
+    assert trainer.accumulate_grad_batches == 4
+    assert "val/acc1" in trainer.callback_metrics
+    assert "train 9, val 3" in repr(data)
+    [metrics] = trainer.validate(module, datamodule=data, verbose=False)
+    trainer.save_checkpoint(tmp_path / "mine.ckpt")
+    loaded = gnt.TransferClassifier.load_from_checkpoint(tmp_path / "mine.ckpt")
+    assert loaded.classes == ["apple", "pear"]
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), module.eval()(images))
+    assert metrics["val/acc1"] == trainer.callback_metrics["val/acc1"]
+
+
+def test_loaders_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = task("gn")
+    with pytest.raises(ConfigError, match=r"call module\.build\(class_names\) before trainer\.fit"):
+        Trainer(**QUIET).fit(module, loader(), loader())
+    scales = []
+    module = task("gn")
+    module.build(["cat", "dog"])
+    step = module.training_step
+    monkeypatch.setattr(
+        module, "training_step", lambda *args: (scales.append(module.micro_batch.loss_scale), step(*args))[1]
+    )
+    trainer = Trainer(**QUIET, callbacks=[gnt.GradientAccumulation(4)], gradient_clip_val=0.1)
+    trainer.fit(module, loader(), loader())
+    assert (trainer.global_step, scales) == (2, [1.0, 1.0, 2.0])  # three batches in steps of two
+    [probs, *_] = trainer.predict(module, loader())
+    torch.testing.assert_close(probs.sum(1), torch.ones(2))
+
+
+def test_overfitting_some_batches(folder_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, seen = gnt.Folder(folder_root, img_size=64, num_workers=0, recipe="none"), []
+    module = task()
+    monkeypatch.setattr(module, "on_train_batch_start", lambda batch, index: seen.append(batch[0].sum().item()))
+    Trainer(**{**QUIET, "max_epochs": 2}, overfit_batches=2, use_distributed_sampler=False).fit(module, datamodule=data)
+    assert len(seen) == 4
+    assert seen[:2] == seen[2:]  # the same images in both epochs
+
+
+def test_a_script_leaves_what_the_command_leaves(
+    folder_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module, data = task(), gnt.Folder(folder_root, img_size=64, num_workers=0)
+    trainer = create_trainer(
+        max_epochs=1, log_every_n_steps=1, callbacks=[gnt.GradientAccumulation(4), gnt.ExponentialMovingAverage(None)]
+    )
+    prepare(module, data)
+    run = claim_run(Path(), "photos", module.norm, data.batch_size, data.seed)
+    train(module, data, trainer, run)
+    names = {path.name for path in run.logs.iterdir()}
+    assert {"config.yaml", "metrics.json", "run.log", "split.json", "transfer_report.json", "epochs.csv"} <= names
+    from gn_transfer.__main__ import main
+
+    best = run.checkpoints / "best.ckpt"
+    assert main(["validate", "--ckpt_path", str(best)]) == 0
+    assert main(["export", str(best), "--output", "bundle"]) == 0
+    assert main(["fit", "--ckpt_path", str(run.checkpoints / "last.ckpt"), "--trainer.max_epochs", "2"]) == 0
+    assert main(["compare", str(run.logs)]) == 0
