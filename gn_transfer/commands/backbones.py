@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: An unknown option, norm or set of weights, or weights that cannot be fetched.
     """
-    options = _parser().parse_args(arguments)
+    options = create_parser().parse_args(arguments)
     if options.norm is not None and options.norm not in NORMS:
         raise ConfigError(f"--norm {options.norm} is not a norm; {did_you_mean(options.norm, NORMS)}.")
     if options.download is not None:
@@ -148,7 +148,8 @@ def _short(values: Sequence[float]) -> str:
     return f"{values[0]:g}" if len(set(values)) == 1 else " ".join(f"{value:g}" for value in values)
 
 
-def _parser() -> Parser:
+def create_parser() -> Parser:
+    """Create the parser of the command."""
     parser = Parser(prog="gn-transfer backbones", description=str(__doc__))
     parser.add_argument("--norm", help=f"only weights for this norm: {', '.join(NORMS)}")
     parser.add_argument("--format", choices=["table", "json"], default="table", help="how to print (default: table)")

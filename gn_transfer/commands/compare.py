@@ -25,29 +25,7 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: The user's mistake.
     """
-    parser = Parser(
-        prog="gn-transfer compare",
-        description="Compare finished runs: groups by what differs, intervals, exact paired tests, figures, one page.",
-    )
-    parser.add_argument("runs", metavar="RUNS", nargs="+", type=Path, help="run folders, or folders that hold some")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="write index.html, tables, report.json and figures there"
-    )
-    parser.add_argument(
-        "--format", choices=["table", "json", "csv"], default="table", help="what goes to standard output"
-    )
-    parser.add_argument(
-        "--baseline",
-        metavar="KEY=VALUE[,...]",
-        help="what the others are tested against, paired by seed (default norm=bn where the norm differs)",
-    )
-    parser.add_argument("--where", metavar="KEY=VALUE[|VALUE...][,...]", help="compare only runs with these settings")
-    parser.add_argument(
-        "--metric", metavar="NAME", help="test/acc1, val/acc1 or best/val/acc1 (default: test where all runs have it)"
-    )
-    parser.add_argument("--title", default="Comparison of runs", help="heading of the page")
-    parser.add_argument("--force", action="store_true", help="compare what is not comparable, and say so on the page")
-    options = parser.parse_args(arguments)
+    options = create_parser().parse_args(arguments)
 
     from gn_transfer.comparison import compare, write
     from gn_transfer.comparison.tables import as_dict, as_text, group_records
@@ -77,6 +55,33 @@ def run(arguments: Sequence[str]) -> int:
         for problem in report.problems:
             print(f"  {problem.folder}: {problem.reason}", file=sys.stderr)
     return report.exit_code
+
+
+def create_parser() -> Parser:
+    """Create the parser of the command."""
+    parser = Parser(
+        prog="gn-transfer compare",
+        description="Compare finished runs: groups by what differs, intervals, exact paired tests, figures, one page.",
+    )
+    parser.add_argument("runs", metavar="RUNS", nargs="+", type=Path, help="run folders, or folders that hold some")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="write index.html, tables, report.json and figures there"
+    )
+    parser.add_argument(
+        "--format", choices=["table", "json", "csv"], default="table", help="what goes to standard output"
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="KEY=VALUE[,...]",
+        help="what the others are tested against, paired by seed (default norm=bn where the norm differs)",
+    )
+    parser.add_argument("--where", metavar="KEY=VALUE[|VALUE...][,...]", help="compare only runs with these settings")
+    parser.add_argument(
+        "--metric", metavar="NAME", help="test/acc1, val/acc1 or best/val/acc1 (default: test where all runs have it)"
+    )
+    parser.add_argument("--title", default="Comparison of runs", help="heading of the page")
+    parser.add_argument("--force", action="store_true", help="compare what is not comparable, and say so on the page")
+    return parser
 
 
 def parse_settings(option: str, text: str) -> dict[str, str]:

@@ -66,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
             f"data {command}: not a command; {did_you_mean(command, COMMANDS)}. See gn-transfer data --help."
         )
     try:
-        options, others = _parser(command).parse_known_args(rest)
+        options, others = create_parser(command).parse_known_args(rest)
     except SystemExit:  # after --help
         return 0
     if command == "sample":
@@ -193,7 +193,8 @@ def _rows(table: Table, name: str, lines: Sequence[str]) -> None:
         table.add_row("", f"... and {len(lines) - _SHOWN} more; --format json lists all")
 
 
-def _parser(command: str) -> Parser:
+def create_parser(command: str) -> Parser:
+    """Create the parser of a command of ``data``."""
     parser = Parser(prog=f"gn-transfer data {command}", description=COMMANDS[command])
     if command == "check":
         parser.add_argument("--format", choices=["table", "json"], default="table", help="what to print")

@@ -24,6 +24,25 @@ def run(arguments: Sequence[str]) -> int:
         ConfigError: The user's mistake.
         ParityError: The bundle does not compute what was trained; none is left.
     """
+    options = create_parser().parse_args(arguments)
+    path = find_checkpoint(options.checkpoint)
+    try:
+        parity = export_bundle(path, options.output, data_root=options.root, say=print)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST):
+            raise
+        raise ConfigError(f"--output {options.output} cannot be written: {error}; name another folder.") from error
+    size = sum(file.stat().st_size for file in options.output.iterdir()) / 2**20
+    print(f"parity      {parity.summary()}")
+    print(
+        f"bundle      {options.output} ({size:.1f} MiB): {', '.join(sorted(p.name for p in options.output.iterdir()))}"
+    )
+    print(f"next        gn-transfer predict {options.output} IMAGES")
+    return 0
+
+
+def create_parser() -> Parser:
+    """Create the parser of the command."""
     parser = Parser(
         prog="gn-transfer export",
         description="Write a checkpoint as a bundle for inference: an ONNX graph, safetensors weights, JSON and a "
@@ -43,18 +62,4 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--data.root", dest="root", metavar="PATH", help="where the run's images lie now, if they were moved"
     )
-    options = parser.parse_args(arguments)
-    path = find_checkpoint(options.checkpoint)
-    try:
-        parity = export_bundle(path, options.output, data_root=options.root, say=print)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST):
-            raise
-        raise ConfigError(f"--output {options.output} cannot be written: {error}; name another folder.") from error
-    size = sum(file.stat().st_size for file in options.output.iterdir()) / 2**20
-    print(f"parity      {parity.summary()}")
-    print(
-        f"bundle      {options.output} ({size:.1f} MiB): {', '.join(sorted(p.name for p in options.output.iterdir()))}"
-    )
-    print(f"next        gn-transfer predict {options.output} IMAGES")
-    return 0
+    return parser

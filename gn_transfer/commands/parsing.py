@@ -14,8 +14,8 @@ from gn_transfer.config import ConfigError, did_you_mean
 class Parser(argparse.ArgumentParser):
     """Python's parser, for the commands that are not Lightning's; options are never guessed from a beginning."""
 
-    def __init__(self, *, prog: str, description: str) -> None:
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+    def __init__(self, *, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of leaving the process."""

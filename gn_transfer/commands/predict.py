@@ -40,26 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: The user's mistake.
     """
-    parser = Parser(prog="gn-transfer predict", description="Classify images with a bundle of gn-transfer export.")
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="the bundle's folder")
-    parser.add_argument(
-        "images",
-        metavar="IMAGES",
-        nargs="+",
-        help='image files, folders (with all below them), or patterns in quotes, such as "holiday/**/*.jpg"',
-    )
-    parser.add_argument("--top_k", type=int, default=1, metavar="K", help="classes per image (default 1)")
-    parser.add_argument("--format", choices=list(FORMATS), default="table", help="what goes to standard output")
-    parser.add_argument(
-        "--batch_size", type=int, default=16, metavar="N", help="images per run of the graph (default 16)"
-    )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="compute threads (default: OMP_NUM_THREADS, else all cores)"
-    )
-    parser.add_argument(
-        "--figure", type=Path, metavar="FILE", help=f"show the first {FIGURE_IMAGES} images with their classes in a PNG"
-    )
-    options = parser.parse_args(arguments)
+    options = create_parser().parse_args(arguments)
     for name in ("top_k", "batch_size", "threads"):
         if (value := getattr(options, name)) is not None:
             check_range(f"--{name}", value, low=1)
@@ -83,6 +64,30 @@ def run(arguments: Sequence[str]) -> int:
         for path, reason in failed.items():
             print(f"  {shown(path)}: {reason}", file=sys.stderr)
     return 3 if failed else 0
+
+
+def create_parser() -> Parser:
+    """Create the parser of the command."""
+    parser = Parser(prog="gn-transfer predict", description="Classify images with a bundle of gn-transfer export.")
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="the bundle's folder")
+    parser.add_argument(
+        "images",
+        metavar="IMAGES",
+        nargs="+",
+        help='image files, folders (with all below them), or patterns in quotes, such as "holiday/**/*.jpg"',
+    )
+    parser.add_argument("--top_k", type=int, default=1, metavar="K", help="classes per image (default 1)")
+    parser.add_argument("--format", choices=list(FORMATS), default="table", help="what goes to standard output")
+    parser.add_argument(
+        "--batch_size", type=int, default=16, metavar="N", help="images per run of the graph (default 16)"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="compute threads (default: OMP_NUM_THREADS, else all cores)"
+    )
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help=f"show the first {FIGURE_IMAGES} images with their classes in a PNG"
+    )
+    return parser
 
 
 def predict(

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from gn_transfer.commands import evaluate
 from gn_transfer.commands.fit import fit
+from gn_transfer.commands.parsing import Parser
 from gn_transfer.commands.study_checks import check_keys, check_values, print_plan, quiet_log
 from gn_transfer.commands.training_cli import parsed
 from gn_transfer.config import ConfigError, find_config
@@ -81,13 +82,19 @@ def test_trial(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    parser = argparse.ArgumentParser(
+    options, rest = create_parser().parse_known_args(arguments)
+    if not 1 <= options.workers <= core_count():
+        raise ConfigError(f"--workers {options.workers}: use 1 to {core_count()}, the cores of this machine.")
+    return options, dict(_pairs(rest))
+
+
+def create_parser() -> Parser:
+    """Create the parser of the command."""
+    parser = Parser(
         prog="gn-transfer sweep",
         description="Run a study over configuration keys. A killed study goes on with the same command.",
         epilog="Any other --KEY VALUE holds in every trial (--data.root PATH); --samples, --seeds, --test and "
         "--keep replace those of the file.",
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     parser.add_argument("--config", "-c", required=True, help="a study: a path, or the name of a built-in one")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the cores (default 1)")
@@ -95,13 +102,7 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]
     parser.add_argument("--name", help="name of the study and of its folder (default: the file's)")
     parser.add_argument("--retry_failed", action="store_true", help="run trials again that have failed")
     parser.add_argument("--dry_run", action="store_true", help="print the trials and how long they will take, and stop")
-    try:
-        options, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"sweep: {error}.") from error
-    if not 1 <= options.workers <= core_count():
-        raise ConfigError(f"--workers {options.workers}: use 1 to {core_count()}, the cores of this machine.")
-    return options, dict(_pairs(rest))
+    return parser
 
 
 def _pairs(words: Sequence[str]) -> Iterator[tuple[str, Any]]:

@@ -41,12 +41,14 @@ def answer(comparison: Comparison) -> list[str]:
 
 def _sentence(contrast: Contrast) -> str:
     points = abs(100 * contrast.difference)
-    direction = "above" if contrast.difference > 0 else "below"
+    direction = (
+        f"{points:.1f} points {'above' if contrast.difference > 0 else 'below'}" if points >= 0.05 else "level with"
+    )
     interval = f"95 % interval {100 * contrast.low:+.1f} to {100 * contrast.high:+.1f}"
     test = "" if contrast.test.smallest_p > 0.05 else f", p {contrast.test.p:.2g}, after Holm {contrast.p_holm:.2g}"
     shown = "" if contrast.low > 0 or contrast.high < 0 else " This is no clear difference."
     return (
-        f"{contrast.group.label} is {points:.1f} points {direction} {contrast.against}: "
+        f"{contrast.group.label} is {direction} {contrast.against}: "
         f"{100 * contrast.group.mean:.1f} % against {100 * contrast.baseline.mean:.1f} % ({interval}{test}).{shown}"
     )
 

@@ -196,7 +196,7 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
 
     def train_dataloader(self) -> ImageLoader:
         """Batches of the training split in the order of :attr:`train_sampler`."""
-        if self.trainer is not None and self.trainer.overfit_batches:
+        if getattr(self.trainer, "overfit_batches", 0):
             self.train_sampler.shuffle = False  # the same batches in every epoch
         return self._loader(self.train_dataset, self.train_sampler)
 

@@ -38,10 +38,11 @@ On {images} validation images the logits of `model.onnx` and of the checkpoint i
 
 ```python
 import json
+from pathlib import Path
 import numpy as np
 import onnxruntime
 
-classes = json.load(open("bundle.json"))["classes"]
+classes = json.loads(Path("bundle.json").read_text())["classes"]
 session = onnxruntime.InferenceSession("model.onnx")
 images = np.load("images.npy")  # uint8, RGB, shape (batch, {img_size}, {img_size}, 3)
 logits, probs = session.run(None, {{"images": images}})

@@ -1,0 +1,103 @@
+"""Write the reference of configuration keys and of commands from the code, before the documentation is built."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from pathlib import Path
+from typing import Any
+
+from docstring_parser import parse
+
+from gn_transfer.__main__ import COMMANDS
+from gn_transfer.commands import backbones, compare, data, export, predict, sweep
+from gn_transfer.commands.training_cli import CALLBACKS, CONFIGS, DATA
+from gn_transfer.data import ImageDataModule
+
+INTRODUCTION = """\
+# Configuration reference
+
+This page is generated from the code. Every key can stand in a YAML file or on the command line, as
+`--model.norm gn_ws`. A value on the command line replaces that of the file. `gn-transfer fit --help` prints the same
+texts, and the keys of Lightning's `trainer.*` as well.
+"""
+
+
+def configuration() -> str:
+    """Describe the keys, group by group."""
+    parts = [INTRODUCTION, "## data\n", "`--data NAME` chooses the data module. All of them have these keys:\n"]
+    parts.append(table("data", ImageDataModule))
+    for kind in DATA:
+        parts += [f"### {kind.__name__}\n", parse(kind.__doc__ or "").short_description or "", "", table("data", kind)]
+    for group, kind in {**CONFIGS, **CALLBACKS}.items():
+        parts += [f"## {group}\n", (parse(kind.__doc__ or "").short_description or "") + "\n", table(group, kind)]
+    return "\n".join(parts)
+
+
+def table(group: str, kind: type) -> str:
+    """Write the parameters of a class as a table of keys."""
+    texts = {found.arg_name: " ".join((found.description or "").split()) for found in parse(kind.__doc__ or "").params}
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD or name not in texts or name == "seed":
+            continue
+        default = "required" if parameter.default is parameter.empty else f"`{written(parameter.default)}`"
+        rows.append(f"| `{group}.{name}` | {default} | {texts[name].replace('|', chr(92) + '|')} |")
+    return "\n".join(rows) + "\n" if len(rows) > 2 else ""
+
+
+def written(value: Any) -> str:
+    """Write a default as YAML has it."""
+    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, str) else value
+
+
+def commands() -> str:
+    """Describe the commands by their own help."""
+    parts = ["# Command reference\n", "This page is generated from the code.\n"]
+    training = {"fit", "validate", "test"}
+    parsers = {
+        "sweep": [sweep.create_parser()],
+        "data": [data.create_parser(name) for name in data.COMMANDS],
+        "export": [export.create_parser()],
+        "predict": [predict.create_parser()],
+        "compare": [compare.create_parser()],
+        "backbones": [backbones.create_parser()],
+    }
+    for name, text in COMMANDS.items():
+        parts += [f"## {name}\n", f"{text[0].upper()}{text[1:].partition(': gn-transfer')[0]}.\n"]
+        if name in training:
+            parts.append(
+                "`--config NAME` reads a file or a built-in configuration, `--ckpt_path PATH` a checkpoint (`last` is "
+                "the newest of the configuration), `--KEY VALUE` sets a key of the [configuration](configuration.md), "
+                "`--dry_run` prints the plan and stops.\n"
+            )
+        for parser in parsers.get(name, []):
+            parts.append(f"```text\n{help_of(parser)}```\n")
+    parts.append(
+        "## Exit codes\n\n| code | meaning |\n|---|---|\n| 0 | done |\n| 2 | a mistake in the input, with one message "
+        "on standard error |\n| 3 | finished, but some inputs failed; they are listed |\n| 1 | a fault of the program "
+        "|\n| 130 | interrupted, after saving what can be saved |\n"
+    )
+    return "\n".join(parts)
+
+
+def help_of(parser: argparse.ArgumentParser) -> str:
+    """Format a parser's help at a fixed width."""
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=100)  # type: ignore[assignment]
+    return parser.format_help()
+
+
+def write(app: Any) -> None:
+    """Write both pages."""
+    folder = Path(app.srcdir) / "reference"
+    folder.mkdir(exist_ok=True)
+    for name, text in (("configuration.md", configuration()), ("commands.md", commands())):
+        path = folder / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Register with Sphinx."""
+    app.connect("builder-inited", write)
+    return {"parallel_read_safe": True}
