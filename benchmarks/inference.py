@@ -35,7 +35,7 @@ from timm.layers import GroupNormAct, StdConv2d
 from gn_transfer.backbones.create import rebuild
 from gn_transfer.config import Norm
 from gn_transfer.inference.bundle import open_graph
-from gn_transfer.inference.graph import InferenceModel, write_onnx
+from gn_transfer.inference.onnx_graph import InferenceModel, write_onnx
 from gn_transfer.training.environment import environment
 
 CLASSES = 37

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from gn_transfer.inference.bundle import Bundle, Prediction, load_bundle
     from gn_transfer.layers import convert_norm
     from gn_transfer.training.accumulation import GradientAccumulation
-    from gn_transfer.training.batch_norm import BatchNormStatistics
+    from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
     from gn_transfer.training.classification import RegularizationConfig, TransferClassifier
     from gn_transfer.training.ema import ExponentialMovingAverage
     from gn_transfer.training.freezing import BackboneFreezing
@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 # Names are imported on first use: `gn-transfer --help` and `predict` must not pay for torch.
 _HOMES = {
     "BackboneFreezing": "training.freezing",
-    "BatchNormStatistics": "training.batch_norm",
+    "BatchNormStatistics": "training.batch_norm_statistics",
     "Bundle": "inference.bundle",
     "Digits": "data",
     "ExponentialMovingAverage": "training.ema",

@@ -1,4 +1,4 @@
-"""What every layer of the package shares: the norm switch, the user's errors, the built-in configs. No torch here."""
+"""What every part of the package shares: the norms, the user's errors, the built-in configs. No torch here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 Norm = Literal["bn", "bn_frozen", "bn_sync", "gn", "gn_ws", "bn_ws", "ln", "in", "none"]
-"""The switch: which normalization stands in the model, and whether its convolutions are weight-standardized."""
+"""The ``norm`` option: which normalization the model has, and whether its convolutions are weight-standardized."""
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
 

@@ -78,7 +78,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """Fill a folder beside the target, and rename it when the block ends without an error.
 
     Args:
-        target: Folder to write; one that is there is replaced. The folder it lies in exists.
+        target: Folder to write; one that is there is replaced. Its parent folder exists.
 
     Yields:
         An empty folder to fill; removed after an error, which leaves the target as it was.

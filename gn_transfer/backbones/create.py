@@ -11,7 +11,7 @@ import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
@@ -47,7 +47,6 @@ class Backbone:
         std: Pixel standard deviation per channel, likewise.
         head: Name of the classifier module inside :attr:`model`.
         report: What was transferred.
-        hints: What the weights were trained at (``img_size``, ``interpolation``), for the user to read; not applied.
     """
 
     model: nn.Module
@@ -55,7 +54,6 @@ class Backbone:
     std: tuple[float, ...]
     head: str
     report: TransferReport
-    hints: dict[str, Any] = field(default_factory=dict)
 
 
 def create_backbone(
@@ -106,12 +104,10 @@ def create_backbone(
     config: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     head = str(config["classifier"])
     mean, std = (_per_channel(config[key], in_chans) for key in ("mean", "std"))
-    hints = {"img_size": int(config["input_size"][-1]), "interpolation": str(config["interpolation"])}
     if weights is not None:
         mean, std = (
             _per_channel(stated or default, in_chans) for stated, default in ((weights.mean, mean), (weights.std, std))
         )
-        hints = dict(weights.hints or hints)
     groups: dict[str, Any] = {"num_groups": num_groups, "group_size": group_size}
 
     if weights is None:
@@ -119,7 +115,7 @@ def create_backbone(
         if norm == "none":
             _zero_last_convolutions(model)
         report = TransferReport("from scratch", architecture, norm, notes=notes_on(architecture, norm))
-        return Backbone(model, mean, std, head, report, hints)
+        return Backbone(model, mean, std, head, report)
 
     state = _read_npz(weights) if weights.file is not None and weights.file.suffix == ".npz" else read_weights(weights)
     check_norm(weights, state, norm, conversion, **groups)
@@ -134,7 +130,7 @@ def create_backbone(
         convert_norm(model, norm, **groups, skip={head}, calibration=pixels, report=replacements)
         r2 = {found.name: round(found.r2, 4) for found in replacements if found.r2 is not None}
         report = replace(report, r2=r2, notes=(*report.notes, _quality(r2)))
-    return Backbone(model, mean, std, head, report, hints)
+    return Backbone(model, mean, std, head, report)
 
 
 def rebuild(

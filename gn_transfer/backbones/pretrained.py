@@ -19,7 +19,7 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {"resnetv2_26": ("resnetv2_50",
 """Our names for models that timm builds only with arguments: name -> (timm architecture, its arguments)."""
 
 OWN: dict[str, type[SmallCnn]] = {"cnn_mnist": SmallCnn}
-"""Nets that timm does not have; without pretrained weights, and grey unless asked otherwise."""
+"""Models that timm does not have, without pretrained weights. They take grey images by default."""
 
 # (backbone, norm) -> the weights of `pretrained: auto`: a released file, or timm's "architecture.tag". Only pairs whose
 # weights were trained with that very norm stand here; bn_frozen and bn_sync compute what bn computed and share its.
@@ -47,7 +47,7 @@ _STANDS_FOR = {"resnetv2_50": "resnetv2_50x1_bit", "resnetv2_101": "resnetv2_101
 def resolve_pretrained(
     name: str, norm: Norm, pretrained: str | None, conversion: Conversion = "error"
 ) -> Weights | None:
-    """Find the weights that the switch means.
+    """Find the weights that ``model.pretrained`` means.
 
     Args:
         name: Backbone as the user named it.

@@ -20,7 +20,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run ``gn-transfer backbones``.
 
     Args:
-        arguments: What stands behind the command.
+        arguments: The words behind the command.
 
     Returns:
         Exit code.

@@ -17,7 +17,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run ``gn-transfer compare``.
 
     Args:
-        arguments: What stands behind the command.
+        arguments: The words behind the command.
 
     Returns:
         Exit code: 0, or 3 where some runs could not be used.

@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command of ``data``.
 
     Args:
-        arguments: What stands behind ``data``.
+        arguments: The words behind ``data``.
 
     Returns:
         Exit code: 0 done, 2 when ``check`` found what would stop a training or ``cache`` could not be completed.

@@ -15,7 +15,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run ``gn-transfer export``.
 
     Args:
-        arguments: What stands behind the command.
+        arguments: The words behind the command.
 
     Returns:
         Exit code.

@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command.
 
     Args:
-        arguments: What stands behind it.
+        arguments: The words behind the command.
 
     Returns:
         Exit code: 0 done, 3 where trials failed.

@@ -27,7 +27,7 @@ from gn_transfer.config import ConfigError
 from gn_transfer.data import Digits, Folder, ImageDataModule, Pets, Sample, TinyImageNet
 from gn_transfer.data.workers import core_count
 from gn_transfer.training.accumulation import GradientAccumulation
-from gn_transfer.training.batch_norm import BatchNormStatistics
+from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
 from gn_transfer.training.checkpoint_callbacks import LastCheckpoint
 from gn_transfer.training.classification import RegularizationConfig, TransferClassifier
 from gn_transfer.training.early_stopping import EarlyStopping

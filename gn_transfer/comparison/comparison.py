@@ -30,7 +30,7 @@ class Group:
 
     Attributes:
         settings: What tells the group apart.
-        telling: Those of them that the label names.
+        label_settings: Those of them that the label names.
         label: The same in words.
         runs: Its runs.
         by_seed: Accuracy of each seed, as a fraction; runs of the same seed are averaged.
@@ -39,7 +39,7 @@ class Group:
     """
 
     settings: dict[str, Setting]
-    telling: dict[str, Setting]
+    label_settings: dict[str, Setting]
     label: str
     runs: list[Run]
     by_seed: dict[int, float]
@@ -235,7 +235,7 @@ def _without_contrast(
         return []
     asked = ", ".join(f"{key}={value}" for key, value in baseline.items())
     return [
-        f"Without a contrast, since no single group with {asked} is otherwise set alike: {'; '.join(lonely)}. "
+        f"Without a contrast, since no single group with {asked} has otherwise the same settings: {'; '.join(lonely)}. "
         "--where and --baseline choose others."
     ]
 
@@ -247,9 +247,11 @@ def _resample(runs: Sequence[Run], metric: str, predictions: Mapping[Path, Predi
     for run in runs:
         if run.folder in predictions:
             on[predictions[run.folder].digest].append(run)
-    drawn = image_bootstrap({digest: [predictions[run.folder].correct for run in some] for digest, some in on.items()})
+    resamples = image_bootstrap(
+        {digest: [predictions[run.folder].correct for run in some] for digest, some in on.items()}
+    )
     for digest, some in on.items():
-        resampled |= {run.folder: values for run, values in zip(some, drawn[digest], strict=True)}
+        resampled |= {run.folder: values for run, values in zip(some, resamples[digest], strict=True)}
     return resampled
 
 
@@ -269,7 +271,7 @@ def _summarize(
     if len(by_seed) > 1 or any(run.folder in predictions for run in runs):
         ends = interval(list(_by_seed(runs, resampled).values()))
     settings = dict(zip(grouping.keys, key, strict=True))
-    return Group(settings, grouping.telling(key), grouping.label(key), runs, by_seed, *ends)
+    return Group(settings, grouping.label_settings(key), grouping.label(key), runs, by_seed, *ends)
 
 
 def _contrasts(pairs: Sequence[tuple[Group, Group]], resampled: Mapping[Path, Array]) -> list[Contrast]:

@@ -77,7 +77,7 @@ def create_figures(
         by_class: The difference between two groups class by class, or None.
 
     Returns:
-        The figures, the most telling first.
+        The figures, the most informative first.
     """
     found: list[PageFigure] = []
     with matplotlib.rc_context(_STYLE):
@@ -205,8 +205,8 @@ def _batch_figure(panels: Sequence[tuple[str, list[Group]]]) -> Figure:
                 errors = [100 * (1 - value) for value in group.by_seed.values()]
                 axes.plot([place] * len(errors), errors, "o", color=colour, alpha=0.25, markersize=3)
             y, below, above = _errors(members)
-            drawn = axes.errorbar(x, y, (below, above), color=colour, linestyle=dashes, marker="o", ms=5, capsize=2)
-            handles.setdefault(name, drawn)
+            bars = axes.errorbar(x, y, (below, above), color=colour, linestyle=dashes, marker="o", ms=5, capsize=2)
+            handles.setdefault(name, bars)
         ticks = sorted({_batch_size(group) for group in groups})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -344,7 +344,7 @@ def _class_figure(by_class: ClassDifference) -> Figure:
 
 def _series(group: Group) -> str:
     in_panel = ("batch_size", "effective_batch_size", "arm")
-    return label({key: value for key, value in group.telling.items() if key not in in_panel})
+    return label({key: value for key, value in group.label_settings.items() if key not in in_panel})
 
 
 def _batch_size(group: Group) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from gn_transfer.comparison.runs import Run, Setting, short_name
 from gn_transfer.config import ConfigError, did_you_mean
 
-_TOLD = frozenset(
+_ALWAYS_NAMED = frozenset(
     ("norm", "batch_size", "effective_batch_size", "num_groups", "group_size", "backbone", "data", "arm", "lr")
 )
 _SHORT = {
@@ -46,12 +46,12 @@ class Grouping:
         Returns:
             Such as ``"gn_ws, batch 1"``; what does not apply is left out, and of the rarer keys what most groups have.
         """
-        return label(self.telling(group))
+        return label(self.label_settings(group))
 
-    def telling(self, group: tuple[Setting, ...]) -> dict[str, Setting]:
+    def label_settings(self, group: tuple[Setting, ...]) -> dict[str, Setting]:
         """Give the settings of a group that its label names."""
         named = dict(zip(self.keys, group, strict=True))
-        return {key: value for key, value in named.items() if key in _TOLD or value != self._usual(key)}
+        return {key: value for key, value in named.items() if key in _ALWAYS_NAMED or value != self._usual(key)}
 
     def _usual(self, key: str) -> Setting:
         place = self.keys.index(key)
@@ -94,11 +94,11 @@ def group_runs(runs: Sequence[Run]) -> Grouping:
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     differing = [name for name in names if len({run.settings.get(name) for run in runs} - {None}) > 1]
     keys: list[str] = []
-    cells = 1
+    found = 1
     for name in differing:
         finer = len({_values(run, [*keys, name]) for run in runs})
-        if finer > cells:
-            keys, cells = [*keys, name], finer
+        if finer > found:
+            keys, found = [*keys, name], finer
     groups: dict[tuple[Setting, ...], list[Run]] = {}
     for run in runs:
         groups.setdefault(_values(run, keys), []).append(run)
@@ -139,7 +139,7 @@ def select(runs: Sequence[Run], where: Mapping[str, str]) -> list[Run]:
 def find_baselines(grouping: Grouping, baseline: Mapping[str, str]) -> dict[tuple[Setting, ...], tuple[Setting, ...]]:
     """Find for each group the one that it is measured against.
 
-    It has the baseline's values and is otherwise set like the group (as far as settings apply to both); where the
+    It has the baseline's values and is has the same other settings (as far as settings apply to both); where the
     baseline names a single group, that serves all.
 
     Args:
@@ -176,14 +176,14 @@ def find_baselines(grouping: Grouping, baseline: Mapping[str, str]) -> dict[tupl
     for group in grouping.groups:
         if group in candidates:
             continue
-        alike = [other for other in candidates if all(_alike(group[place], other[place]) for place in rest)]
-        alike = alike or (candidates if len(candidates) == 1 else [])
-        if len(alike) == 1:
-            found[group] = alike[0]
+        matches = [other for other in candidates if all(_compatible(group[place], other[place]) for place in rest)]
+        matches = matches or (candidates if len(candidates) == 1 else [])
+        if len(matches) == 1:
+            found[group] = matches[0]
     return found
 
 
-def _alike(first: Setting, second: Setting) -> bool:
+def _compatible(first: Setting, second: Setting) -> bool:
     return first is None or second is None or first == second
 
 

@@ -48,7 +48,7 @@ class Disagreement:
         target: Its class.
         first: What the first group says.
         second: What the second group says.
-        file: Where the image lies; None where it is not there any more.
+        file: Path of the image; None where it is not there any more.
     """
 
     path: str
@@ -133,7 +133,7 @@ def thumbnail(file: Path) -> str | None:
     """Give an image as a small ``data:`` address.
 
     Args:
-        file: Where it lies.
+        file: Its path.
 
     Returns:
         A JPEG of at most :data:`THUMBNAIL_SIDE` pixels; None where the file is gone or cannot be decoded.

@@ -44,7 +44,7 @@ class Run:
     """A finished run.
 
     Attributes:
-        folder: Where it lies.
+        folder: Its folder.
         metrics: Its metrics.json.
         settings: What it was set to, by short name (``norm``, ``batch_size``, ``lr``, ``ema.decay``); None where a
             setting does not apply, such as ``num_groups`` without GroupNorm, and ``"null"`` where it is null.

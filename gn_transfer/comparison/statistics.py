@@ -90,9 +90,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def image_bootstrap(correct: Mapping[str, Sequence[npt.NDArray[np.float32]]], seed: int = 0) -> dict[str, list[Array]]:
-    """Say how accurate runs would have been on images drawn anew.
+    """Compute how accurate runs would have been on resampled images.
 
-    Runs that were evaluated on the same images get the same samples, so that differences between them are paired by
+    Runs that were evaluated on the same images get the same resamples, so that differences between them are paired by
     image.
 
     Args:
@@ -101,7 +101,7 @@ def image_bootstrap(correct: Mapping[str, Sequence[npt.NDArray[np.float32]]], se
         seed: Seed of the samples.
 
     Returns:
-        In the same places, the accuracy on each draw, shape ``(RESAMPLES,)``.
+        In the same places, the accuracy on each resample, shape ``(RESAMPLES,)``.
     """
     resampled = {}
     for number, digest in enumerate(sorted(correct)):
@@ -114,7 +114,7 @@ def image_bootstrap(correct: Mapping[str, Sequence[npt.NDArray[np.float32]]], se
 
 
 def interval(seeds: Sequence[Array], level: float = 0.95, seed: int = 1) -> tuple[float, float]:
-    """Bootstrap a mean over seeds: seeds are drawn anew on top of what varies within each.
+    """Bootstrap a mean over seeds: seeds are resampled, on top of the variation within each.
 
     Args:
         seeds: For each seed its value on every sample of images (see :func:`image_bootstrap`), or its one value

@@ -225,7 +225,7 @@ class FileKind(NamedTuple):
     Attributes:
         format: Pillow's name: JPEG, PNG, GIF, ...
         mode: Pillow's name of its channels: RGB, L, CMYK, ...
-        warning: What is odd about it, or empty.
+        warning: What is suspicious about it, or empty.
     """
 
     format: str
@@ -234,7 +234,7 @@ class FileKind(NamedTuple):
 
 
 def describe_file(path: str | os.PathLike[str]) -> FileKind:
-    """Tell what a file is, and what is odd about it.
+    """Tell what a file is, and what is suspicious about it.
 
     Args:
         path: The file.

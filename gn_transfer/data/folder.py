@@ -53,7 +53,7 @@ class Folder(ImageDataModule):
         if self.test_fraction == 0.0:
             raise ConfigError(
                 f"data.root={self.root}: no test images. Add a folder {Path(self.root) / 'test'} with the class "
-                "folders beside train, or hold a share out with data.test_fraction (for fit and test alike)."
+                "folders beside train, or hold a fraction out with data.test_fraction (for fit and test alike)."
             )
         return self._cut_test(self._images(train_root, classes))[1]
 

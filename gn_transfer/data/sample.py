@@ -1,4 +1,4 @@
-"""The embedded data set: drawn by our own code, written once, then read like Pets."""
+"""The embedded data set: synthetic images, written once, then read like Pets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEST_PER_BREED = 20
 IMAGE_SIZE = 80
 """Side of an image in pixels."""
 
-_VERSION = 2  # raise it with every change of the drawing: folders written by another version are drawn again
+_VERSION = 2  # raise it with every change of the images: folders of another version are written again
 _STAMP = "sample.json"
 _HEADER = """\
 #Image CLASS-ID SPECIES BREED ID
@@ -32,7 +32,7 @@ _HEADER = """\
 
 
 class Sample(Pets):
-    """Cats and dogs of invented breeds, drawn into ``root`` on first use and read by the same code as Pets.
+    """Synthetic cats and dogs of invented breeds, written into ``root`` on first use and read by the same code as Pets.
 
     Args:
         root: Folder that the images are written to.
@@ -43,7 +43,7 @@ class Sample(Pets):
         super().__init__(root, download=False, **options)
 
     def prepare_data(self) -> None:
-        """Draw the images unless they are there; Lightning calls it once per machine."""
+        """Write the images unless they are there; Lightning calls it once per machine."""
         write_sample(Path(self.root))
 
 

@@ -264,7 +264,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         folder: The bundle's folder.
 
     Returns:
-        Its content; every file that it names lies directly in the folder.
+        Its content; every file that it names is directly in the folder.
 
     Raises:
         ConfigError: Not a bundle, corrupt, newer than this reader, or naming a file outside the folder.

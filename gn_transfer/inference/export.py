@@ -28,8 +28,8 @@ from gn_transfer.inference.bundle import (
     load_bundle,
     metadata_sha256,
 )
-from gn_transfer.inference.graph import OPSET, InferenceModel, write_onnx
 from gn_transfer.inference.model_card import confused_pairs, model_card
+from gn_transfer.inference.onnx_graph import OPSET, InferenceModel, write_onnx
 from gn_transfer.inference.parity import Parity, ParityError, compare_with_checkpoint
 from gn_transfer.training.checkpoint import check_classes, read_checkpoint, rebuild_task
 from gn_transfer.training.classification import TransferClassifier

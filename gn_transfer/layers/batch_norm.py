@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,72 +31,37 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         )
 
 
-class _Act(nn.Module):
-    """What timm's norm+activation layers add to a norm: ``.drop`` and ``.act``; stands before the norm in the MRO."""
+class WithActivation(nn.Module):
+    """What timm's norm+activation layers add to a norm: ``.drop`` and ``.act``. Stands before the norm in the MRO.
 
-    drop: nn.Module
-    act: nn.Module
+    Args:
+        *args: Arguments of the norm.
+        act: Activation; None is an in-place ReLU, ``nn.Identity()`` disables it.
+        drop: What stands between norm and activation (drop block); None is nothing.
+        **kwargs: Arguments of the norm.
+    """
 
-    def add_act(self, act: nn.Module | None, drop: nn.Module | None) -> None:
+    def __init__(self, *args: Any, act: nn.Module | None = None, drop: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.drop = nn.Identity() if drop is None else drop
         self.act = nn.ReLU(inplace=True) if act is None else act
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input`` of shape ``(N, C, *)`` and activate it."""
         output: Tensor = self.act(self.drop(super().forward(input)))  # the norm behind it in the MRO
         return output
 
 
-class BatchNormAct2d(_Act, nn.BatchNorm2d):
-    """Batch norm and an activation behind it, laid out as timm's class of this name.
-
-    Args:
-        num_features: Channels C.
-        eps: Added to the variance inside the root.
-        momentum: Weight of the new batch in the running statistics.
-        act: Activation; None is an in-place ReLU, ``nn.Identity()`` disables it.
-        drop: What stands between norm and activation; None is nothing.
-    """
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        act: nn.Module | None = None,
-        drop: nn.Module | None = None,
-    ) -> None:
-        super().__init__(num_features, eps, momentum)
-        self.add_act(act, drop)
+class BatchNormAct2d(WithActivation, nn.BatchNorm2d):
+    """Batch norm and an activation behind it, laid out as timm's class of this name."""
 
 
-class FrozenBatchNormAct2d(_Act, FrozenBatchNorm2d):
-    """:class:`FrozenBatchNorm2d` and an activation behind it; arguments as :class:`BatchNormAct2d`."""
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        act: nn.Module | None = None,
-        drop: nn.Module | None = None,
-    ) -> None:
-        super().__init__(num_features, eps, momentum)
-        self.add_act(act, drop)
+class FrozenBatchNormAct2d(WithActivation, FrozenBatchNorm2d):
+    """:class:`FrozenBatchNorm2d` and an activation behind it."""
 
 
-class SyncBatchNormAct(_Act, nn.SyncBatchNorm):
-    """``nn.SyncBatchNorm`` (CUDA only) and an activation behind it; arguments as :class:`BatchNormAct2d`."""
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        act: nn.Module | None = None,
-        drop: nn.Module | None = None,
-    ) -> None:
-        super().__init__(num_features, eps, momentum)
-        self.add_act(act, drop)
+class SyncBatchNormAct(WithActivation, nn.SyncBatchNorm):
+    """``nn.SyncBatchNorm`` (CUDA only) and an activation behind it."""
 
 
 def corrected_momentum(batch_size: int, momentum: float = 0.1, reference: int = 16) -> float:

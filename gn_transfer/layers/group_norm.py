@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gn_transfer.config import ConfigError
+from gn_transfer.layers.batch_norm import WithActivation
 
 
 def group_count(channels: int, *, num_groups: int = 32, group_size: int | None = None, layer: str = "the layer") -> int:
@@ -112,47 +113,12 @@ class GroupNorm(nn.GroupNorm):
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
-class GroupNormAct(GroupNorm):
+class GroupNormAct(WithActivation, GroupNorm):
     """Group norm and an activation behind it, laid out as timm's norm+activation layers.
 
     The state dict holds ``weight`` and ``bias`` only, and ``.drop`` and ``.act`` are modules, so the layer stands in
     for timm's ``BatchNormAct2d`` or ``GroupNormAct``.
-
-    Args:
-        num_channels: Channels C.
-        num_groups: Groups where ``group_size`` is None.
-        group_size: Channels per group; None disables it.
-        eps: Added to the variance inside the root.
-        affine: Learn a scale and a shift per channel.
-        act: Activation; None is an in-place ReLU, ``nn.Identity()`` disables it.
-        drop: What stands between norm and activation (drop block); None is nothing.
-        device: As in ``nn.GroupNorm``.
-        dtype: As in ``nn.GroupNorm``.
-
-    Raises:
-        ConfigError: A number that does not divide the channels.
     """
-
-    def __init__(
-        self,
-        num_channels: int,
-        num_groups: int = 32,
-        group_size: int | None = None,
-        eps: float = 1e-5,
-        affine: bool = True,
-        act: nn.Module | None = None,
-        drop: nn.Module | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(num_channels, num_groups, group_size, eps, affine, device, dtype)
-        self.drop = nn.Identity() if drop is None else drop
-        self.act = nn.ReLU(inplace=True) if act is None else act
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``input`` of shape ``(N, C, *)`` and activate it."""
-        output: Tensor = self.act(self.drop(super().forward(input)))
-        return output
 
 
 def _native_is_slow(input: Tensor, num_groups: int) -> bool:

@@ -167,7 +167,7 @@ class BackboneModule(LightningModule, ABC):
             checkpoint_path: Local path of a ``.ckpt`` file. No code in it is run.
 
         Raises:
-            ConfigError: The file is missing, damaged or not a checkpoint of gn_transfer.
+            ConfigError: The file is missing, corrupt or not a checkpoint of gn_transfer.
         """
         content = checkpoint.read_checkpoint(checkpoint_path, argument="checkpoint")
         return checkpoint.rebuild_task(cls, content, Path(checkpoint_path)).eval()

@@ -11,7 +11,7 @@ from gn_transfer.config import ConfigError
 from gn_transfer.data import ImageDataModule
 from gn_transfer.data.describe import describe_data
 from gn_transfer.training.accumulation import GradientAccumulation, micro_batches_per_step
-from gn_transfer.training.batch_norm import BatchNormStatistics
+from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
 from gn_transfer.training.schedules import bit_samples
 from gn_transfer.training.step_cost import measure_step
 from gn_transfer.training.task import TransferTask

@@ -54,7 +54,7 @@ class Throughput(Callback):
         return self.images / self.seconds if self.seconds else 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the timer."""
         self._mark, self._mark_images, self._warm = time.perf_counter(), 0, False
         self._every = trainer.log_every_n_steps  # type: ignore[attr-defined]
 
@@ -107,11 +107,11 @@ class Throughput(Callback):
             logger.log_metrics(values, step=trainer.global_step)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave what lies between two epochs out of the measurement."""
+        """Exclude the time between two epochs from the measurement."""
         self._mark, self._mark_images = time.perf_counter(), 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the validation out of the measurement."""
+        """Exclude the validation from the measurement."""
         self._mark = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class Throughput(Callback):
         return {"images": self.images, "seconds": self.seconds, "samples_seen": self.samples_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Continue to count."""
         self.images, self.seconds = state_dict["images"], state_dict["seconds"]
         self.samples_seen = state_dict["samples_seen"]
 
@@ -128,7 +128,7 @@ class ProgressBar(RichProgressBar):
     """Lightning's rich bar, showing the loss and images per second of :class:`Throughput`."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Choose what stands behind the bar."""
+        """Choose the figures beside the bar."""
         throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
         if throughput is None or not trainer.training:
             return {}
@@ -136,7 +136,7 @@ class ProgressBar(RichProgressBar):
 
 
 class EpochLines(Callback):
-    """Print one line an epoch: what stays in a log file when no bar can be drawn.
+    """Print one line per epoch, for log files and terminals without a progress bar.
 
     Args:
         say: Prints a line.

@@ -1,4 +1,4 @@
-"""Where a run lies: ``runs/<config>/<run>`` and ``checkpoints/<config>/<run>``."""
+"""The folders of a run: ``runs/<config>/<run>`` and ``checkpoints/<config>/<run>``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class RunFolder:
 
     Attributes:
         name: ``<config>/<norm>-bs<batch>-seed<seed>[-k]``.
-        root: What ``runs/`` and ``checkpoints/`` lie in.
+        root: Folder that contains ``runs/`` and ``checkpoints/``.
     """
 
     name: str
@@ -33,7 +33,7 @@ def claim_run(root: Path, config: str, norm: str, batch_size: int, seed: int) ->
     """Create the folder of a new run; safe when several runs start at once.
 
     Args:
-        root: What ``runs/`` and ``checkpoints/`` lie in.
+        root: Folder that contains ``runs/`` and ``checkpoints/``.
         config: Name of the config, without its suffix.
         norm: The normalization.
         batch_size: ``data.batch_size``.
@@ -60,7 +60,7 @@ def find_last(root: Path, config: str) -> Path | None:
     """Find the newest ``last.ckpt`` of a config's runs.
 
     Args:
-        root: What ``checkpoints/`` lies in.
+        root: Folder that contains ``checkpoints/``.
         config: Name of the config, without its suffix; ``*`` for any.
 
     Returns:
@@ -71,7 +71,7 @@ def find_last(root: Path, config: str) -> Path | None:
 
 
 def run_of_checkpoint(checkpoint: Path) -> RunFolder | None:
-    """Find the run that a checkpoint belongs to by the place where it lies.
+    """Find the run of a checkpoint by the path of the file.
 
     Args:
         checkpoint: Path of a .ckpt file.

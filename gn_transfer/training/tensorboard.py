@@ -83,7 +83,7 @@ class RunLogger(TensorBoardLogger):
         self._flat = dict(hparams)
 
     def save(self) -> None:
-        """Write nothing but events: the configuration lies in ``config.yaml`` already."""
+        """Write nothing but events: the configuration is in ``config.yaml`` already."""
         self.experiment.flush()
 
     def announce(self) -> None:

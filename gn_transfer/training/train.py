@@ -25,7 +25,7 @@ from gn_transfer.data import ImageDataModule
 from gn_transfer.data.splits import split_digest
 from gn_transfer.files import read_json, write_json
 from gn_transfer.training.accumulation import GradientAccumulation
-from gn_transfer.training.batch_norm import BatchNormStatistics
+from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
 from gn_transfer.training.checkpoint import check_classes
 from gn_transfer.training.checkpoint_callbacks import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from gn_transfer.training.ema import AS_TRAINED, ExponentialMovingAverage

@@ -67,7 +67,7 @@ def test_an_installation_for_prediction_alone(monkeypatch, capsys):
         main(["export"])
     monkeypatch.delitem(sys.modules, "gn_transfer.inference.export")
     monkeypatch.setitem(sys.modules, "onnx", None)
-    monkeypatch.delitem(sys.modules, "gn_transfer.inference.graph", raising=False)
+    monkeypatch.delitem(sys.modules, "gn_transfer.inference.onnx_graph", raising=False)
     assert "export needs onnx, which is not installed" in failure(capsys, "export")
 
 

@@ -133,7 +133,7 @@ def test_each_arm_has_its_contrast_whatever_the_learning_rates_chosen_for_it(tmp
         ("gn_ws, arm B", "bn"),
     ]
     fabricate(tmp_path, "gn_ws", 4, 0, effective_batch_size=16, arm="A", stage="final")
-    assert any("set alike: gn_ws, batch 4, arm A." in note for note in compare([tmp_path]).notes)
+    assert any("the same settings: gn_ws, batch 4, arm A." in note for note in compare([tmp_path]).notes)
 
 
 def test_runs_on_which_a_study_chose_do_not_count(tmp_path):

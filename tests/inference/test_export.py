@@ -21,8 +21,8 @@ from gn_transfer.config import ConfigError
 from gn_transfer.inference import export
 from gn_transfer.inference.bundle import open_graph
 from gn_transfer.inference.export import check_output, find_checkpoint, validation_data
-from gn_transfer.inference.graph import InferenceModel, plain, write_onnx
 from gn_transfer.inference.model_card import timm_lines
+from gn_transfer.inference.onnx_graph import InferenceModel, plain, write_onnx
 from gn_transfer.inference.parity import measure_parity
 from gn_transfer.training.checkpoint import rebuild_task
 

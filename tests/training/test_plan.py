@@ -4,7 +4,7 @@ import torch
 from gn_transfer.backbones.model_config import ModelConfig
 from gn_transfer.data import Folder
 from gn_transfer.training.accumulation import GradientAccumulation
-from gn_transfer.training.batch_norm import BatchNormStatistics
+from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
 from gn_transfer.training.classification import TransferClassifier
 from gn_transfer.training.plan import make_plan
 
