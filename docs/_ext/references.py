@@ -48,7 +48,9 @@ def table(group: str, kind: type) -> str:
 
 def written(value: Any) -> str:
     """Write a default as YAML has it."""
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, str) else value
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def commands() -> str:

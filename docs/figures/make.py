@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
@@ -39,17 +40,16 @@ def engine() -> Figure:
     """One accumulation step: what is done once, and what for every micro-batch."""
     figure, axes = canvas(78, 36)
     box(axes, 1, 26, 16, "weight\n(parameter)", GREY)
-    box(axes, 27, 26, 22, "working copy:\nstandardized, cast", BLUE)
-    box(axes, 59, 26, 18, "weight.grad", GREY)
+    box(axes, 27, 26, 24, "working copy:\nstandardized, cast", BLUE)
     arrow(axes, (17, 30), (27, 30), "once")
     for number, name in enumerate(("image 1", "image 2", "...", "image 16")):
         box(axes, 5 + 18 * number, 12, 14, name, GREEN, 6)
-        arrow(axes, (38, 26), (12 + 18 * number, 18))
-    box(axes, 27, 1, 24, "sum of gradients", ORANGE, 6)
-    for number in range(4):
+        arrow(axes, (39, 26), (12 + 18 * number, 18))
         arrow(axes, (12 + 18 * number, 12), (39, 7))
-    arrow(axes, (51, 4), (68, 26), "")
-    axes.text(62, 10, "once: back through\nthe standardization", fontsize=8)
+    box(axes, 27, 1, 24, "sum of gradients", ORANGE, 6)
+    box(axes, 1, 1, 14, "weight.grad", GREY, 6)
+    arrow(axes, (27, 4), (15, 4), "once")
+    axes.text(53, 4, "back through the\nstandardization: once", fontsize=8, va="center")
     return figure
 
 
@@ -72,20 +72,20 @@ def cache() -> Figure:
 def statistics() -> Figure:
     """Which values share a mean and a variance, for a batch of three images with six channels."""
     figure, axes = canvas(84, 34)
+    palette = colormaps["tab20"]
     for place, (title, rule) in enumerate(
         (
             ("BatchNorm", lambda n, c: c),
-            ("GroupNorm, 2 groups", lambda n, c: 3 * n + c // 3 * 1),
+            ("GroupNorm, 2 groups", lambda n, c: 2 * n + c // 3),
             ("GN, 1 group (LN)", lambda n, c: n),
             ("GN, 6 groups (IN)", lambda n, c: 6 * n + c),
         )
     ):
         left = 4 + 20 * place
         axes.text(left + 7, 30, title, ha="center", fontsize=9)
-        palette = (BLUE, ORANGE, GREEN, GREY, "#e4d3f1", "#f7efb2")
         for n in range(3):
             for c in range(6):
-                color = palette[rule(n, c) % 6]
+                color = palette(rule(n, c))
                 axes.add_patch(
                     FancyBboxPatch(
                         (left + 2.4 * c, 20 - 7 * n), 2.1, 6, boxstyle="square,pad=0", facecolor=color, edgecolor="#444"
@@ -124,5 +124,6 @@ def learning_rate() -> Figure:
 
 
 if __name__ == "__main__":
+    rcParams["svg.hashsalt"] = "gn_transfer"  # the same drawing gives the same file
     for draw in (engine, cache, statistics, learning_rate):
         draw().savefig(Path(__file__).with_name(f"{draw.__name__}.svg"), metadata={"Date": None})

@@ -118,7 +118,7 @@ def create_figures(
                     "parallel",
                     "Parallel coordinates",
                     _svg(_parallel(comparison), "parallel"),
-                    f"One line per run, coloured by {comparison.metric} on the right-hand axis; - where a setting "
+                    f"One line per run, colored by {comparison.metric} on the right-hand axis; - where a setting "
                     "does not apply.",
                 )
             )
@@ -200,12 +200,12 @@ def _batch_figure(panels: Sequence[tuple[str, list[Group]]]) -> Figure:
             members = sorted(of_series[name], key=_batch_size)
             shift = 1.03 ** (number - len(of_series) / 2)  # so that intervals do not hide each other
             x = [_batch_size(group) * shift for group in members]
-            colour, dashes = _look(name, list(series))
+            color, dashes = _look(name, list(series))
             for place, group in zip(x, members, strict=True):
                 errors = [100 * (1 - value) for value in group.by_seed.values()]
-                axes.plot([place] * len(errors), errors, "o", color=colour, alpha=0.25, markersize=3)
+                axes.plot([place] * len(errors), errors, "o", color=color, alpha=0.25, markersize=3)
             y, below, above = _errors(members)
-            bars = axes.errorbar(x, y, (below, above), color=colour, linestyle=dashes, marker="o", ms=5, capsize=2)
+            bars = axes.errorbar(x, y, (below, above), color=color, linestyle=dashes, marker="o", ms=5, capsize=2)
             handles.setdefault(name, bars)
         ticks = sorted({_batch_size(group) for group in groups})
         axes.set_xscale("log", base=2)
@@ -232,12 +232,12 @@ def _forest(comparison: Comparison) -> Figure:
     figure = Figure(figsize=(7.6, 1.0 + 0.3 * len(groups)), layout="constrained")
     axes = figure.add_subplot()
     for row, group in enumerate(groups):
-        colour = _norm_colour(group)
+        color = _norm_color(group)
         seeds = [100 * value for value in group.by_seed.values()]
-        axes.plot(seeds, [row] * len(seeds), "o", color=colour, alpha=0.3, markersize=4)
+        axes.plot(seeds, [row] * len(seeds), "o", color=color, alpha=0.3, markersize=4)
         if group.low is not None and group.high is not None:
-            axes.plot([100 * group.low, 100 * group.high], [row, row], color=colour, linewidth=2)
-        axes.plot([100 * group.mean], [row], "D", color=colour, markersize=6)
+            axes.plot([100 * group.low, 100 * group.high], [row, row], color=color, linewidth=2)
+        axes.plot([100 * group.mean], [row], "D", color=color, markersize=6)
     axes.set_yticks(range(len(groups)), [group.label for group in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlabel(f"{comparison.metric}, %")
@@ -257,14 +257,14 @@ def _curves(comparison: Comparison) -> Figure | None:
             continue
         values = 100 * np.array([[row["val/acc1"] for row in rows[:length]] for rows in runs])
         samples = [row["samples_seen"] for row in runs[0][:length]]
-        colour, dashes = (_norm_colour(group), "-") if many else _look(group.label, names)
+        color, dashes = (_norm_color(group), "-") if many else _look(group.label, names)
         said = str(group.runs[0].settings["norm"]) if many else group.label
         axes.plot(
-            samples, values.mean(axis=0), color=colour, linestyle=dashes, marker="o", markersize=3,
+            samples, values.mean(axis=0), color=color, linestyle=dashes, marker="o", markersize=3,
             alpha=0.55 if many else 1.0, label=said,
         )  # fmt: skip
         if not many and len(runs) > 1:
-            axes.fill_between(samples, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, linewidth=0)
+            axes.fill_between(samples, values.min(axis=0), values.max(axis=0), color=color, alpha=0.13, linewidth=0)
     if not axes.lines:
         return None
     axes.set_xlabel("training images seen")
@@ -320,8 +320,8 @@ def _importance_figure(importances: Sequence[Importance]) -> Figure:
     for axes, part in zip(all_axes, importances, strict=True):
         names = list(part.shares)
         noise = ("seed", INTERACTIONS, REST)
-        colours = [_COLOURS[-1] if name in noise else _COLOURS[0] for name in names]
-        axes.barh(names, [100 * part.shares[name] for name in names], color=colours)
+        colors = [_COLOURS[-1] if name in noise else _COLOURS[0] for name in names]
+        axes.barh(names, [100 * part.shares[name] for name in names], color=colors)
         axes.invert_yaxis()
         axes.set_title(f"{part.heading} ({part.runs} runs)", loc="left")
         axes.grid(visible=False, axis="y")
@@ -351,12 +351,12 @@ def _batch_size(group: Group) -> float:
     return float(group.runs[0].settings["batch_size"] or 0)
 
 
-def _norm_colour(group: Group) -> str:
+def _norm_color(group: Group) -> str:
     return _OF_NORM.get(str(group.runs[0].settings["norm"]), _COLOURS[-1])
 
 
 def _look(name: str, names: Sequence[str]) -> tuple[str, str]:
-    """Choose colour and dashes of a line: the norm's colour, and dashes that tell lines of the same norm apart."""
+    """Choose color and dashes of a line: the norm's color, and dashes that tell lines of the same norm apart."""
     norm = name.split(",")[0]
     if norm not in _OF_NORM:
         place = list(names).index(name)

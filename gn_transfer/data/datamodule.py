@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from gn_transfer.config import ConfigError
 from gn_transfer.data.augmentation import Augmentation, Recipe, read_pipeline
 from gn_transfer.data.cache import CacheMode, DatasetCache, default_cache_dir
-from gn_transfer.data.dataset import ImageDataset, LabeledImage, find_bad_images, with_remedy
+from gn_transfer.data.dataset import ImageDataset, LabeledImage, without_bad_images
 from gn_transfer.data.loader import ImageLoader
 from gn_transfer.data.sampler import EpochSampler
 from gn_transfer.data.splits import balanced_weights, few_shots, stratified_split
@@ -108,11 +107,10 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
             ("batch_size", batch_size, 1),
             ("seed", seed, 0),
             ("shots_per_class", shots_per_class, 1),
+            ("num_workers", num_workers, 0),
         ):
             if value is not None and value < least:
                 raise ConfigError(f"data.{key}={value} is out of range; give an integer of at least {least}.")
-        if num_workers is not None and num_workers < 0:
-            raise ConfigError(f"data.num_workers={num_workers} is out of range; give 0 or more, or null to choose.")
         self.root = root
         self.img_size = img_size
         self.batch_size = batch_size
@@ -181,7 +179,10 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
             train, val = [train[position] for position in kept], [train[position] for position in held_out]
         else:
             val = self._without_bad_images(val)
-        self._check_all_classes_occur(train)
+        without = sorted(set(range(self.num_classes)) - {image.target for image in train})
+        if without:
+            names = ", ".join(self.classes[target] for target in without)
+            raise ConfigError(f"{self.root}: no training image of {names}; add images or remove the class.")
         if not val:
             raise ConfigError(f"{self.root}: no image is left for validation.")
         if self.shots_per_class is not None:
@@ -253,23 +254,9 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         return {split: dataset for split, dataset in named.items() if dataset is not None}
 
     def _without_bad_images(self, images: list[LabeledImage]) -> list[LabeledImage]:
-        """Verify images: raise at a bad one, or leave it out and remember it."""
-        skip = self.on_bad_image == "skip"
-        errors = find_bad_images(Path(self.root), [image.path for image in images], decode=skip, threads=core_count())
-        if errors and not skip:
-            first = errors[0]
-            more = f" ({len(errors) - 1} more like it)" if len(errors) > 1 else ""
-            raise with_remedy(type(first)(first.path, first.reason + more))
-        root = Path(self.root)
-        bad = {Path(error.path).relative_to(root).as_posix(): error.reason for error in errors}
-        self.bad_images += [item for item in bad.items() if item not in self.bad_images]
-        return [image for image in images if image.path not in bad]
-
-    def _check_all_classes_occur(self, train: Sequence[LabeledImage]) -> None:
-        missing = sorted(set(range(self.num_classes)) - {image.target for image in train})
-        if missing:
-            names = ", ".join(self.classes[target] for target in missing)
-            raise ConfigError(f"{self.root}: no training image of {names}; add images or remove the class.")
+        good, bad = without_bad_images(Path(self.root), images, skip=self.on_bad_image == "skip")
+        self.bad_images += [item for item in bad if item not in self.bad_images]
+        return good
 
     def _on_gpu(self) -> bool:
         if self.trainer is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from gn_transfer.data.cache_store import PixelStore
 from gn_transfer.data.decode import BadImageError, check_image, decode_image
 from gn_transfer.data.resolution import Resolution
 from gn_transfer.data.sampler import Key, sample_seed
+from gn_transfer.data.workers import core_count
 
 
 class LabeledImage(NamedTuple):
@@ -126,31 +127,39 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             raise with_remedy(error) from error
 
 
-def find_bad_images(root: Path, paths: Iterable[str], *, decode: bool, threads: int) -> list[BadImageError]:
-    """Verify files, several at a time.
+def without_bad_images(
+    root: Path, images: Sequence[LabeledImage], *, skip: bool
+) -> tuple[list[LabeledImage], list[tuple[str, str]]]:
+    """Verify files, one per core at a time.
 
     Args:
-        root: What the paths are relative to.
-        paths: The files.
-        decode: True decodes each; False looks at its two ends only.
-        threads: How many at a time, >= 1.
+        root: What the paths of ``images`` are relative to.
+        images: The images.
+        skip: True decodes each file and leaves out the bad ones. False looks at the two ends of each file only.
 
     Returns:
-        One error per bad file, in the order of ``paths``.
-    """
+        The good images, in their order, and path and reason of each bad one.
 
-    def verify(path: str) -> BadImageError | None:
+    Raises:
+        BadImageError: Without ``skip``, a file is missing, empty, truncated or no image.
+    """
+    verify = decode_image if skip else check_image
+
+    def error_of(image: LabeledImage) -> BadImageError | None:
         try:
-            if decode:
-                decode_image(root / path)
-            else:
-                check_image(root / path)
+            verify(root / image.path)
         except BadImageError as error:
             return error
         return None
 
-    with ThreadPoolExecutor(threads) as pool:
-        return [error for error in pool.map(verify, paths) if error is not None]
+    with ThreadPoolExecutor(core_count()) as pool:
+        errors = list(pool.map(error_of, images))
+    bad = [(image.path, error.reason) for image, error in zip(images, errors, strict=True) if error is not None]
+    if bad and not skip:
+        first = next(error for error in errors if error is not None)
+        more = f" ({len(bad) - 1} more like it)" if len(bad) > 1 else ""
+        raise with_remedy(BadImageError(first.path, first.reason + more))
+    return [image for image, error in zip(images, errors, strict=True) if error is None], bad
 
 
 def with_remedy(error: BadImageError) -> BadImageError:
