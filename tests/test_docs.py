@@ -112,7 +112,9 @@ def test_every_block_runs(page: Path, reader: Path) -> None:
     for block in blocks(page):
         if block.note.startswith(NOT_RUN) or block.language == "text":
             continue
-        if block.language == "sh":
+        if block.language == "yaml":
+            (reader / block.note).write_text(block.code, encoding="utf-8")
+        elif block.language == "sh":
             run_shell(block.code)
         else:
             assert block.language == "python", f"{page.name}:{block.line}: a block in {block.language}"

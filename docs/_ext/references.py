@@ -73,6 +73,10 @@ def commands() -> str:
                 "the newest of the configuration), `--KEY VALUE` sets a key of the [configuration](configuration.md), "
                 "`--dry_run` prints the plan and stops.\n"
             )
+        if name == "data":
+            parts.append(
+                "`check`, `show`, `cache` also take `--config`, `--data` and the keys `data.*`, as `fit` does.\n"
+            )
         for parser in parsers.get(name, []):
             parts.append(f"```text\n{help_of(parser)}```\n")
     parts.append(

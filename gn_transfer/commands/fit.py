@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +146,20 @@ def summary(cli: TrainingCLI, trainer: Trainer, run: RunFolder) -> list[str]:
     speed = find(trainer, Throughput).images_per_sec
     reached = [] if score is None else [f"reached    best val/acc1 {float(score):.4f}, {speed:.1f} images/s"]
     checkpoint, logs = shlex.quote(str(best)), shlex.quote(str(run.root / "runs"))
+    commands = [
+        f"gn-transfer export {checkpoint} --output bundle",
+        f"tensorboard --logdir {logs}",
+        f"gn-transfer fit {shlex.join(_words_without_norm(cli.arguments.typed))} --model.norm "
+        f"{'bn_frozen' if cli.task.norm == 'gn_ws' else 'gn_ws'}",
+    ]
+    with suppress(ConfigError):  # there are no test images
+        cli.datamodule.list_test()
+        commands.insert(0, f"gn-transfer test --ckpt_path {checkpoint}")
     return [
         *reached,
         f"best       {best}",
         f"metrics    {run.logs / 'metrics.json'}",
-        f"next       gn-transfer test --ckpt_path {checkpoint}",
-        f"           gn-transfer export {checkpoint} --output bundle",
-        f"           tensorboard --logdir {logs}",
-        f"           gn-transfer fit {shlex.join(_words_without_norm(cli.arguments.typed))} --model.norm "
-        f"{'bn' if cli.task.norm == 'gn_ws' else 'gn_ws'}",
+        *(f"{'' if number else 'next':<10} {command}" for number, command in enumerate(commands)),
     ]
 
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instantiate_class
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -186,7 +186,11 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build module and data; the Trainer comes with :meth:`build_trainer`."""
-        config = self.parser.instantiate_classes(self.config) if self._builds else self.config
+        try:
+            config = self.parser.instantiate_classes(self.config) if self._builds else self.config
+        except ValueError:  # jsonargparse hides a mistake in the data's keys below a text about types
+            instantiate_class((), self.section.data.as_dict())
+            raise
         self.config_init = config
         section = config[str(self.subcommand)]
         self.mixed_precision: MixedPrecisionConfig = section.mixed_precision

@@ -55,10 +55,17 @@ def write(report: Comparison, output: Path) -> None:
         output: Folder, created where it is not there.
 
     Raises:
-        ConfigError: It cannot be written to.
+        ConfigError: It cannot be written to, or holds something that is no report.
     """
     from gn_transfer.comparison.page import write_files
 
+    if output.is_dir() and not (output / "report.json").is_file():
+        others = sorted(path.name for path in output.iterdir() if path.name != "figures")
+        if others:
+            raise ConfigError(
+                f"--output {output} exists and holds something that is no report ({', '.join(others[:3])}), which "
+                "could be lost; name a new folder."
+            )
     try:
         (output / "figures").mkdir(parents=True, exist_ok=True)
         write_files(report, output)

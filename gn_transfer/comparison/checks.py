@@ -87,11 +87,11 @@ def too_many_contrasts(contrasts: int, smallest_p: float) -> list[str]:
     Returns:
         One sentence, or none.
     """
-    if not contrasts or contrasts * smallest_p <= 0.05:
+    if contrasts < 2 or contrasts * smallest_p <= 0.05:
         return []
     return [
-        f"Of {contrasts} contrasts with these pairs the first cannot get below {min(1.0, contrasts * smallest_p):.2g} "
-        "after Holm's correction: choose fewer contrasts before looking (--where), or run more seeds."
+        f"With Holm's correction over {contrasts} contrasts and this number of seeds, no p-value can be below "
+        f"{min(1.0, contrasts * smallest_p):.2g}: choose fewer contrasts before looking (--where), or run more seeds."
     ]
 
 

@@ -180,8 +180,8 @@ def compare(
     reasons = incomparable(runs, metric)
     if reasons and not force:
         raise ConfigError(
-            f"these runs cannot be compared: {'. '.join(reasons)}. Leave out the runs that differ, or add --force, "
-            "which says so beside the result."
+            f"these runs cannot be compared: {'. '.join(reasons)}. Name the folders of runs that agree, or choose them "
+            "with --where, or add --force, which says so beside the result."
         )
     grouping = group_runs(runs)
     predictions = {run.folder: found for run in runs if (found := run.predictions(metric)) is not None}

@@ -131,8 +131,13 @@ def select(runs: Sequence[Run], where: Mapping[str, str]) -> list[Run]:
             raise ConfigError(f"--where {key}: no run has this setting; {did_you_mean(key, known)}.")
     kept = [run for run in runs if all(shown(run.settings.get(key)) in values for key, values in wanted.items())]
     if not kept:
+        for key, values in wanted.items():
+            there = {shown(run.settings.get(key)) for run in runs}
+            if not there.intersection(values):
+                asked = f"{key}={'|'.join(values)}"
+                raise ConfigError(f"--where {asked}: no run has this value; {did_you_mean(values[0], sorted(there))}.")
         asked = ", ".join(f"{key}={'|'.join(values)}" for key, values in wanted.items())
-        raise ConfigError(f"--where {asked}: none of {len(runs)} runs is set so; leave one of them out.")
+        raise ConfigError(f"--where {asked}: no run has all these values; ask for fewer of them.")
     return kept
 
 
@@ -170,7 +175,7 @@ def find_baselines(grouping: Grouping, baseline: Mapping[str, str]) -> dict[tupl
     ]
     if not candidates:
         asked = ", ".join(f"{key}={value}" for key, value in wanted.items())
-        raise ConfigError(f"--baseline {asked}: no group has all these values; leave one of them out.")
+        raise ConfigError(f"--baseline {asked}: no group has all these values; ask for fewer of them.")
     rest = [place for place in range(len(grouping.keys)) if place not in places]
     found = {}
     for group in grouping.groups:

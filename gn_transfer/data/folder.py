@@ -52,8 +52,9 @@ class Folder(ImageDataModule):
             return self._same_classes(test_root, classes)
         if self.test_fraction == 0.0:
             raise ConfigError(
-                f"data.root={self.root}: no test images. Add a folder {Path(self.root) / 'test'} with the class "
-                "folders beside train, or hold a fraction out with data.test_fraction (for fit and test alike)."
+                f"data.root={self.root}: no test images. Put the class folders into {Path(self.root) / 'train'} and "
+                f"those of the test images into {Path(self.root) / 'test'}, or hold a fraction out: train with "
+                "data.test_fraction."
             )
         return self._cut_test(self._images(train_root, classes))[1]
 
@@ -61,7 +62,14 @@ class Folder(ImageDataModule):
         root = Path(self.root)
         if not root.is_dir():
             raise ConfigError(f"data.root={self.root}: no such folder; give the folder of your class folders.")
-        return self._split_folder("train") or root
+        train = self._split_folder("train")
+        splits = [name for name in ("test", *_VAL_NAMES) if _has_folders(root / name)]
+        if train is None and splits:
+            raise ConfigError(
+                f"data.root={self.root}: {root / splits[0]} holds class folders, but there is no {root / 'train'}; "
+                "move the class folders of the training images into it."
+            )
+        return train or root
 
     def _split_folder(self, *names: str) -> Path | None:
         """Find the folder of a split. A folder without subfolders is a class that happens to be called train."""

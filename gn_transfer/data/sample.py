@@ -75,6 +75,11 @@ def write_sample(root: Path, seed: int = 0) -> Path:
         return place
     if place.exists() and _read_stamp(place) is None:
         raise ConfigError(f"{place} holds something else than the sample; give the sample another data.root.")
+    if root.is_dir() and any(not path.name.startswith(".") and path.name != FOLDER for path in root.iterdir()):
+        raise ConfigError(
+            f"data.root={root} holds other files, and the embedded sample writes its images there. To train on your "
+            "images add --data Folder, or --config folder.yaml; for the sample give an empty folder."
+        )
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".sample-", dir=root) as scratch:

@@ -28,7 +28,7 @@ Run `{run}`, {checkpoint} (epoch {epoch}, {optimizer_steps} optimizer steps). Ex
 
 {confused}
 
-## That it computes what was trained
+## Agreement with the trained model
 
 On {images} validation images the logits of `model.onnx` and of the checkpoint in torch differ by at most \
 {max_difference:.1e} (allowed {tolerance:.1e}); the top class is equal on {same_class}; accuracy \

@@ -107,7 +107,9 @@ def convert_norm(
         raise ConfigError("model.norm=bn_sync needs CUDA and none was found; use bn on one device.")
     layers = dict(module.named_modules(remove_duplicate=False))
     if missing := sorted(set(skip) - set(layers)):
-        raise ConfigError(f"skip names {missing}, which the model lacks; {did_you_mean(missing[0], layers)}.")
+        raise ConfigError(
+            f"skip names {missing}, which the model lacks; {did_you_mean(missing[0], filter(None, layers))}."
+        )
 
     if calibration is not None and norm not in ("gn", "ln", "in"):
         raise ConfigError(f"calibration leads from batch norm to gn, ln or in, not to model.norm={norm}.")

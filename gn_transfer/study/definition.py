@@ -287,7 +287,7 @@ def _mapping(value: Any, place: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{place}={value} is no mapping of keys to values.")
+        raise ConfigError(f"{place}={value} is no mapping of keys to values; write, for example, {{norm: bn}}.")
     return {str(key): item for key, item in value.items()}
 
 

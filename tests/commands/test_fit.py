@@ -211,6 +211,7 @@ def test_a_run_goes_on_with_milder_crops_and_says_so(pets_root, capsys):
         (["--data", "Petz"], "data=Petz is not a data module; did you mean 'Pets'"),
         (["--ckpt_path", "nowhere.ckpt"], "no such file"),
         (["--data.root", "nowhere"], "nowhere"),
+        (["--data.batch_size", "0"], "data.batch_size=0 is out of range; give an integer of at least 1."),
         (["--data.cahce", "ram"], "did you mean 'data.cache'"),
         (["--data.cache", "rom"], "data.cache=rom is not allowed; did you mean 'ram'"),
         (["--data.shots_per_class", "50"], "data.shots_per_class=50: 3 classes have fewer training images"),

@@ -16,6 +16,7 @@ import pytest
 from gn_transfer.__main__ import main
 from gn_transfer.comparison import compare, write_report
 from gn_transfer.comparison.answer import answer
+from gn_transfer.comparison.checks import too_many_contrasts
 from gn_transfer.comparison.figures import batch_panels
 from gn_transfer.comparison.importance import importances
 from gn_transfer.comparison.tables import as_text, group_count_tables
@@ -58,9 +59,18 @@ def test_two_norms_by_hand(tmp_path):
         "one pretraining per norm",
         "BiT weights were pretrained on ImageNet-21k",
         "Fewer than 6 seeds",
-        "cannot get below 0.062 after Holm's correction",
+        "cannot give a p-value below 0.062",
     ):
         assert said in text
+    assert "Holm's correction over" not in text  # one contrast needs no correction
+
+
+def test_holms_correction_limits_what_several_contrasts_can_show():
+    assert too_many_contrasts(1, 0.0625) == []
+    assert too_many_contrasts(4, 0.0078) == []
+    [said] = too_many_contrasts(2, 0.0312)
+    assert "Holm's correction over 2 contrasts" in said
+    assert "no p-value can be below 0.062" in said
 
 
 def test_json_and_csv_go_to_standard_output(tmp_path, capsys):
@@ -277,9 +287,14 @@ def test_bad_arguments(tmp_path, capsys):
     assert "did you mean 'norm'" in failure(capsys, runs, "--baseline", "nrom=bn")
     assert "did you mean 'bn'" in failure(capsys, runs, "--baseline", "norm=bnn")
     assert "did you mean 'batch_size'" in failure(capsys, runs, "--where", "batch_siz=1")
-    assert "none of 4 runs is set so" in failure(capsys, runs, "--where", "batch_size=9")
+    assert "batch_size=9: no run has this value; Allowed: 1." in failure(capsys, runs, "--where", "batch_size=9")
+    assert "did you mean 'gn_ws'" in failure(capsys, runs, "--where", "norm=gnws")
     assert "required: RUNS" in failure(capsys)
     assert main(["compare", runs, "--output", str(tmp_path / "file")]) == 2
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/index.html").write_text("mine")
+    assert main(["compare", runs, "--output", str(tmp_path / "site")]) == 2
+    assert (tmp_path / "site/index.html").read_text() == "mine"
     assert "cannot be written to" in capsys.readouterr().err
     fabricate(tmp_path / "bad", status="failed")
     assert "none of 1 runs can be compared" in failure(capsys, str(tmp_path / "bad"))

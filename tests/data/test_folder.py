@@ -64,6 +64,12 @@ def test_no_test_images(folder_root: Path) -> None:
         Folder(folder_root).setup("test")
 
 
+def test_a_test_folder_without_a_train_folder_is_no_class(folder_root: Path, write_image: Any) -> None:
+    write_image(folder_root / "test" / "apple" / "0.jpg")
+    with pytest.raises(ConfigError, match=r"test holds class folders, but there is no .*train; move the class folders"):
+        Folder(folder_root).setup("fit")
+
+
 def test_a_class_called_train(folder_root: Path) -> None:
     (folder_root / "apple").rename(folder_root / "train")
     assert fit(folder_root).classes == ["pear", "train"]

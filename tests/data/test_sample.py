@@ -124,6 +124,13 @@ def test_other_peoples_images_are_not_replaced(pets_root: Path) -> None:
     assert digest(pets_root) == before
 
 
+def test_nothing_is_written_among_images_of_the_user(folder_root: Path) -> None:
+    before = digest(folder_root)
+    with pytest.raises(ConfigError, match=r"holds other files.*--data Folder"):
+        Sample(folder_root).prepare_data()
+    assert digest(folder_root) == before
+
+
 def test_root_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"data\.root=.*file: the sample cannot be written there"):
