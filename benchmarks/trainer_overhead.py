@@ -108,7 +108,7 @@ def main() -> None:
     ratios = [ours / theirs for ours, theirs in zip(fit[1:], bare[1:], strict=True)]
     result = {
         "what": "images/s of fit against a bare loop",
-        **{key: getattr(options, key) for key in ("backbone", "norm", "img_size", "precision", "window", "rounds")},
+        **{key: getattr(options, key) for key in ("backbone", "norm", "img_size", "precision", "accumulate", "rounds")},
         "bare_images_per_sec": statistics.median(bare[1:]),
         "fit_images_per_sec": statistics.median(fit[1:]),
         "ratio_median": statistics.median(ratios),
