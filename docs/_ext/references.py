@@ -31,7 +31,13 @@ def configuration() -> str:
         parts += [f"### {kind.__name__}\n", parse(kind.__doc__ or "").short_description or "", "", table("data", kind)]
     for group, kind in {**CONFIGS, **CALLBACKS}.items():
         parts += [f"## {group}\n", (parse(kind.__doc__ or "").short_description or "") + "\n", table(group, kind)]
-    return "\n".join(parts)
+    parts.append(
+        "## Built-in configurations\n\nGive one of these names to `--config`.\n\n| name | what it is for |\n|---|---|"
+    )
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")):
+        comment = path.read_text(encoding="utf-8").partition("\n#\n")[0]
+        parts.append(f"| `{path.name}` | {' '.join(comment.replace('#', ' ').split())} |")
+    return "\n".join(parts) + "\n"
 
 
 def table(group: str, kind: type) -> str:
