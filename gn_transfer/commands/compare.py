@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     options = create_parser().parse_args(arguments)
 
-    from gn_transfer.comparison import compare, write
+    from gn_transfer.comparison import compare, write_report
     from gn_transfer.comparison.tables import as_dict, as_text, group_records
 
     report = compare(
@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     else:
         print(as_text(report, shutil.get_terminal_size().columns if sys.stdout.isatty() else None), end="")
     if options.output is not None:
-        write(report, options.output)
+        write_report(report, options.output)
         print(f"page       {options.output / 'index.html'}", file=sys.stderr)
     if report.problems:
         print(f"{len(report.problems)} of {len(report.problems) + len(report.runs)} runs left out:", file=sys.stderr)

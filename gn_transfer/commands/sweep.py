@@ -164,9 +164,11 @@ def write_report(
     from gn_transfer import comparison
 
     try:
-        return comparison.write_report(runs, output, baseline=baseline or None, title=title, notes=notes, force=True)
+        report = comparison.compare(runs, baseline=baseline or None, title=title, notes=notes, force=True)
     except ConfigError as error:
         if not baseline:
             raise
         notes = [*notes, f"No contrasts: {error}"]
-        return comparison.write_report(runs, output, baseline={}, title=title, notes=notes, force=True)
+        report = comparison.compare(runs, baseline={}, title=title, notes=notes, force=True)
+    comparison.write_report(report, output)
+    return report

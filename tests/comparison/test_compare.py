@@ -93,7 +93,8 @@ def test_the_page_stands_alone_and_all_files_are_there(tmp_path, write_image):
     for seed in range(5):
         fabricate(tmp_path / "runs", "bn", 4, seed, 0.5, data_root=str(images))
         fabricate(tmp_path / "runs", "gn_ws", 4, seed, 0.7, data_root=str(images))
-    write_report([tmp_path / "runs"], output, title="BN & GN <at batch 1>", notes=["learning rates chosen before"])
+    notes = ["learning rates chosen before"]
+    write_report(compare([tmp_path / "runs"], title="BN & GN <at batch 1>", notes=notes), output)
     page = (output / "index.html").read_text()
     assert "BN &amp; GN &lt;at batch 1&gt;" in page
     assert "learning rates chosen before" in page
@@ -271,7 +272,8 @@ def test_corrupt_curves_and_predictions_only_leave_out_what_needs_them(tmp_path)
     for folder in runs.iterdir():
         (folder / "epochs.csv").write_text("epoch,val/acc1\n1,xyz\n")
         (folder / "predictions_test.csv").write_bytes(b"path,target,predicted,prob_target\na.jpg,pu")
-    report = write_report([runs], tmp_path / "report")
+    report = compare([runs])
+    write_report(report, tmp_path / "report")
     assert {path.stem for path in (tmp_path / "report" / "figures").iterdir()} == {"groups", "parallel"}
     assert any("4 of 4 runs hold no predictions per image" in note for note in report.notes)
 
@@ -396,7 +398,7 @@ def test_the_answer_comes_first_and_says_what_few_seeds_cannot_show(tmp_path):
     assert best.startswith("Best: gn_ws with 71.2 % [")
     assert contrast.startswith("gn_ws is 31.2 points above bn: 71.2 % against 40.0 % (95 % interval +")
     assert power.startswith("With 2 seeds the exact paired test cannot give a p-value below 0.5, whatever")
-    write_report([tmp_path / "runs"], tmp_path / "report")
+    write_report(compare([tmp_path / "runs"]), tmp_path / "report")
     page = (tmp_path / "report" / "index.html").read_text()
     assert page.index(best.replace("+", "+")) < page.index("<h2>Result</h2>")
 
@@ -405,7 +407,7 @@ def test_a_curve_of_one_point_is_left_out(tmp_path):
     for folder in two_norms(tmp_path / "runs", seeds=2).iterdir():
         lines = (folder / "epochs.csv").read_text().splitlines()
         (folder / "epochs.csv").write_text("\n".join(lines[:2]) + "\n")
-    write_report([tmp_path / "runs"], tmp_path / "report")
+    write_report(compare([tmp_path / "runs"]), tmp_path / "report")
     assert not (tmp_path / "report" / "figures" / "curves.svg").exists()
 
 
