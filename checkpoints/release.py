@@ -17,7 +17,7 @@ import torch
 
 from gn_transfer import data as data_modules
 from gn_transfer.backbones.create import rebuild
-from gn_transfer.backbones.released import Card, round_to_half, write_released
+from gn_transfer.backbones.released import Card, Preprocessing, TrainedNorm, Training, round_to_half, write_released
 from gn_transfer.config import ConfigError
 from gn_transfer.data import ImageDataModule
 from gn_transfer.training.checkpoint import read_checkpoint
@@ -74,22 +74,19 @@ def release(checkpoint: Path, data: ImageDataModule, folder: Path, terms: str, h
     card = Card(
         name=f"{built['backbone']}.{built['norm']}.{dataset}",
         backbone=built["backbone"],
-        norm=built["norm"],
-        num_groups=built["num_groups"],
-        group_size=built["group_size"],
-        dataset=dataset,
-        classes=ours["classes"],
-        samples_seen=metrics["samples_seen"],
+        norm=TrainedNorm(built["norm"], built["num_groups"], built["group_size"]),
         val_acc1=accuracy(model, data, built["mean"], built["std"]),
-        mean=built["mean"],
-        std=built["std"],
-        img_size=data.img_size,
-        preprocessing=PREPROCESSING,
+        preprocessing=Preprocessing(built["mean"], built["std"], data.img_size, PREPROCESSING),
         sha256="",
         license=terms.format(data=type(data).__name__),
-        config=without_paths(ours["config"]),
-        environment={key: metrics[key] for key in ("versions", "git_commit", "device", "wall_time_s")},
-        history=history,
+        training=Training(
+            dataset=dataset,
+            classes=ours["classes"],
+            samples_seen=metrics["samples_seen"],
+            config=without_paths(ours["config"]),
+            environment={key: metrics[key] for key in ("versions", "git_commit", "device", "wall_time_s")},
+            history=history,
+        ),
     )
     return write_released(model.state_dict(), card, folder)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 
-from gn_transfer.backbones.released import cards
+from gn_transfer.backbones.released import TrainedNorm, cards
 from gn_transfer.backbones.small_cnn import SmallCnn
 from gn_transfer.backbones.transfer import Conversion, trained_as
 from gn_transfer.backbones.weights import SUFFIXES, Weights, file_weights, pretraining_datasets, released_weights
@@ -116,12 +116,12 @@ def named_weights(full: str) -> Weights:
     stated: Mapping[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]
     architecture, tag = rest.split(".", 1)
     grouped = architecture.endswith(("_gn", "_bit"))
+    norm: Norm = "gn_ws" if architecture.endswith("_bit") else "gn" if grouped else "bn"
     return Weights(
         name=full,
         architecture=architecture,
         pretrained_on=pretraining_datasets(tag),
-        norm="gn_ws" if architecture.endswith("_bit") else "gn" if grouped else "bn",
-        num_groups=32 if grouped else None,
+        norm=TrainedNorm(norm, 32 if grouped else None),
         mean=tuple(stated["mean"]),
         std=tuple(stated["std"]),
         hints={"img_size": int(stated["input_size"][-1]), "interpolation": str(stated["interpolation"])},
@@ -138,7 +138,7 @@ def _local(path: Path, name: str) -> Weights:
     bit = _STANDS_FOR.get(name, "").endswith("_bit") and path.suffix == ".npz"  # Google published these for BiT alone
     weights = file_weights(path, _STANDS_FOR[name] if bit else name)
     if bit:
-        weights = replace(weights, norm="gn_ws", num_groups=32)
+        weights = replace(weights, norm=TrainedNorm("gn_ws", 32))
     if weights.architecture not in (name, _STANDS_FOR.get(name)):
         raise ConfigError(
             f"model.pretrained={path} holds weights of {weights.architecture}, model.backbone is {name}; set "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,59 @@ MAX_BYTES = 25 * 2**20
 
 
 @dataclass(frozen=True)
+class TrainedNorm:
+    """The norm that weights were trained with.
+
+    Attributes:
+        name: The value of ``model.norm``.
+        num_groups: Groups of its group norms, where stated; not used by batch norm.
+        group_size: Channels per group, where that was set instead.
+    """
+
+    name: Norm
+    num_groups: int | None = None
+    group_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """How released weights were trained.
+
+    Attributes:
+        dataset: Name of the data module, in small letters.
+        classes: What the head's outputs mean, in order.
+        samples_seen: Images that training went through, with repetitions.
+        config: The resolved configuration of the run.
+        environment: Versions, device and git commit of the run.
+        history: What the configuration does not say: how training went where it was continued in another way.
+    """
+
+    dataset: str
+    classes: list[str]
+    samples_seen: int
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    history: str = ""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images were turned into the input of released weights.
+
+    Attributes:
+        mean: Pixel mean per channel, on pixels scaled to [0, 1].
+        std: Pixel standard deviation per channel, likewise.
+        img_size: Side of the training images, in pixels.
+        description: How images were evaluated, in words.
+    """
+
+    mean: list[float]
+    std: list[float]
+    img_size: int
+    description: str
+
+
+@dataclass(frozen=True)
 class Card:
     """What a released file is: the JSON beside it, field by field.
 
@@ -32,41 +85,21 @@ class Card:
         name: ``<backbone>.<norm>.<dataset>``, the stem of both files.
         backbone: timm's name of the model.
         norm: The norm it was trained with.
-        num_groups: Groups of its group norms; not used by batch norm.
-        group_size: Channels per group, where that was set instead.
-        dataset: Name of the data module it was trained on, in small letters.
-        classes: What the head's outputs mean, in order.
-        samples_seen: Images that training went through, with repetitions.
         val_acc1: Validation top-1 of the weights in this file, in [0, 1].
-        mean: Pixel mean per channel, on pixels scaled to [0, 1].
-        std: Pixel standard deviation per channel, likewise.
-        img_size: Side of the training images, in pixels.
-        preprocessing: How images were evaluated, in words.
+        preprocessing: From image to input.
         sha256: Of the weights file.
         license: On which terms the weights may be used, and what the images' terms are.
-        config: The resolved configuration of the training run.
-        environment: Versions, device and git commit of the training run.
-        history: What the configuration does not say: how training went where it was continued in another way.
+        training: Data, configuration and environment.
     """
 
     name: str
     backbone: str
-    norm: Norm
-    num_groups: int
-    group_size: int | None
-    dataset: str
-    classes: list[str]
-    samples_seen: int
+    norm: TrainedNorm
     val_acc1: float
-    mean: list[float]
-    std: list[float]
-    img_size: int
-    preprocessing: str
+    preprocessing: Preprocessing
     sha256: str
     license: str
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    history: str = ""
+    training: Training
 
 
 def find_card(name: str) -> tuple[Card, Path] | None:
@@ -187,9 +220,9 @@ def _folders() -> list[Path]:
 def _read_card(path: Path) -> Card:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        names = {field.name for field in fields(Card)}
-        return Card(**{key: content[key] for key in content if key in names})
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        parts = {"norm": TrainedNorm, "preprocessing": Preprocessing, "training": Training}
+        return Card(**{key: parts[key](**value) if key in parts else value for key, value in content.items()})
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"{path} is not a model card ({type(error).__name__}: {error}); install gn-transfer again."
         ) from error

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from gn_transfer.backbones.released import TrainedNorm
 from gn_transfer.backbones.weights import Weights
 from gn_transfer.config import ConfigError, Norm
 
@@ -115,17 +116,19 @@ def check_norm(
             "trained with this norm, or ask for a conversion by name: model.conversion=calibrated (to gn, ln, in) or "
             "model.conversion=copy."
         )
-    if weights.norm is not None and trained_as(weights.norm) != trained_as(norm):
+    theirs = weights.norm
+    if theirs is None:
+        return
+    if trained_as(theirs.name) != trained_as(norm):
         raise ConfigError(
-            f"model.pretrained={weights.name} was trained with norm {weights.norm}, not with model.norm={norm}; choose "
-            f"model.norm={weights.norm}, or ask for the copy by name with model.conversion=copy."
+            f"model.pretrained={weights.name} was trained with norm {theirs.name}, not with model.norm={norm}; choose "
+            f"model.norm={theirs.name}, or ask for the copy by name with model.conversion=copy."
         )
-    theirs, ours = (weights.num_groups, weights.group_size), (num_groups, group_size)
-    if weights.norm in ("gn", "gn_ws") and weights.num_groups is not None and theirs != ours:
+    if theirs.num_groups is not None and theirs != TrainedNorm(norm, num_groups, group_size) and "gn" in theirs.name:
         raise ConfigError(
-            f"model.pretrained={weights.name} was trained with model.num_groups={theirs[0]} and "
-            f"model.group_size={_null(theirs[1])}, not {ours[0]} and {_null(ours[1])}; set them so, or ask for the "
-            "copy by name with model.conversion=copy."
+            f"model.pretrained={weights.name} was trained with model.num_groups={theirs.num_groups} and "
+            f"model.group_size={_null(theirs.group_size)}, not {num_groups} and {_null(group_size)}; set them so, or "
+            "ask for the copy by name with model.conversion=copy."
         )
 
 

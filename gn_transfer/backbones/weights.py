@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gn_transfer.backbones import hub
-from gn_transfer.backbones.released import Card, card_beside, find_card, read_released
-from gn_transfer.config import ConfigError, Norm
+from gn_transfer.backbones.released import Card, TrainedNorm, card_beside, find_card, read_released
+from gn_transfer.config import ConfigError
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz", ".ckpt")
 """Files that ``model.pretrained`` may name."""
@@ -46,8 +46,6 @@ class Weights:
         architecture: timm's name of the model that they fit.
         pretrained_on: The images that they were trained on, in words.
         norm: The norm that they were trained with; None where it is not stated.
-        num_groups: Groups of their group norms, where stated.
-        group_size: Channels per group, where that was stated instead.
         mean: Pixel mean per channel, on pixels scaled to [0, 1]; None: that of the architecture.
         std: Pixel standard deviation per channel, likewise.
         hints: What they were trained at (``img_size``, ``interpolation``), for the user to read.
@@ -60,9 +58,7 @@ class Weights:
     name: str
     architecture: str
     pretrained_on: str = UNKNOWN
-    norm: Norm | None = None
-    num_groups: int | None = None
-    group_size: int | None = None
+    norm: TrainedNorm | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     hints: Mapping[str, Any] | None = None
@@ -163,16 +159,15 @@ def read_weights(weights: Weights) -> Mapping[str, Tensor]:
 
 
 def _of_card(card: Card, path: Path) -> Weights:
+    training, preprocessing = card.training, card.preprocessing
     return Weights(
         f"gn-transfer:{card.name}",
         card.backbone,
-        pretrained_on=f"{card.dataset} ({card.samples_seen:,} samples of {len(card.classes)} classes)",
+        pretrained_on=f"{training.dataset} ({training.samples_seen:,} samples of {len(training.classes)} classes)",
         norm=card.norm,
-        num_groups=card.num_groups,
-        group_size=card.group_size,
-        mean=tuple(card.mean),
-        std=tuple(card.std),
-        hints={"img_size": card.img_size},
+        mean=tuple(preprocessing.mean),
+        std=tuple(preprocessing.std),
+        hints={"img_size": preprocessing.img_size},
         file=path,
         card=card,
     )
@@ -208,9 +203,7 @@ def _with_state(weights: Weights, path: Path) -> Weights:
             weights,
             architecture=model["architecture"],
             pretrained_on=f"{first}, then {data}" if first else data,
-            norm=model["norm"],
-            num_groups=model["num_groups"],
-            group_size=model["group_size"],
+            norm=TrainedNorm(model["norm"], model["num_groups"], model["group_size"]),
             mean=tuple(model["mean"]),
             std=tuple(model["std"]),
         )

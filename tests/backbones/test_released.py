@@ -12,28 +12,19 @@ import torch
 from safetensors.torch import load_file
 
 from gn_transfer.backbones import create_backbone, released, resolve_pretrained
-from gn_transfer.backbones.released import Card, cards, find_card, write_released
+from gn_transfer.backbones.released import Card, Preprocessing, TrainedNorm, Training, cards, find_card, write_released
 from gn_transfer.config import ConfigError
 from gn_transfer.files import sha256
 
 CARD = Card(
     name="resnetv2_18.bn.tinyimagenet",
     backbone="resnetv2_18",
-    norm="bn",
-    num_groups=32,
-    group_size=None,
-    dataset="tinyimagenet",
-    classes=["ant", "bee"],
-    samples_seen=1000,
+    norm=TrainedNorm("bn", 32),
     val_acc1=0.5,
-    mean=[0.1, 0.2, 0.3],
-    std=[0.4, 0.5, 0.6],
-    img_size=64,
-    preprocessing="centre crop",
+    preprocessing=Preprocessing([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], 64, "centre crop"),
     sha256="",
     license="test",
-    config={"model": {"norm": "bn"}},
-    environment={"device": "cpu"},
+    training=Training("tinyimagenet", ["ant", "bee"], 1000, {"model": {"norm": "bn"}}, {"device": "cpu"}),
 )
 
 
@@ -48,7 +39,7 @@ def folder(tmp_path, monkeypatch, models):
     checkpoints = tmp_path / "package" / released.FOLDER
     checkpoints.mkdir(parents=True)
     for norm, model in models.items():
-        card = replace(CARD, name=f"resnetv2_18.{norm}.tinyimagenet", norm=norm)
+        card = replace(CARD, name=f"resnetv2_18.{norm}.tinyimagenet", norm=TrainedNorm(norm, 32))
         write_released(model.state_dict(), card, checkpoints)
     monkeypatch.setattr(released, "__file__", str(tmp_path / "package" / "backbones" / "released.py"))
     return checkpoints
@@ -63,7 +54,7 @@ def test_the_file_is_float16_with_timms_keys_and_the_card_knows_its_checksum(fol
     assert path.stat().st_mode & 0o044  # others may read it: a wheel keeps the mode
     card = json.loads(path.with_suffix(".json").read_text())
     assert card["sha256"] == sha256(path)
-    assert card["samples_seen"] == 1000
+    assert card["training"]["samples_seen"] == 1000
     assert sorted(file.suffix for file in folder.iterdir()) == [".json", ".json", ".safetensors", ".safetensors"]
 
 
@@ -81,7 +72,7 @@ def test_auto_takes_them(folder, models, norm, trained):
 def test_they_can_be_named_and_converted(folder):
     images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
     for pretrained in ("auto", "resnetv2_18.bn.tinyimagenet", "bn.tinyimagenet"):
-        assert resolve_pretrained("resnetv2_18", "gn", pretrained, "calibrated").card.norm == "bn"
+        assert resolve_pretrained("resnetv2_18", "gn", pretrained, "calibrated").card.norm.name == "bn"
     kwargs = {"num_classes": 5, "pretrained": "auto", "conversion": "calibrated", "calibration": images}
     report = create_backbone("resnetv2_18", norm="gn", num_groups=8, **kwargs).report
     assert len(report.r2) == 17
@@ -159,12 +150,12 @@ def test_a_checkpoint_of_fit_becomes_a_released_file(folder_root, tmp_path, monk
     assert script.main() == 0
     written = tmp_path / "resnetv2_18.gn_ws.folder.safetensors"
     card = json.loads(written.with_suffix(".json").read_text())
-    assert card["samples_seen"] == 9 or card["samples_seen"] == 10
+    assert card["training"]["samples_seen"] == 9 or card["training"]["samples_seen"] == 10
     assert str(tmp_path) not in written.with_suffix(".json").read_text()
     metrics = json.loads(Path("runs/default/gn_ws-bs1-seed0/metrics.json").read_text())
     assert abs(card["val_acc1"] - metrics["val/acc1"]) < 0.34  # of three images, rounding may turn one
     backbone = create_backbone("resnetv2_18", norm="gn_ws", num_classes=5, pretrained=str(written))
-    assert backbone.report.pretrained_on == f"folder ({card['samples_seen']} samples of 2 classes)"
+    assert backbone.report.pretrained_on == f"folder ({card['training']['samples_seen']} samples of 2 classes)"
     monkeypatch.setattr("sys.argv", ["release.py", "nowhere.ckpt", "--data_root", "."])
     assert script.main() == 2
     assert "no such file" in capsys.readouterr().err
