@@ -18,14 +18,14 @@ class Folder(ImageDataModule):
     """Images of your own, one folder per class.
 
     Either ``root/train/<class>/*``, with ``root/val`` and ``root/test`` of the same classes where they exist, or
-    ``root/<class>/*``. A missing validation or test split is cut from the rest, stratified by class and seeded.
+    ``root/<class>/*``. A missing validation or test split is cut from the rest, stratified by class.
 
     Args:
         root: Folder of the class folders, or of train, val and test.
         val_fraction: Share of the training images that is held out for validation, stratified by class; not used
             where there is a folder val, valid or validation.
-        test_fraction: Share of the images that is held out for ``test`` before validation is; 0 disables. Not used
-            where there is a folder test.
+        test_fraction: Share of the images that is held out for ``test`` before validation is; 0 disables. The same
+            images for every seed. Not used where there is a folder test.
         **options: Those of :class:`gn_transfer.data.ImageDataModule`.
     """
 
@@ -108,7 +108,7 @@ class Folder(ImageDataModule):
             [image.path for image in images],
             [image.target for image in images],
             self.test_fraction,
-            self.seed,
+            seed=0,  # one test split for every run: no seed may train on images that another seed tests on
             key="data.test_fraction",
         )
         return [images[position] for position in rest], [images[position] for position in test]

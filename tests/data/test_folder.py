@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data import Folder
@@ -47,6 +48,22 @@ def test_validation_is_cut_from_train_where_it_has_no_folder(split_root: Path) -
     (split_root / "valid").rename(split_root / "unused")
     data = fit(split_root, val_fraction=0.5)
     assert class_counts(data) == {"train": {"cat": 2, "dog": 2}, "val": {"cat": 2, "dog": 2}}
+
+
+def test_every_seed_has_the_same_test_split_and_its_own_validation_split(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(20):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name / f"{number}.png")
+    tests, vals = [], []
+    for seed in range(4):
+        data = fit(tmp_path, val_fraction=0.25, test_fraction=0.25, seed=seed)
+        tests.append([image.path for image in data.list_test()])
+        vals.append(data.val_dataset.paths)
+        assert not set(tests[-1]) & {*data.val_dataset.paths, *data.train_dataset.paths}
+    assert len(tests[0]) == 10
+    assert tests[1:] == tests[:-1]
+    assert vals[0] != vals[1]
 
 
 def test_test_fraction_is_held_out_from_fit(folder_root: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,15 @@ def test_results_keep_their_order_whatever_the_batch(bundle_dir):
     images = [flat((200, 0, 0)), flat((0, 200, 0)), flat((0, 0, 200))] * 5
     for batch_size in (1, 4, 100):
         assert [p.label for p in bundle.predict(images, batch_size=batch_size)] == CLASSES * 5
+
+
+def test_threads_share_one_bundle(bundle_dir):
+    bundle = load_bundle(bundle_dir, threads=1)
+    images = [flat((20 * i % 256, 70 * i % 256, 150 * i % 256), (40 + i, 30)) for i in range(24)]
+    alone = [bundle.predict([image], top_k=3)[0].top for image in images]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda image: bundle.predict([image], top_k=3)[0].top, images * 5))
+    assert together == alone * 5
 
 
 def test_images_are_taken_as_they_are_needed(bundle_dir):
