@@ -5,8 +5,10 @@ What a file holds is read from its first bytes, never from its name: Pets has a 
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +16,26 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from gn_transfer.config import ConfigError
+from gn_transfer.data.file_headers import JpegHeader, jpeg_reduction, read_jpeg_header, video_kind
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"})
+_READS_HEIF = importlib.util.find_spec("pillow_heif") is not None
+_READS_AVIF = bool(features.check("avif"))
+
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
+    | ({".heic", ".heif"} if _READS_HEIF else set())
+    | ({".avif"} if _READS_AVIF else set())
+)
 """Endings, in any case, of the files that count as images; others, and hidden ones, are left alone."""
+
+OPTIONAL_SUFFIXES = {
+    **({} if _READS_HEIF else dict.fromkeys((".heic", ".heif"), "pip install 'gn-transfer[heif]' reads them")),
+    **({} if _READS_AVIF else {".avif": "Pillow 11.3 or newer reads them"}),
+}
+"""Endings of images that could be read with another installation, and with which."""
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: Pillow's own bound, 256 MiB of RGB pixels."""
@@ -39,16 +55,18 @@ _SUFFIX_FORMATS = {
     ".webp": "WEBP",
     ".tif": "TIFF",
     ".tiff": "TIFF",
+    ".heic": "HEIF",
+    ".heif": "HEIF",
+    ".avif": "AVIF",
 }
-_IMAGE_BRANDS = {b"avif", b"avis", b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
-_STANDALONE_MARKERS = {0x01, *range(0xD0, 0xD8)}  # TEM and RSTn carry no length
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "MPO", "AVIF", "HEIF", "PPM", "ICO")
+"""Pillow's readers that may look at a file: none that starts a program, as that of EPS does."""
 _OPENCV_FLAGS = {
     1: cv2.IMREAD_COLOR,
     2: cv2.IMREAD_REDUCED_COLOR_2,
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
-_FRAME_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOFn; the three others are DHT, JPG and DAC
 
 
 class BadImageError(ConfigError):
@@ -75,26 +93,6 @@ class BadImageError(ConfigError):
 
     def __reduce__(self) -> tuple[type[BadImageError], tuple[str, ...]]:
         return type(self), (self.path, self.reason) if self.path else (self.reason,)
-
-
-class JpegHeader(NamedTuple):
-    """What the segments before a JPEG's pixel data say.
-
-    Attributes:
-        width: In pixels, before any EXIF rotation.
-        height: In pixels, before any EXIF rotation.
-        components: 1 grey, 3 colour, 4 CMYK.
-        precision: Bits per component.
-        scan_start: Byte offset of the first start-of-scan marker.
-        has_exif: Whether there is an EXIF segment, which may ask for a rotation.
-    """
-
-    width: int
-    height: int
-    components: int
-    precision: int
-    scan_start: int
-    has_exif: bool
 
 
 def decode_image(path: str | os.PathLike[str], *, least_side: int | None = None) -> npt.NDArray[np.uint8]:
@@ -125,26 +123,6 @@ def decode_image(path: str | os.PathLike[str], *, least_side: int | None = None)
             if pixels is not None:
                 return pixels
     return _decode_with_pillow(data, path)
-
-
-def jpeg_reduction(header: JpegHeader, least_side: int | None) -> int:
-    """Choose the divisor of a JPEG's scale.
-
-    Args:
-        header: Its header.
-        least_side: See :func:`decode_image`.
-
-    Returns:
-        1, 2, 4 or 8.
-
-    Example:
-        >>> jpeg_reduction(JpegHeader(500, 375, 3, 8, 0, False), 64)
-        4
-    """
-    if least_side is None:
-        return 1
-    short = min(header.width, header.height)
-    return next((divisor for divisor in (8, 4, 2) if short // divisor >= least_side), 1)
 
 
 def pillow_to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
@@ -212,8 +190,9 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     Raises:
         BadImageError: Missing, or no image.
     """
+    _register_heif()
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_known_formats()) as image:
             return image.height, image.width
     except Exception as error:  # a corrupt header surfaces as whatever its parser ran into
         raise BadImageError(path, f"cannot be opened: {error}") from error
@@ -260,67 +239,6 @@ def describe_file(path: str | os.PathLike[str]) -> FileKind:
         except ValueError as error:
             warnings.append(f"faulty JPEG data ({error})")
     return FileKind(kind, mode, "; ".join(warnings))
-
-
-def video_kind(head: bytes) -> str | None:
-    """Recognize a video by its first bytes.
-
-    Args:
-        head: At least 12 bytes of the file.
-
-    Returns:
-        Name of the container, or None for anything that is no video; AVIF and HEIC images share MP4's container and
-        are none.
-
-    Example:
-        >>> video_kind(b"\\x00\\x00\\x00\\x20ftypisom")
-        'an MP4'
-    """
-    if head[4:8] == b"ftyp":
-        return None if head[8:12] in _IMAGE_BRANDS else "an MP4"
-    if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
-        return "an AVI"
-    if head.startswith(b"\x1a\x45\xdf\xa3"):
-        return "a Matroska or WebM"
-    if head.startswith((b"\x00\x00\x01\xba", b"\x00\x00\x01\xb3")):
-        return "an MPEG"
-    return None
-
-
-def read_jpeg_header(data: bytes) -> JpegHeader | None:
-    """Walk the segments of a JPEG up to its pixel data.
-
-    Source: ITU-T T.81, annex B.
-
-    Args:
-        data: The whole file.
-
-    Returns:
-        The header, or None where the segments do not lead to a frame and a scan.
-    """
-    position, has_exif = 2, False
-    frame: tuple[int, int, int, int] | None = None
-    while position + 4 <= len(data):
-        if data[position] != 0xFF:
-            return None
-        marker = data[position + 1]
-        if marker == 0xFF:  # fill byte
-            position += 1
-            continue
-        if marker in _STANDALONE_MARKERS:
-            position += 2
-            continue
-        length = int.from_bytes(data[position + 2 : position + 4], "big")
-        if marker in _FRAME_MARKERS and position + 10 <= len(data):
-            height = int.from_bytes(data[position + 5 : position + 7], "big")
-            width = int.from_bytes(data[position + 7 : position + 9], "big")
-            frame = (width, height, data[position + 9], data[position + 4])
-        if marker == 0xE1 and data[position + 4 : position + 8] == b"Exif":
-            has_exif = True
-        if marker == 0xDA:
-            return None if frame is None else JpegHeader(*frame, scan_start=position, has_exif=has_exif)
-        position += 2 + length
-    return None
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:
@@ -373,9 +291,13 @@ def _check_size(width: int, height: int, path: str | os.PathLike[str]) -> None:
 
 
 def _open_with_pillow(data: bytes, path: str | os.PathLike[str]) -> Image.Image:
+    _register_heif()
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_known_formats())
     except UnidentifiedImageError as error:
+        kind = ".avif" if data[8:12] in (b"avif", b"avis") else ".heic"
+        if data[4:8] == b"ftyp" and kind in OPTIONAL_SUFFIXES:
+            raise BadImageError(path, f"a HEIC or AVIF image; {OPTIONAL_SUFFIXES[kind]}") from error
         raise BadImageError(path, f"not an image: starts with {data[:8]!r}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError(path, f"more than {MAX_PIXELS / 1e6:.0f} megapixels: {error}") from error
@@ -383,6 +305,20 @@ def _open_with_pillow(data: bytes, path: str | os.PathLike[str]) -> Image.Image:
         raise BadImageError(path, f"cannot be opened: {error}") from error
     _check_size(*image.size, path)  # before a pixel is decoded
     return image
+
+
+@cache
+def _known_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+@cache
+def _register_heif() -> None:
+    if _READS_HEIF:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
 
 
 def _decode_with_pillow(data: bytes, path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:

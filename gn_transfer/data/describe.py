@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from gn_transfer.data.datamodule import ImageDataModule
+from gn_transfer.data.folder import Folder
 from gn_transfer.data.workers import core_count
 
 
@@ -25,6 +26,7 @@ def describe_data(data: ImageDataModule) -> list[tuple[str, str]]:
     rows = [
         ("data", f"{type(data).__name__} in {data.root}"),
         ("images", f"{images}; {data.img_size} px, {recipe}"),
+        *([("files", data.count_files().describe())] if isinstance(data, Folder) else []),
         ("classes", f"{data.num_classes}: {_shortened(data.classes)}"),
         ("class balance", f"{_balance(per_class)}; class weights {data.class_weights}"),
         ("cache", data.decoded_cache.describe(next(iter(data.datasets().values())))),

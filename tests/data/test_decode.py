@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data import decode
-from gn_transfer.data.decode import BadImageError, check_image, decode_image, read_jpeg_header
+from gn_transfer.data.decode import BadImageError, check_image, decode_image
+from gn_transfer.data.file_headers import read_jpeg_header
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
