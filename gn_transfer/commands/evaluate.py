@@ -46,7 +46,8 @@ def run_parsed(cli: TrainingCLI, stage: str) -> None:
         cli.log.print(f"{name:<9}  {text}")
     if cli.section.dry_run:
         return
-    for name, value in evaluate(task, data, cli.build_trainer(), checkpoint, stage).items():
+    metrics = evaluate(task, data, cli.build_trainer(), checkpoint, stage, cli.log.print)
+    for name, value in metrics.items():
         cli.log.print(f"{name:<20} {value:.4f}")
     run = run_of_checkpoint(checkpoint)
     if stage == "test" and run is not None and (run.logs / "metrics.json").is_file():

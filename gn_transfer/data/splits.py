@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -112,6 +113,25 @@ def split_digest(paths: Iterable[str]) -> str:
     """
     joined = "\0".join(sorted(paths)).encode("utf-8", "surrogateescape")
     return hashlib.sha256(joined).hexdigest()[:16]
+
+
+def file_identities(root: Path, paths: Iterable[str]) -> dict[str, int]:
+    """Note what tells files apart without reading them: path and size. A path alone may stand for other images.
+
+    Args:
+        root: What the paths are relative to.
+        paths: The files.
+
+    Returns:
+        Size in bytes by path; -1 for a file that is not there.
+    """
+    sizes = {}
+    for path in paths:
+        try:
+            sizes[path] = (root / path).stat().st_size
+        except OSError:
+            sizes[path] = -1
+    return sizes
 
 
 def balanced_weights(targets: Sequence[int], num_classes: int) -> list[float]:

@@ -158,6 +158,7 @@ class BackboneModule(LightningModule, ABC):
             stored: What :meth:`on_save_checkpoint` wrote under ``gn_transfer``.
         """
         self._restored = stored
+        self.run_config = {key: stored[key] for key in ("config", "config_name", "split") if key in stored}
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: str | Path, **_: Any) -> Self:  # type: ignore[override]

@@ -12,7 +12,7 @@ A script needs no command line::
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +36,7 @@ from gn_transfer.training.progress import EpochLines, ProgressBar, Throughput
 from gn_transfer.training.record import RunRecord
 from gn_transfer.training.run_folder import RunFolder, run_of_checkpoint
 from gn_transfer.training.run_log import RunLog
+from gn_transfer.training.split_check import check_split, split_of_run
 from gn_transfer.training.task import TransferTask
 from gn_transfer.training.tensorboard import RunLogger, TrainingImages, ValidationFigures, flat_hparams
 
@@ -114,6 +115,7 @@ def prepare(task: TransferTask, data: ImageDataModule, *, stored: Mapping[str, A
     if stored is not None:
         task.restore(dict(stored))
         check_classes(stored["classes"], data.classes)
+        check_split(task.run_config, data, "fit")
     task.build_for(data)
     task.check_batch(batch_size=data.batch_size, img_size=data.img_size)
 
@@ -146,7 +148,7 @@ def train(
     assert task.report is not None
     config = config or config_of(task, data, trainer)
     config_name = run.name.partition("/")[0]
-    task.run_config = {"config": dict(config), "config_name": config_name}
+    task.run_config = {"config": dict(config), "config_name": config_name, "split": split_of_run(data)}
     best = find(trainer, BestCheckpoint)
     best.dirpath, best.monitor = str(run.checkpoints), task.monitor
     find(trainer, LastCheckpoint).directory = run.checkpoints
@@ -179,7 +181,12 @@ def train(
 
 
 def evaluate(
-    task: TransferTask, data: ImageDataModule, trainer: Trainer, checkpoint: Path, stage: str
+    task: TransferTask,
+    data: ImageDataModule,
+    trainer: Trainer,
+    checkpoint: Path,
+    stage: str,
+    say: Callable[[str], None] = print,
 ) -> dict[str, float]:
     """Evaluate a checkpoint; a test is recorded in the metrics.json of its run.
 
@@ -189,10 +196,16 @@ def evaluate(
         trainer: See :func:`create_trainer`.
         checkpoint: Path of the checkpoint.
         stage: ``validate`` or ``test``.
+        say: Prints a line.
 
     Returns:
         The metrics.
+
+    Raises:
+        ConfigError: Images that the checkpoint was trained on.
     """
+    for remark in check_split(task.run_config, data, stage):
+        say(f"note       {remark}")
     run_stage = getattr(trainer, stage)
     [metrics] = run_stage(task, datamodule=data, ckpt_path=str(checkpoint), verbose=False)
     run = run_of_checkpoint(checkpoint)

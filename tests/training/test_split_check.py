@@ -1,0 +1,77 @@
+"""No figure on images that were trained on; a resumed run keeps its split."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gn_transfer.__main__ import main
+
+BEST = "checkpoints/default/gn_ws-bs1-seed0/best.ckpt"
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """A run on photos/, two classes of ten images."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        Path("photos", name).mkdir(parents=True)
+        for number in range(10):
+            pixels = generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(f"photos/{name}/{number}.png")
+    arguments = ["fit", "--data", "Folder", "--data.root", "photos", "--data.img_size", "16", "--data.cache", "none"]
+    arguments += ["--model.backbone", "resnetv2_18", "--trainer.max_epochs", "1", "--data.test_fraction", "0.2"]
+    assert main(arguments) == 0
+    return tmp_path
+
+
+def refusal(capsys, *arguments: str) -> str:
+    capsys.readouterr()
+    assert main([*arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_honest_figures_are_given(trained, capsys):
+    assert main(["validate", "--ckpt_path", BEST]) == 0
+    assert main(["test", "--ckpt_path", BEST]) == 0
+    assert "note" not in capsys.readouterr().out
+    shutil.move("photos", "moved")
+    assert main(["test", "--ckpt_path", BEST, "--data.root", "moved"]) == 0
+
+
+def test_another_test_fraction_is_refused(trained, capsys):
+    error = refusal(capsys, "test", "--ckpt_path", BEST, "--data.test_fraction", "0.5")
+    assert "of the 10 test images are among the images that this run was trained on, and" in error
+    assert "data.test_fraction is 0.2 in the run and 0.5 here. Leave these options out" in error
+    assert "test/acc1" not in Path("runs/default/gn_ws-bs1-seed0/metrics.json").read_text()
+
+
+def test_another_seed_is_refused(trained, capsys):
+    error = refusal(capsys, "validate", "--ckpt_path", BEST, "--seed_everything", "5")
+    assert "are among the images that this run was trained on" in error
+    assert "seed_everything is 0 in the run and 5 here" in error
+
+
+def test_other_images_of_the_same_names_are_welcome(trained, capsys):
+    generator = np.random.default_rng(1)
+    for name in ("cat", "dog"):
+        Path("others", name).mkdir(parents=True)
+        for number in range(10):
+            pixels = generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(f"others/{name}/{number}.png")
+    assert main(["validate", "--ckpt_path", BEST, "--data.root", "others"]) == 0
+    assert "other images than the run was validated on; none of them was trained on" in capsys.readouterr().out
+
+
+def test_a_resumed_run_keeps_its_split(trained, capsys):
+    Path("photos/cat/00.png").write_bytes(Path("photos/cat/9.png").read_bytes())
+    last = str(Path(BEST).with_name("last.ckpt"))
+    error = refusal(capsys, "fit", "--ckpt_path", last, "--trainer.max_epochs", "2")
+    assert "files were added, moved or changed since" in error
+    Path("photos/cat/00.png").unlink()
+    assert main(["fit", "--ckpt_path", last, "--trainer.max_epochs", "2"]) == 0
