@@ -10,11 +10,11 @@ from gn_transfer import __version__
 from gn_transfer.config import ConfigError, builtin_configs, did_you_mean
 
 COMMANDS = {
-    "fit": "train: gn-transfer fit --config pets_gnws.yaml",
-    "validate": "evaluate a checkpoint on the validation split: gn-transfer validate --ckpt_path CKPT",
-    "test": "evaluate a checkpoint on the test split, at the very end: gn-transfer test --ckpt_path CKPT",
+    "fit": "train on a folder of images, one folder per class: gn-transfer fit PHOTOS",
+    "validate": "evaluate a checkpoint on the validation split: gn-transfer validate CKPT",
+    "test": "evaluate a checkpoint on the test split, at the very end: gn-transfer test CKPT",
     "sweep": "run a study of many runs: gn-transfer sweep --config sweep_quickstart.yaml",
-    "data": "check, cache or show images: gn-transfer data check|sample|cache|show --config pets_gnws.yaml",
+    "data": "check, cache or show images: gn-transfer data check PHOTOS",
     "export": "write a checkpoint as a bundle for inference: gn-transfer export CKPT --output BUNDLE",
     "predict": "classify images with a bundle: gn-transfer predict BUNDLE IMAGES",
     "compare": "compare runs in tables and on a page: gn-transfer compare RUNS... --output DIR",
@@ -68,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(
                 f"{command!r} is not a command; {did_you_mean(command, COMMANDS)}. See gn-transfer --help."
             )
+        if command in ("fit", "validate", "test") and {"-h", "--help"} & set(rest):
+            from gn_transfer.commands.short_help import short_help
+
+            print(short_help(command))
+            return 0
         if command in ("validate", "test"):
             from gn_transfer.commands import evaluate
 

@@ -36,7 +36,8 @@ def did_you_mean(value: str, allowed: Iterable[str]) -> str:
         "did you mean 'gn_ws'? Allowed: bn, gn_ws"
     """
     names = list(allowed)
-    near = difflib.get_close_matches(value, names, n=1)
+    lower = {name.lower(): name for name in names}
+    near = [lower[name] for name in difflib.get_close_matches(value.lower(), lower, n=1)]
     return (f"did you mean {near[0]!r}? " if near else "") + f"Allowed: {', '.join(names)}"
 
 

@@ -94,7 +94,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def earlier(page: Path, folder: Path) -> None:
     """Leave what earlier pages have left: a run of the photos, a run of the sample, a bundle."""
     needs = {"export.md": ["photos"], "studies.md": ["photos", "bn"], "README.md": []}.get(page.name, [])
-    words = ["gn-transfer", "fit", "--config", "folder.yaml", "--data.root", "photos"]
+    words = ["gn-transfer", "fit", "photos"]
     for need in needs:
         run_shell(shlex.join([*words, *(["--model.norm", "bn"] if need == "bn" else [])]))
 

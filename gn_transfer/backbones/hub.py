@@ -42,7 +42,7 @@ def fetch(repository: str, source_name: str) -> Path:
     """
     repository, _, revision = repository.partition("@")
     # Without a network the hub's client tries for a minute; told to look into its cache only, it answers at once.
-    reachable = not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT)
+    reachable = answers()
     error: Exception | None = None
     for name in FILES:
         try:
@@ -138,6 +138,11 @@ def _impatient() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_DOWNLOAD_TIMEOUT = before
+
+
+def answers() -> bool:
+    """Say whether the hub can be asked: it answers within :data:`ANSWER_S`, and nothing forbids to ask."""
+    return not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT)
 
 
 def _answers(url: str) -> bool:

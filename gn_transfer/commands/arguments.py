@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from gn_transfer.commands.recognize import find_checkpoint, leading_path, recognize, run_name
 from gn_transfer.config import ConfigError, find_config
 from gn_transfer.training.checkpoint import read_checkpoint
 from gn_transfer.training.run_folder import find_last
@@ -22,6 +24,7 @@ class Arguments:
         command: The command.
         config_name: Name of the last config, without suffix; the name of a folder of runs.
         typed: The arguments as the user typed them.
+        remarks: What was found in the folder that ``fit PATH`` names, and what was chosen for it.
         checkpoint: Path behind ``--ckpt_path``, resolved.
         stored: Content of that checkpoint under ``gn_transfer``.
     """
@@ -29,27 +32,54 @@ class Arguments:
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self.command = command
         self.typed = list(arguments)
-        self.argv = list(arguments)
+        path, self.argv = leading_path(["--help" if word == "--help_all" else word for word in arguments])
+        self.remarks: list[str] = []
+        name = self._take("--name")
+        root = Path(next((self._get(index) for index in self._values_of("--trainer.default_root_dir")), "."))
+        if path is not None:
+            self._serve(path, root)
         configs = [self._replace(index, find_config) for index in self._values_of("--config", "-c")]
         if studies := [config for config in configs if "base" in _top_level(Path(config))]:
             raise ConfigError(f"{studies[0]} is a study of many runs: gn-transfer sweep --config {studies[0]}.")
-        self.config_name = Path(configs[-1]).stem if configs else "default"
+        self.config_name = run_name(Path(name or path or (Path(configs[-1]).stem if configs else "default")))
         self.checkpoint: Path | None = None
         self.stored: dict[str, Any] | None = None
-        root = next((self._get(index) for index in self._values_of("--trainer.default_root_dir")), ".")
         for index in self._values_of("--ckpt_path"):
-            self.checkpoint = Path(
-                self._replace(index, lambda value: self._checkpoint(value, Path(root), bool(configs)))
-            )
+            self.checkpoint = Path(self._replace(index, lambda value: self._checkpoint(value, root, bool(configs))))
             self.stored = read_checkpoint(self.checkpoint)["gn_transfer"]
         self.has_config = bool(configs)
-        if self.stored is not None and not configs:
+        if self.stored is not None and not configs and name is None:
             self.config_name = str(self.stored["config_name"])
         if command != "fit" and self.stored is None and not any(a in ("-h", "--help") for a in self.argv):
             raise ConfigError(
                 f"{command} needs a checkpoint: give --ckpt_path checkpoints/CONFIG/RUN/best.ckpt, or "
                 "--config NAME with --ckpt_path last."
             )
+
+    def _serve(self, path: Path, root: Path) -> None:
+        """Turn a path in front of the options into options."""
+        if self._values_of("--data.root" if self.command == "fit" else "--ckpt_path"):
+            option = "--data.root" if self.command == "fit" else "--ckpt_path"
+            raise ConfigError(f"{self.command} {path}: the path says what {option} says; give one of them.")
+        if self.command != "fit":
+            self.argv = ["--ckpt_path", str(find_checkpoint(path, root)), *self.argv]
+        elif self._values_of("--config", "-c", "--ckpt_path"):
+            self.argv += ["--data.root", str(path)]
+        else:
+            recognized = recognize(path)
+            self.argv, self.remarks = [*recognized.options, *self.argv], recognized.remarks
+            self.remarks.append(f"as: gn-transfer {self.command} {shlex.join(self.argv)}")
+
+    def _take(self, option: str) -> str | None:
+        """Remove an option that the parser does not know, and give its value."""
+        value = None
+        for index in self._values_of(option):
+            value = self._get(index)
+            self.argv[index] = ""
+            if self.argv[index - 1] == option:
+                self.argv[index - 1] = ""
+        self.argv = [word for word in self.argv if word or value is None]
+        return value
 
     @contextmanager
     def files(self) -> Iterator[list[str]]:

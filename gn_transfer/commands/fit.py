@@ -55,6 +55,8 @@ def fit(
         The plan, which was printed before the first step.
     """
     stored, log = cli.arguments.stored, cli.log
+    for number, remark in enumerate(cli.arguments.remarks):
+        log.print(f"{'chosen' if number == 0 else '':<10} {remark}")
     trainer = cli.build_trainer(figures=figures)
     prepare(cli.task, cli.datamodule, stored=stored)
     if cli.section.samples is not None:

@@ -38,7 +38,7 @@ def explain(message: str, known_keys: Sequence[str], data_modules: Sequence[str]
         "model.nrom is not a key; did you mean 'model.norm'? Known: model.norm."
     """
     flat = " ".join(message.split())
-    if found := re.search(r"""(?:Unrecognized arguments: --|does not accept option ['"])([\w.]+)""", flat):
+    if found := re.search(r"""(?:Unrecognized arguments: --?|does not accept option ['"])([\w.-]+)""", flat):
         return _unknown_key(found[1], known_keys)
     if found := re.search(r"Option '(\w+)' is not accepted", flat):
         return _unknown_key(f"data.{found[1]}", known_keys)
@@ -58,6 +58,57 @@ def explain(message: str, known_keys: Sequence[str], data_modules: Sequence[str]
     return flat
 
 
+# What other programs call our keys.
+_ELSEWHERE = {
+    "optimizer.lr": ("lr", "learning_rate", "lr0", "base_lr"),
+    "optimizer.weight_decay": ("weight_decay", "wd"),
+    "optimizer.momentum": ("momentum",),
+    "optimizer.name": ("opt", "optim"),
+    "optimizer.warmup_fraction": ("warmup", "warmup_epochs", "warmup_steps"),
+    "optimizer.clip_norm": ("clip_grad", "grad_clip", "max_grad_norm"),
+    "model.norm": ("norm", "norm_layer", "normalization"),
+    "model.backbone": ("backbone", "arch", "architecture", "model_name", "encoder"),
+    "model.pretrained": ("pretrained", "weights", "checkpoint_path"),
+    "model.num_groups": ("num_groups", "groups"),
+    "data.batch_size": ("batch_size", "bs", "batch", "b", "train_batch_size"),
+    "data.img_size": ("img_size", "image_size", "size", "resolution", "imgsz", "input_size"),
+    "data.root": ("root", "data_root", "data_dir", "data_path", "dataset"),
+    "data.num_workers": ("num_workers", "workers", "j"),
+    "data.recipe": ("recipe", "augment", "aug", "augmentation"),
+    "data.val_fraction": ("val_fraction", "val_split", "valid_pct"),
+    "data.test_fraction": ("test_fraction", "test_split"),
+    "accumulation.effective_batch_size": (
+        "effective_batch_size",
+        "accumulate_grad_batches",
+        "grad_accum_steps",
+        "gradient_accumulation_steps",
+        "accum",
+        "grad_accum",
+        "accumulation_steps",
+    ),
+    "trainer.max_epochs": ("epochs", "max_epochs", "num_epochs", "num_train_epochs", "epoch"),
+    "trainer.max_steps": ("steps", "max_steps", "iterations"),
+    "trainer.devices": ("devices", "gpus", "num_gpus"),
+    "trainer.accelerator": ("accelerator", "device"),
+    "trainer.default_root_dir": ("output", "output_dir", "out", "project"),
+    "mixed_precision.mode": ("precision", "amp", "mixed_precision", "fp16", "bf16"),
+    "regularization.mixup": ("mixup",),
+    "regularization.cutmix": ("cutmix",),
+    "regularization.label_smoothing": ("label_smoothing", "smoothing"),
+    "freezing.epochs": ("freeze", "freeze_epochs"),
+    "ema.decay": ("ema", "model_ema", "ema_decay"),
+    "early_stopping.patience": ("patience",),
+    "seed_everything": ("seed", "random_seed"),
+    "ckpt_path": ("resume", "resume_from", "checkpoint", "ckpt"),
+}
+
+
+def _meant(key: str) -> str | None:
+    """Find our key behind another program's name, or behind ours in a wrong section."""
+    name = key.lower().replace("-", "_").rpartition(".")[2]
+    return next((ours for ours, others in _ELSEWHERE.items() if name in others), None)
+
+
 def _alternatives(kinds: str) -> list[str]:
     """Put the members of a union into words: ``null``, ``a float``, or the values of a Literal."""
     names = []
@@ -71,7 +122,7 @@ def _words(choices: str) -> list[str]:
 
 
 def _unknown_key(key: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
+    near = [meant] if (meant := _meant(key)) else difflib.get_close_matches(key, known, n=1)
     guess = f"did you mean {near[0]!r}? " if near else ""
     section = key.split(".")[0]
     siblings = [name for name in known if name.split(".")[0] == section]
