@@ -21,6 +21,8 @@ COMMANDS = {
     "backbones": "list models with pretrained weights, or download these: gn-transfer backbones --norm gn_ws",
 }
 
+_LOADS_TORCH = frozenset({"fit", "validate", "test", "sweep", "data", "export", "backbones"})
+
 _HELP = """\
 usage: gn-transfer COMMAND [options]
 
@@ -73,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(short_help(command))
             return 0
+        if command in _LOADS_TORCH and sys.stderr.isatty():  # imports take seconds; the terminal must not stay blank
+            print(f"gn-transfer {__version__} {command}: loading", file=sys.stderr, flush=True)
         if command in ("validate", "test"):
             from gn_transfer.commands import evaluate
 

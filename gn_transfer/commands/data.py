@@ -14,7 +14,7 @@ from rich.table import Table
 from gn_transfer.commands.parsing import Parser
 from gn_transfer.commands.training_cli import parsed
 from gn_transfer.config import ConfigError, did_you_mean
-from gn_transfer.data import ImageDataModule, Pets
+from gn_transfer.data import Folder, ImageDataModule, Pets
 from gn_transfer.data.cache import mib
 from gn_transfer.data.check import CheckResult, Inspected, check_images, list_all
 from gn_transfer.data.pets_counts import BREEDS, compare_counts
@@ -159,6 +159,8 @@ def _table(report: CheckResult, notes: Sequence[str], data: ImageDataModule) -> 
     table.add_column(overflow="fold")
     facts = report.as_dict()
     table.add_row("data", f"{type(data).__name__} in {data.root}")
+    if isinstance(data, Folder):
+        table.add_row("files", data.count_files().describe())
     for split, counts in report.class_counts.items():
         spread = f"{min(counts.values())} to {max(counts.values())} per class"
         table.add_row(split, f"{sum(counts.values()):,} images, {len(counts)} classes, {spread}")

@@ -19,7 +19,7 @@ from gn_transfer.data.workers import core_count
 from gn_transfer.study.definition import Study
 from gn_transfer.study.runner import share_threads
 from gn_transfer.study.trials import Trial
-from gn_transfer.training.plan import duration
+from gn_transfer.training.progress import duration
 from gn_transfer.training.run_log import RunLog
 
 _WEIGHTS_FOLLOW = ("model.backbone", "model.norm", "model.pretrained", "model.conversion")

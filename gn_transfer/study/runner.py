@@ -20,7 +20,7 @@ from gn_transfer.data.workers import core_count
 from gn_transfer.study.planning import Outcome, Planned, plan_trials
 from gn_transfer.study.store import Store
 from gn_transfer.study.worker import IDLE_SECONDS, StudyContext, interrupt, work
-from gn_transfer.training.plan import duration
+from gn_transfer.training.progress import duration
 
 MAX_CRASHES = 3
 """So many workers may die of a trial before it is given up."""

@@ -12,6 +12,7 @@ from gn_transfer.data import ImageDataModule
 from gn_transfer.data.describe import describe_data
 from gn_transfer.training.accumulation import GradientAccumulation, micro_batches_per_step
 from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
+from gn_transfer.training.progress import duration
 from gn_transfer.training.schedules import bit_samples
 from gn_transfer.training.step_cost import measure_step
 from gn_transfer.training.task import TransferTask
@@ -108,9 +109,9 @@ def make_plan(
         ("precision", f"{precision} on {device}"),
         (
             "memory",
-            f"about {cost.activations_mib + cost.state_mib:,.0f} MiB: {cost.activations_mib:,.0f} of activations, "
-            f"{cost.state_mib:,.0f} of weights, gradients and optimizer; the program itself and buffers are not "
-            "counted",
+            f"about {cost.peak_mib:,.0f} MiB at the peak: {cost.activations_mib:,.0f} of activations, "
+            f"{cost.state_mib:,.0f} of weights, gradients and optimizer, the rest of "
+            + ("working copies" if device.type == "cuda" else "the program and working copies"),
         ),
         ("time", f"about {duration(seconds)} of training steps"),
     ]
@@ -209,18 +210,3 @@ def advice(task: TransferTask, batch_size: int, micro_batches: int) -> list[str]
     if task.norm == "bn_frozen" and task.model_config.pretrained is None:
         found.append("norm bn_frozen from scratch has nothing to freeze: mean 0 and variance 1. Set model.pretrained.")
     return found
-
-
-def duration(seconds: float) -> str:
-    """Write a time for people.
-
-    Args:
-        seconds: Seconds.
-
-    Example:
-        >>> duration(42), duration(600), duration(9000)
-        ('42 s', '10 min', '2.5 h')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gn_transfer.files import write_csv, write_json
 from gn_transfer.training.predictions import ImagePredictions
-from gn_transfer.training.progress import Throughput, peak_memory_mib
+from gn_transfer.training.progress import find_throughput, peak_memory_mib
 
 FORMAT_VERSION = 1
 """Of metrics.json and the files beside it; rises when a key changes its meaning."""
@@ -37,7 +37,7 @@ class RunRecord(Callback):
         self.facts = facts
         self.predictions = predictions
         self.metrics: dict[str, float] = {}
-        self.epochs: list[dict[str, float]] = []
+        self.epochs: list[dict[str, float | None]] = []
         self.best_metrics: dict[str, float] = {}
         self.wall_time_s = 0.0
         self._started = time.monotonic()
@@ -62,12 +62,12 @@ class RunRecord(Callback):
         if improved:
             self.best_metrics = {f"best/{name}": value for name, value in self.metrics.items()}
             self.best_metrics["best/epoch"] = trainer.current_epoch + 1
-        throughput = _throughput(trainer)
+        throughput = find_throughput(trainer)
         self.epochs.append(
             {
                 "epoch": trainer.current_epoch + 1,
                 "samples_seen": throughput.samples_seen,
-                "train/loss": throughput.recent_loss,
+                "train/loss": _rounded(throughput.epoch_loss),
                 **self.metrics,
             }
         )
@@ -102,7 +102,7 @@ class RunRecord(Callback):
     def _write(self, trainer: Trainer, pl_module: LightningModule, status: Status, epochs: int) -> None:
         if not trainer.is_global_zero:
             return
-        throughput = _throughput(trainer)
+        throughput = find_throughput(trainer)
         write_json(
             self.path,
             {
@@ -112,7 +112,7 @@ class RunRecord(Callback):
                 "epochs": epochs,
                 "optimizer_steps": trainer.global_step,
                 "samples_seen": throughput.samples_seen,
-                "train/loss": throughput.recent_loss if math.isfinite(throughput.recent_loss) else None,
+                "train/loss": _rounded(throughput.epoch_loss),
                 **self.metrics,
                 **self.best_metrics,
                 "weight_norm": round(weight_norm(pl_module), 4),
@@ -132,9 +132,9 @@ class RunRecord(Callback):
             self.predictions.write(folder / name, data.val_dataset.images, data.classes)
 
 
-def _throughput(trainer: Trainer) -> Throughput:
-    found: Throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
-    return found
+def _rounded(loss: float) -> float | None:
+    # A resumed run adds up its sum in other parts, which differ in the last digits.
+    return round(loss, 5) if math.isfinite(loss) else None
 
 
 def weight_norm(model: torch.nn.Module) -> float:

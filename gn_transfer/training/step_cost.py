@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from gn_transfer.data.datamodule import EVAL_BATCH_SIZE
 from gn_transfer.layers import AccumulationEngine
 from gn_transfer.training.precision import autocast_dtype
+from gn_transfer.training.progress import peak_memory_mib
 from gn_transfer.training.task import TransferTask
+
+LOADED_LATER_MIB = 100.0
+"""Memory of the libraries that a run loads after its plan, for figures and TensorBoard (measured on Linux)."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +28,14 @@ class StepCost:
         seconds: Forward and backward of a micro-batch.
         activations_mib: What autograd keeps for the backward of a micro-batch.
         state_mib: Weights, gradients and the optimizer's state.
+        peak_mib: The most that the training will hold: measured in these micro-batches and a batch of validation, with
+            the optimizer's state added. On a CPU the program and its libraries are in it.
     """
 
     seconds: float
     activations_mib: float
     state_mib: float
+    peak_mib: float
 
 
 def measure_step(
@@ -82,6 +90,14 @@ def measure_step(
             fastest = min(fastest, time.perf_counter() - start)
             if time.perf_counter() - began > 2.0:
                 break
+        if engine is not None:
+            engine.remove()
+        with torch.no_grad():  # validation has larger batches
+            many = pixels[:1].expand(max(batch_size, EVAL_BATCH_SIZE), -1, -1, -1)
+            model.eval()(many.contiguous(memory_format=memory_format))
     moments = {"sgd": 1 if task.optimizer_config.momentum else 0, "adam": 2, "adamw": 2}[task.optimizer_config.name]
-    state = sum(parameter.nbytes for parameter in parameters) * (2 + moments)
-    return StepCost(fastest, sum(saved.values()) / 2**20, state / 2**20)
+    weights = sum(parameter.nbytes for parameter in parameters) / 2**20
+    peak = peak_memory_mib(device) + weights * moments
+    if device.type != "cuda":  # the copy that was measured stood beside the model itself
+        peak += LOADED_LATER_MIB - weights
+    return StepCost(fastest, sum(saved.values()) / 2**20, weights * (2 + moments), peak)

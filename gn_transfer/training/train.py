@@ -32,7 +32,7 @@ from gn_transfer.training.ema import AS_TRAINED, ExponentialMovingAverage
 from gn_transfer.training.environment import environment
 from gn_transfer.training.precision import MixedPrecisionConfig, device_type, resolve_precision
 from gn_transfer.training.predictions import ImagePredictions
-from gn_transfer.training.progress import EpochLines, ProgressBar, Throughput
+from gn_transfer.training.progress import EpochLines, RunProgressBar, Throughput
 from gn_transfer.training.record import RunRecord
 from gn_transfer.training.run_folder import RunFolder, run_of_checkpoint
 from gn_transfer.training.run_log import RunLog
@@ -78,8 +78,10 @@ def create_trainer(
     """
     log = log or RunLog()
     needed: list[Callback] = [GradientAccumulation(), BatchNormStatistics(), Throughput(), ImagePredictions()]
-    needed += [] if evaluates else [EpochLines(log.print), BestCheckpoint(), LastCheckpoint()]
-    needed += [ProgressBar(leave=False)] if interactive and not evaluates else []
+    needed += (
+        [] if evaluates else [EpochLines(log.print, None if interactive else 30.0), BestCheckpoint(), LastCheckpoint()]
+    )
+    needed += [RunProgressBar()] if interactive and not evaluates else []
     needed += [ValidationFigures(), *([] if evaluates else [TrainingImages()])] if figures else []
     given = [callback for callback in callbacks if getattr(callback, "enabled", True)]
     kinds = tuple(type(callback) for callback in given)
