@@ -16,7 +16,8 @@ from gn_transfer.commands.training_cli import parsed
 from gn_transfer.config import ConfigError, did_you_mean
 from gn_transfer.data import Folder, ImageDataModule, Pets
 from gn_transfer.data.cache import mib
-from gn_transfer.data.check import CheckResult, Inspected, check_images, list_all
+from gn_transfer.data.check import CheckResult, check_images, list_all
+from gn_transfer.data.duplicates import Inspected
 from gn_transfer.data.pets_counts import BREEDS, compare_counts
 from gn_transfer.data.progress import progress_bar
 from gn_transfer.data.sample import write_sample

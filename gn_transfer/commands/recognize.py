@@ -16,6 +16,7 @@ TEST_FRACTION = 0.2
 
 _SAMPLES = 4_000  # images to train on, with repetitions, for a small folder
 _FEW = 200  # below this number of training images, an optimizer step takes half as many
+_GROUPED = 5_000  # up to this number of images, all are decoded to find near-duplicates before the split
 _OXFORD = Path("annotations", "trainval.txt")
 
 
@@ -75,6 +76,9 @@ def _folder(path: Path, hub_answers: bool | None) -> Recognized:
         images = round(images * 0.8)
     if held_out:
         remarks.append(f"held out, stratified by class: {', '.join(held_out)}")
+        if images <= _GROUPED:
+            options += ["--data.group_duplicates", "true"]
+            remarks[-1] += "; images that show the same stay on one side"
     weights, why = _choose_weights(hub_answers)
     epochs = min(30, max(3, round(_SAMPLES / max(images, 1))))
     batch = 16 if images >= _FEW else 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,50 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-import numpy.typing as npt
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.datamodule import ImageDataModule
 from gn_transfer.data.dataset import LabeledImage
-from gn_transfer.data.decode import SUFFIXES, BadImageError, decode_image, describe_file
-
-_THUMBNAIL = 16
-_LEAST_SIDE_NEAR_DUPLICATE = 64  # smaller images have too little in them to tell copies from lookalikes
-_MOST_NEAR_DUPLICATE = 30_000  # images that are compared pair by pair
-_NEAR_DUPLICATE = 2.5
-
-
-@dataclass(frozen=True)
-class Inspected:
-    """What one file is.
-
-    Attributes:
-        path: Relative to the root.
-        split: Where it is used.
-        target: Class index.
-        format: What its content is (``JPEG``, ``PNG``, ...), whatever its name says; empty where unknown.
-        mode: Pillow's name of its channels: RGB, L, CMYK, RGBA, P, ...
-        height: In pixels, upright; 0 where it cannot be decoded.
-        width: Likewise.
-        error: Why it cannot be decoded, or empty.
-        warning: What is suspicious about it although it can, or empty.
-        content: Hash of its pixels.
-        thumbnail: Its grey thumbnail, float32 ``(256,)``; None where it is too small to compare.
-    """
-
-    path: str
-    split: str
-    target: int
-    format: str = ""
-    mode: str = ""
-    height: int = 0
-    width: int = 0
-    error: str = ""
-    warning: str = ""
-    content: str = ""
-    thumbnail: npt.NDArray[np.float32] | None = None
+from gn_transfer.data.decode import SUFFIXES
+from gn_transfer.data.duplicates import Inspected, find_near_duplicates, inspect_image, same_pixels
 
 
 @dataclass(frozen=True)
@@ -222,86 +184,3 @@ def list_all(data: ImageDataModule) -> tuple[dict[str, list[LabeledImage]], list
     if beside - listed:
         splits["unlisted"] = [LabeledImage(path, 0) for path in sorted(beside - listed)]
     return splits, notes
-
-
-def inspect_image(root: Path, split: str, image: LabeledImage) -> Inspected:
-    """Decode a file and describe it.
-
-    Args:
-        root: What its path is relative to.
-        split: Where it is used.
-        image: The file.
-    """
-    path = root / image.path
-    try:
-        kind = describe_file(path)
-        pixels_HWC = decode_image(path)
-    except BadImageError as error:
-        return Inspected(image.path, split, image.target, error=error.reason)
-    height, width = pixels_HWC.shape[:2]
-    thumbnail = None
-    if min(height, width) >= _LEAST_SIDE_NEAR_DUPLICATE:
-        grey = cv2.cvtColor(pixels_HWC, cv2.COLOR_RGB2GRAY)
-        small = cv2.resize(grey, (_THUMBNAIL, _THUMBNAIL), interpolation=cv2.INTER_AREA)
-        thumbnail = np.asarray(small, dtype=np.float32).reshape(-1)
-    shape = f"{height}x{width}".encode()
-    return Inspected(
-        image.path,
-        split,
-        image.target,
-        kind.format,
-        kind.mode,
-        height,
-        width,
-        warning=kind.warning,
-        content=hashlib.blake2b(shape + pixels_HWC.tobytes(), digest_size=16).hexdigest(),
-        thumbnail=thumbnail,
-    )
-
-
-def same_pixels(files: Sequence[Inspected]) -> list[list[Inspected]]:
-    """Group files whose decoded pixels are equal.
-
-    Args:
-        files: The files.
-
-    Returns:
-        Groups of two and more, in the order of the files.
-    """
-    groups: dict[str, list[Inspected]] = {}
-    for file in files:
-        if not file.error:
-            groups.setdefault(file.content, []).append(file)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def find_near_duplicates(
-    files: Sequence[Inspected], most_apart: float = _NEAR_DUPLICATE
-) -> list[tuple[Inspected, Inspected, float]]:
-    """Find pairs that show the same image in another size or quality.
-
-    The root mean square difference of grey 16 x 16 thumbnails, in levels of 0-255; a flat image is like every other
-    flat one and is left out. Up to 30,000 images are compared, pair by pair.
-
-    Args:
-        files: The files.
-        most_apart: Greatest difference.
-
-    Returns:
-        Pairs with their difference, nearest first; not those with equal pixels.
-    """
-    some = [file for file in files if file.thumbnail is not None and file.thumbnail.std() > 4 * most_apart]
-    if len(some) > _MOST_NEAR_DUPLICATE:
-        return []
-    pairs = []
-    vectors = np.array([file.thumbnail for file in some], dtype=np.float32).reshape(len(some), _THUMBNAIL**2)
-    squares = (vectors**2).sum(axis=1)
-    for start in range(0, len(some), 1024):
-        block = slice(start, start + 1024)
-        distances = squares[block, None] + squares[None, :] - 2 * vectors[block] @ vectors.T
-        for row, column in np.argwhere(distances < 1.2 * most_apart**2 * vectors.shape[1]):
-            one, other = start + int(row), int(column)
-            apart = float(np.sqrt(np.mean((vectors[one] - vectors[other]) ** 2)))  # exact, where the product rounds
-            if one < other and apart <= most_apart and some[one].content != some[other].content:
-                pairs.append((some[one], some[other], apart))
-    return sorted(pairs, key=lambda pair: pair[2])

@@ -16,9 +16,10 @@ from gn_transfer.config import ConfigError
 from gn_transfer.data.augmentation import Augmentation, Recipe, read_pipeline
 from gn_transfer.data.cache import CacheMode, DatasetCache, default_cache_dir
 from gn_transfer.data.dataset import ImageDataset, LabeledImage, without_bad_images
+from gn_transfer.data.hold_out import hold_out
 from gn_transfer.data.loader import ImageLoader
 from gn_transfer.data.sampler import EpochSampler
-from gn_transfer.data.splits import balanced_weights, few_shots, stratified_split
+from gn_transfer.data.splits import balanced_weights, few_shots
 from gn_transfer.data.workers import choose_num_workers, core_count
 
 EVAL_BATCH_SIZE = 16
@@ -50,6 +51,8 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
             CPU is usually 0.
         val_fraction: Fraction of the training images that is held out for validation, stratified by class, where the
             data has no validation split of its own.
+        group_duplicates: Keep images that show the same, exactly or nearly, on one side where validation or test are
+            cut from the rest. All images are decoded for it.
         recipe: Augmentation of the training images: none, light (resize, flip, cutout), crop_flip (random resized crop
             and flip), bit (resize, random crop, flip) or strong (crop_flip, color jitter, cutout).
         min_crop_scale: Smallest fraction of the area that a random crop keeps. null means 0.35 for crop_flip and 0.25
@@ -91,6 +94,7 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         batch_size: int = 1,
         num_workers: int | None = None,
         val_fraction: float = 0.2,
+        group_duplicates: bool = False,
         recipe: Recipe = "crop_flip",
         min_crop_scale: float | None = None,
         augmentation: Path | None = None,
@@ -116,6 +120,7 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.val_fraction = val_fraction
+        self.group_duplicates = group_duplicates
         self.recipe: Recipe = recipe
         self.min_crop_scale = min_crop_scale
         self.augmentation = augmentation
@@ -170,13 +175,8 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         self.classes, train, val = self.list_fit()
         train = self._without_bad_images(train)
         if val is None:
-            kept, held_out = stratified_split(
-                [image.path for image in train],
-                [image.target for image in train],
-                self.val_fraction,
-                self.seed,
-            )
-            train, val = [train[position] for position in kept], [train[position] for position in held_out]
+            root = Path(self.root) if self.group_duplicates else None
+            train, val = hold_out(train, self.val_fraction, self.seed, root=root)
         else:
             val = self._without_bad_images(val)
         without = sorted(set(range(self.num_classes)) - {image.target for image in train})

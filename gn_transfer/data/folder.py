@@ -9,6 +9,7 @@ from gn_transfer.config import ConfigError
 from gn_transfer.data.datamodule import ImageDataModule, ListedImages
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.data.decode import SUFFIXES
+from gn_transfer.data.hold_out import hold_out
 from gn_transfer.data.layout import (
     FileCount,
     Layout,
@@ -18,7 +19,6 @@ from gn_transfer.data.layout import (
     subfolders,
     what_is_there,
 )
-from gn_transfer.data.splits import stratified_split
 
 
 class Folder(ImageDataModule):
@@ -97,11 +97,6 @@ class Folder(ImageDataModule):
         return self._images(folder, classes)
 
     def _cut_test(self, images: list[LabeledImage]) -> tuple[list[LabeledImage], list[LabeledImage]]:
-        rest, test = stratified_split(
-            [image.path for image in images],
-            [image.target for image in images],
-            self.test_fraction,
-            seed=0,  # one test split for every run: no seed may train on images that another seed tests on
-            key="data.test_fraction",
-        )
-        return [images[position] for position in rest], [images[position] for position in test]
+        # One test split for every run: no seed may train on images that another seed tests on.
+        root = Path(self.root) if self.group_duplicates else None
+        return hold_out(images, self.test_fraction, seed=0, key="data.test_fraction", root=root)

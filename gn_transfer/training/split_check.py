@@ -67,7 +67,8 @@ def _differences(config: Mapping[str, Any], data: ImageDataModule) -> str:
     """Say which options of the data differ from the run's."""
     theirs = {"seed_everything": config.get("seed_everything")}
     theirs |= {f"data.{key}": value for key, value in config.get("data", {}).get("init_args", {}).items()}
-    keys = ("seed_everything", "data.root", "data.val_fraction", "data.test_fraction", "data.shots_per_class")
+    of_data = ("root", "val_fraction", "test_fraction", "group_duplicates", "shots_per_class")
+    keys = ("seed_everything", *(f"data.{name}" for name in of_data))
     different = []
     for key in keys:
         ours = data.seed if key == "seed_everything" else getattr(data, key.removeprefix("data."), None)

@@ -44,7 +44,10 @@ def test_a_folder_of_class_folders(tmp_path):
     assert value(found.options, "--model.backbone") == "resnetv2_18"
     assert value(found.options, "--accumulation.effective_batch_size") == "8"
     assert found.remarks[0] == "images by class in my photos: 2 classes, 20 images"
-    assert found.remarks[1] == "held out, stratified by class: 20% for the test, 20% of the rest for validation"
+    assert found.remarks[1] == (
+        "held out, stratified by class: 20% for the test, 20% of the rest for validation; images that show the same "
+        "stay on one side"
+    )
     assert "because the Hugging Face hub does not answer" in found.remarks[2]
 
 

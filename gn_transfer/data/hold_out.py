@@ -1,0 +1,46 @@
+"""Cutting validation or test from the rest, so that no image stands on both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gn_transfer.data.dataset import LabeledImage
+from gn_transfer.data.duplicates import group_duplicates
+from gn_transfer.data.splits import stratified_split
+from gn_transfer.data.workers import core_count
+
+
+def hold_out(
+    images: Sequence[LabeledImage],
+    fraction: float,
+    seed: int,
+    *,
+    key: str = "data.val_fraction",
+    root: Path | None = None,
+) -> tuple[list[LabeledImage], list[LabeledImage]]:
+    """Hold out a share of the images of every class; see :func:`gn_transfer.data.splits.stratified_split`.
+
+    Args:
+        images: All images.
+        fraction: Share that is held out.
+        seed: Seed of the choice.
+        key: The configuration key of the share, for messages.
+        root: Folder of the images where near-duplicates are to stay on one side: of such a group nothing is held out
+            unless all of it is. None does not look at the images.
+
+    Returns:
+        What stays, and what is held out.
+
+    Raises:
+        ConfigError: A share out of range, or a class with too few images.
+    """
+    paths, targets = [image.path for image in images], [image.target for image in images]
+    kept, held_out = stratified_split(paths, targets, fraction, seed, key=key)
+    if root is not None:
+        chosen = set(held_out)
+        for group in group_duplicates(root, images, core_count()):
+            if not chosen.issuperset(group):
+                chosen.difference_update(group)
+        kept, held_out = [p for p in range(len(images)) if p not in chosen], sorted(chosen)
+    return [images[position] for position in kept], [images[position] for position in held_out]
