@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from gn_transfer.backbones.model_config import ModelConfig
     from gn_transfer.data import Digits, Folder, ImageDataModule, Pets, Sample, TinyImageNet
     from gn_transfer.inference.bundle import Bundle, Prediction, load_bundle
+    from gn_transfer.inference.load import load
     from gn_transfer.layers import convert_norm
     from gn_transfer.training.accumulation import GradientAccumulation
     from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
@@ -38,6 +39,7 @@ _HOMES = {
     "TinyImageNet": "data",
     "TransferClassifier": "training.classification",
     "convert_norm": "layers",
+    "load": "inference.load",
     "load_bundle": "inference.bundle",
 }
 
@@ -59,6 +61,7 @@ __all__ = [
     "TinyImageNet",
     "TransferClassifier",
     "convert_norm",
+    "load",
     "load_bundle",
 ]
 

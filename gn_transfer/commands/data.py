@@ -94,6 +94,11 @@ def check(data: ImageDataModule, task: TransferClassifier, options: argparse.Nam
             threads=core_count(),
             advance=advance,
         )
+    if not report.problems:
+        try:
+            data.setup("fit")  # what it refuses would stop a training, too
+        except ConfigError as error:
+            report.problems.append(str(error))
     if isinstance(data, Pets):
         notes += _compare_with_official(report)
     if options.format == "json":

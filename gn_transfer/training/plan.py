@@ -115,7 +115,12 @@ def make_plan(
         ),
         ("time", f"about {duration(seconds)} of training steps"),
     ]
-    return Plan(rows, advice(task, data.batch_size, micro_batches), seconds)
+    warnings = advice(task, data.batch_size, micro_batches)
+    if frozen_epochs >= epochs > 0:
+        warnings.append(
+            f"freezing.epochs={frozen_epochs}, and the run has {epochs}: the backbone never learns. Choose fewer."
+        )
+    return Plan(rows, warnings, seconds)
 
 
 def _batches(images: int, batch_size: int, limit: float) -> int:

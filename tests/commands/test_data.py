@@ -148,3 +148,15 @@ def test_help(capsys: Any) -> None:
     printed = run(capsys, "--help")
     assert all(command in printed for command in ("check", "sample", "cache", "show"))
     assert "--format" in run(capsys, "check", "--help")
+
+
+def test_check_finds_what_fit_would_refuse(capsys: Any, tmp_path: Path) -> None:
+    for name, number in (("cat", 4), ("dog", 1)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(number):
+            Image.new("RGB", (70, 70), (60 * index, 9, 9)).save(tmp_path / "photos" / name / f"{index}.png")
+    printed = run(capsys, "check", "--data", "Folder", "--data.root", "photos", code=2)
+    assert "something would stop a training" in printed
+    assert "has 1 image" in " ".join(printed.split())
+    assert main(["fit", "photos", "--data.test_fraction", "0"]) == 2
+    assert "has 1 image" in capsys.readouterr().err

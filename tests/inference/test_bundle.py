@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import gn_transfer
 from gn_transfer import load_bundle
 from gn_transfer.config import ConfigError
 from gn_transfer.data.decode import BadImageError
@@ -185,3 +187,19 @@ def test_a_graph_that_cannot_be_run(bundle_dir, seal):
     seal(bundle_dir)
     with pytest.raises(ConfigError, match="cannot run it"):
         load_bundle(bundle_dir)
+
+
+def test_one_call_loads_what_a_training_leaves(bundle_dir, tmp_path):
+    assert gn_transfer.load(bundle_dir).classes == CLASSES
+    module = gn_transfer.TransferClassifier(gn_transfer.ModelConfig("cnn_mnist", "gn", num_groups=4))
+    module.build(["cat", "dog"])
+    content = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(content)
+    (tmp_path / "run").mkdir()
+    torch.save(content, tmp_path / "run" / "best.ckpt")
+    for path in (tmp_path / "run", tmp_path / "run" / "best.ckpt"):
+        loaded = gn_transfer.load(path)
+        assert loaded.classes == ["cat", "dog"]
+        assert not loaded.training
+    with pytest.raises(ConfigError, match="neither a bundle"):
+        gn_transfer.load(tmp_path)
