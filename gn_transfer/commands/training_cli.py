@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instantiate_class
 from lightning.pytorch.loggers import Logger
@@ -188,8 +189,14 @@ class TrainingCLI(LightningCLI):
         """Build module and data; the Trainer comes with :meth:`build_trainer`."""
         try:
             config = self.parser.instantiate_classes(self.config) if self._builds else self.config
-        except ValueError:  # jsonargparse hides a mistake in the data's keys below a text about types
+        except ValueError:  # jsonargparse hides a mistake in a class's own keys below a text about types
             instantiate_class((), self.section.data.as_dict())
+            for key in ("logger", "callbacks"):
+                for value in _as_list(self.section.trainer[key]):
+                    try:
+                        instantiate_class((), value.as_dict())
+                    except Exception as error:  # whatever a logger or a callback raises when it is made
+                        raise ConfigError(f"trainer.{key}: {value.class_path} cannot be made: {error}") from error
             raise
         self.config_init = config
         section = config[str(self.subcommand)]
@@ -283,6 +290,8 @@ def parsed(
             yield TrainingCLI(prepared, log, builds=builds)
         except ArgumentError as error:
             raise ConfigError(explain(str(error), known_keys(), [kind.__name__ for kind in DATA])) from error
+        except MisconfigurationException as error:
+            raise ConfigError(f"trainer: {error} Correct the keys of trainer, or leave them out.") from error
         except SystemExit as error:
             # Lightning turns Ctrl-C into exit code 1, SIGTERM into none; jsonargparse leaves with 0 after help.
             if error.code in (0, None) and not isinstance(error, SIGTERMException):

@@ -220,6 +220,8 @@ def test_a_run_goes_on_with_milder_crops_and_says_so(pets_root, capsys):
             "set accumulation.effective_batch_size to 2 or more",
         ),
         (["--model.backbone", "resnet81"], "resnet81 is not a model"),
+        (["--trainer.accelerator", "gpu"], "trainer: No supported gpu backend found! Correct the keys of trainer"),
+        (["--trainer.logger", "CometLogger"], "trainer.logger: lightning.pytorch.loggers.CometLogger cannot be made"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
