@@ -58,8 +58,8 @@ class Arguments:
 
     def _serve(self, path: Path, root: Path) -> None:
         """Turn a path in front of the options into options."""
-        if self._values_of("--data.root" if self.command == "fit" else "--ckpt_path"):
-            option = "--data.root" if self.command == "fit" else "--ckpt_path"
+        option = "--data.root" if self.command == "fit" else "--ckpt_path"
+        if self._values_of(option):
             raise ConfigError(f"{self.command} {path}: the path says what {option} says; give one of them.")
         if self.command != "fit":
             self.argv = ["--ckpt_path", str(find_checkpoint(path, root)), *self.argv]
@@ -73,12 +73,9 @@ class Arguments:
     def _take(self, option: str) -> str | None:
         """Remove an option that the parser does not know, and give its value."""
         value = None
-        for index in self._values_of(option):
-            value = self._get(index)
-            self.argv[index] = ""
-            if self.argv[index - 1] == option:
-                self.argv[index - 1] = ""
-        self.argv = [word for word in self.argv if word or value is None]
+        for index in reversed(self._values_of(option)):
+            value = self._get(index) if value is None else value  # the last one counts
+            del self.argv[index - (self.argv[index - 1] == option) : index + 1]
         return value
 
     @contextmanager

@@ -32,7 +32,7 @@ SUFFIXES = frozenset(
 """Endings, in any case, of the files that count as images; others, and hidden ones, are left alone."""
 
 OPTIONAL_SUFFIXES = {
-    **({} if _READS_HEIF else dict.fromkeys((".heic", ".heif"), "pip install 'gn-transfer[heif]' reads them")),
+    **({} if _READS_HEIF else dict.fromkeys((".heic", ".heif"), "pip install pillow-heif reads them")),
     **({} if _READS_AVIF else {".avif": "Pillow 11.3 or newer reads them"}),
 }
 """Endings of images that could be read with another installation, and with which."""

@@ -160,9 +160,8 @@ class RunProgressBar(ProgressBar):
         self._validation: TaskID | None = None
 
     def disable(self) -> None:
-        """Show nothing: Lightning asks for it on every process but the first."""
+        """Close the bar; Lightning asks for it on every process but the first, which opens none."""
         self._stop()
-        self.disable = lambda: None  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar; a resumed run begins where it stood."""

@@ -14,16 +14,21 @@ from gn_transfer.__main__ import main
 BEST = "checkpoints/default/gn_ws-bs1-seed0/best.ckpt"
 
 
+def write_images(root: str, seed: int, side: int) -> None:
+    """Two classes of ten images; the size of the files depends on the side."""
+    generator = np.random.default_rng(seed)
+    for name in ("cat", "dog"):
+        Path(root, name).mkdir(parents=True)
+        for number in range(10):
+            pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(f"{root}/{name}/{number}.png")
+
+
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
     """A run on photos/, two classes of ten images."""
     monkeypatch.chdir(tmp_path)
-    generator = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        Path("photos", name).mkdir(parents=True)
-        for number in range(10):
-            pixels = generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(f"photos/{name}/{number}.png")
+    write_images("photos", seed=0, side=20)
     arguments = ["fit", "--data", "Folder", "--data.root", "photos", "--data.img_size", "16", "--data.cache", "none"]
     arguments += ["--model.backbone", "resnetv2_18", "--trainer.max_epochs", "1", "--data.test_fraction", "0.2"]
     assert main(arguments) == 0
@@ -58,12 +63,7 @@ def test_another_seed_is_refused(trained, capsys):
 
 
 def test_other_images_of_the_same_names_are_welcome(trained, capsys):
-    generator = np.random.default_rng(1)
-    for name in ("cat", "dog"):
-        Path("others", name).mkdir(parents=True)
-        for number in range(10):
-            pixels = generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(f"others/{name}/{number}.png")
+    write_images("others", seed=1, side=24)
     assert main(["validate", "--ckpt_path", BEST, "--data.root", "others"]) == 0
     assert "other images than the run was validated on; none of them was trained on" in capsys.readouterr().out
 
