@@ -17,6 +17,7 @@ COMMANDS = {
     "data": "check, cache or show images: gn-transfer data check PHOTOS",
     "export": "write a checkpoint as a bundle for inference: gn-transfer export CKPT --output BUNDLE",
     "predict": "classify images with a bundle: gn-transfer predict BUNDLE IMAGES",
+    "report": "write one run as a page: gn-transfer report RUN",
     "compare": "compare runs in tables and on a page: gn-transfer compare RUNS... --output DIR",
     "backbones": "list models with pretrained weights, or download these: gn-transfer backbones --norm gn_ws",
 }

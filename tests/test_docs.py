@@ -6,6 +6,7 @@ Trainings are shortened: one epoch of two batches. A block that cannot run here 
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -118,10 +119,25 @@ def test_every_block_runs(page: Path, reader: Path) -> None:
             run_shell(block.code)
         else:
             assert block.language == "python", f"{page.name}:{block.line}: a block in {block.language}"
-            code = block.code.replace(
-                "max_epochs=1,", "max_epochs=1, limit_train_batches=2, enable_progress_bar=False,"
-            )
-            exec(compile(code, f"{page.name}:{block.line}", "exec"), namespace)
+            exec(compile(shortened(block.code), f"{page.name}:{block.line}", "exec"), namespace)
+
+
+def shortened(code: str) -> str:
+    """Let a training of a page take two batches."""
+    return re.sub(r"max_epochs=\d+,", "max_epochs=1, limit_train_batches=2, enable_progress_bar=False,", code)
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:Importing from|The given NumPy array|You are trying to:UserWarning")
+def test_the_notebook_runs(reader: Path) -> None:
+    cells = json.loads((ROOT / "docs" / "from_folder_to_bundle.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [(number, "".join(cell["source"])) for number, cell in enumerate(cells) if cell["cell_type"] == "code"]
+    namespace: dict[str, Any] = {"__name__": "__notebook__"}
+    for number, source in code:
+        exec(compile(shortened(source), f"cell {number}", "exec"), namespace)
+    assert (reader / "bundle" / "bundle.json").is_file()
+    assert (reader / "report.html").is_file()
+    assert len(namespace["images"]) > 0
 
 
 def test_blocks_that_do_not_run_say_why() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from docstring_parser import parse
 
 from gn_transfer.__main__ import COMMANDS
-from gn_transfer.commands import backbones, compare, data, export, predict, sweep
+from gn_transfer.commands import backbones, compare, data, export, predict, report, sweep
 from gn_transfer.commands.training_cli import CALLBACKS, CONFIGS, DATA
 from gn_transfer.data import ImageDataModule
 
@@ -68,6 +68,7 @@ def commands() -> str:
         "data": [data.create_parser(name) for name in data.COMMANDS],
         "export": [export.create_parser()],
         "predict": [predict.create_parser()],
+        "report": [report.create_parser()],
         "compare": [compare.create_parser()],
         "backbones": [backbones.create_parser()],
     }
@@ -77,7 +78,8 @@ def commands() -> str:
             parts.append(
                 "`--config NAME` reads a file or a built-in configuration, `--ckpt_path PATH` a checkpoint (`last` is "
                 "the newest of the configuration), `--KEY VALUE` sets a key of the [configuration](configuration.md), "
-                "`--dry_run` prints the plan and stops.\n"
+                "`--dry_run` prints the plan and stops. PATH in place of `--config` recognizes a folder of images, a "
+                "run or a checkpoint" + (", and `--name NAME` names the run's folder." if name == "fit" else ".") + "\n"
             )
         if name == "data":
             parts.append(

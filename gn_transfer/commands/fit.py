@@ -83,6 +83,7 @@ def fit(
             log=log,
             loggers=cli.loggers,
             facts=facts,
+            plan=plan,
             ckpt_path=cli.section.ckpt_path,
         )
         if trainer.is_global_zero:
@@ -150,6 +151,7 @@ def summary(cli: TrainingCLI, trainer: Trainer, run: RunFolder) -> list[str]:
     checkpoint, logs = shlex.quote(str(best)), shlex.quote(str(run.root / "runs"))
     commands = [
         f"gn-transfer export {checkpoint} --output bundle",
+        f"gn-transfer report {shlex.quote(str(run.logs))}",
         f"tensorboard --logdir {logs}",
         f"gn-transfer fit {shlex.join(_words_without_norm(cli.arguments.typed))} --model.norm "
         f"{'bn_frozen' if cli.task.norm == 'gn_ws' else 'gn_ws'}",

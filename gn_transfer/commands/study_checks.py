@@ -13,9 +13,9 @@ from rich.table import Table
 from gn_transfer.backbones import resolve_pretrained
 from gn_transfer.commands.fit import fit
 from gn_transfer.commands.training_cli import known_keys, parsed
-from gn_transfer.comparison.runs import short_name
 from gn_transfer.config import ConfigError, did_you_mean
 from gn_transfer.data.workers import core_count
+from gn_transfer.report.runs import short_name
 from gn_transfer.study.definition import Study
 from gn_transfer.study.runner import share_threads
 from gn_transfer.study.trials import Trial

@@ -251,7 +251,6 @@ class TrainingCLI(LightningCLI):
         return create_trainer(
             mode=self.mixed_precision,
             callbacks=given,
-            log=self.log,
             interactive=interactive,
             figures=figures,
             evaluates=not fits,
@@ -361,7 +360,6 @@ def _quiet_warnings() -> Iterator[None]:
             ".*number of training batches.*smaller than the logging interval.*",
             ".*Checkpoint directory .* exists and is not empty.*",
             ".*Experiment logs directory .* exists and is not empty.*",
-            ".*callbacks used to create the checkpoint need to be provided.*",  # evaluation needs none of them
             ".*isinstance.treespec, LeafSpec.*",
         ):
             warnings.filterwarnings("ignore", message=message)

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from gn_transfer.comparison.grouping import Grouping, shown
-from gn_transfer.comparison.runs import PREDICTIONS, Run
 from gn_transfer.config import ConfigError, did_you_mean
+from gn_transfer.report.runs import PREDICTIONS, Run
 
 FEW_SEEDS = 6
 """Below so many seeds a bootstrap interval is too narrow and no sign-flip test reaches 0.05."""

@@ -11,7 +11,6 @@ import numpy as np
 
 from gn_transfer.comparison.checks import choose_metric, confounds, incomparable, too_many_contrasts
 from gn_transfer.comparison.grouping import Grouping, find_baselines, group_runs, label, select, shown
-from gn_transfer.comparison.runs import Predictions, Problem, Run, Setting, find_run_folders, read_runs, short_name
 from gn_transfer.comparison.statistics import (
     RESAMPLES,
     Array,
@@ -22,6 +21,7 @@ from gn_transfer.comparison.statistics import (
     sign_flip_test,
 )
 from gn_transfer.config import ConfigError
+from gn_transfer.report.runs import Predictions, Problem, Run, Setting, find_run_folders, read_runs, short_name
 
 
 @dataclass(frozen=True)

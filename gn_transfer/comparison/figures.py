@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,50 +15,13 @@ from gn_transfer.comparison.comparison import Comparison, Group
 from gn_transfer.comparison.grouping import label, shown
 from gn_transfer.comparison.images import ClassDifference
 from gn_transfer.comparison.importance import INTERACTIONS, REST, Importance
-from gn_transfer.comparison.runs import Setting
+from gn_transfer.report.runs import Setting
+from gn_transfer.report.svg import COLORS, INK, STYLE, PageFigure, as_svg, hover, on_lines
 
-_INK = "#0a0b0c"  # becomes currentColor
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.18,
-    "legend.frameon": False,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
-    **dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), _INK
-    ),
-}
-# Of middling lightness: readable on white and on near-black.
-_COLOURS = ("#2f7ed8", "#e0702f", "#2ca36b", "#c0529d", "#8f7ae0", "#a98a1c", "#d1495b", "#3c9fb0", "#8a8a8a")
-_OF_NORM = dict(zip(("gn_ws", "bn", "gn", "bn_frozen", "ln", "bn_ws", "in", "none", "bn_sync"), _COLOURS, strict=True))
+_OF_NORM = dict(zip(("gn_ws", "bn", "gn", "bn_frozen", "ln", "bn_ws", "in", "none", "bn_sync"), COLORS, strict=True))
 _BAD_TO_GOOD = LinearSegmentedColormap.from_list("bad to good", ["#d1495b", "#c9932c", "#2f7ed8"])
-_ON_LINES = "onlines"  # id of texts that lines run behind: the page gives them a rim of paper
 _MOST_LINES = 10
 _MOST_ROWS = 40
-
-
-class PageFigure(NamedTuple):
-    """A figure of the page.
-
-    Attributes:
-        name: Name of its file.
-        heading: Its heading.
-        svg: The drawing.
-        caption: What is seen in it.
-    """
-
-    name: str
-    heading: str
-    svg: str
-    caption: str
 
 
 _PLAIN = "no accumulation: batch = effective batch"
@@ -80,14 +41,14 @@ def create_figures(
         The figures, the most informative first.
     """
     found: list[PageFigure] = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         panels = batch_panels(comparison.groups)
         if panels:
             found.append(
                 PageFigure(
                     "batch_size",
                     "Error against batch size",
-                    _svg(_batch_figure(panels), "batch_size"),
+                    as_svg(_batch_figure(panels), "batch_size"),
                     "Mean over seeds with its 95 % interval; pale dots are single seeds. Under accumulation, a norm "
                     "that does not look across images has the same gradient at every micro-batch.",
                 )
@@ -101,7 +62,7 @@ def create_figures(
             PageFigure(
                 "groups",
                 "Groups",
-                _svg(_forest(comparison), "groups"),
+                as_svg(_forest(comparison), "groups"),
                 f"{comparison.metric}: mean over seeds with its 95 % interval; pale dots are single seeds.{rest}",
             )
         )
@@ -109,7 +70,7 @@ def create_figures(
         if curves is not None:
             found.append(
                 PageFigure(
-                    "curves", "Learning curves", _svg(curves, "curves"), "Validation accuracy; bands span the seeds."
+                    "curves", "Learning curves", as_svg(curves, "curves"), "Validation accuracy; bands span the seeds."
                 )
             )
         if comparison.grouping.keys and len(comparison.runs) > 2:
@@ -117,7 +78,7 @@ def create_figures(
                 PageFigure(
                     "parallel",
                     "Parallel coordinates",
-                    _svg(_parallel(comparison), "parallel"),
+                    as_svg(_parallel(comparison), "parallel"),
                     f"One line per run, colored by {comparison.metric} on the right-hand axis; - where a setting "
                     "does not apply.",
                 )
@@ -127,7 +88,7 @@ def create_figures(
                 PageFigure(
                     "importance",
                     "Importance of each setting",
-                    _svg(_importance_figure(importances), "importance"),
+                    as_svg(_importance_figure(importances), "importance"),
                     " ".join(dict.fromkeys(part.note for part in importances)),
                 )
             )
@@ -136,7 +97,7 @@ def create_figures(
                 PageFigure(
                     "classes",
                     "Class by class",
-                    _svg(_class_figure(by_class), "classes"),
+                    as_svg(_class_figure(by_class), "classes"),
                     f"Accuracy of {by_class.first.label} less that of {by_class.second.label}, in percentage points, "
                     f"on the images that both were evaluated on ({by_class.images:,}).",
                 )
@@ -202,11 +163,15 @@ def _batch_figure(panels: Sequence[tuple[str, list[Group]]]) -> Figure:
             x = [_batch_size(group) * shift for group in members]
             color, dashes = _look(name, list(series))
             for place, group in zip(x, members, strict=True):
-                errors = [100 * (1 - value) for value in group.by_seed.values()]
-                axes.plot([place] * len(errors), errors, "o", color=color, alpha=0.25, markersize=3)
+                for seed, value in group.by_seed.items():
+                    [dot] = axes.plot([place], [100 * (1 - value)], "o", color=color, alpha=0.25, markersize=3)
+                    hover(dot, f"{group.label}, seed {seed}: error {100 * (1 - value):.1f} %")
             y, below, above = _errors(members)
             bars = axes.errorbar(x, y, (below, above), color=color, linestyle=dashes, marker="o", ms=5, capsize=2)
             handles.setdefault(name, bars)
+            for place, group in zip(x, members, strict=True):
+                [point] = axes.plot([place], [100 * (1 - group.mean)], "o", color=color, markersize=5)
+                hover(point, _group_text(group, error=True))
         ticks = sorted({_batch_size(group) for group in groups})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -217,6 +182,15 @@ def _batch_figure(panels: Sequence[tuple[str, list[Group]]]) -> Figure:
     columns = 2 if max(map(len, handles)) < 40 else 1
     figure.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=columns)
     return figure
+
+
+def _group_text(group: Group, *, error: bool = False) -> str:
+    """What is read under the pointer: label, mean, interval, seeds."""
+    mean, low, high = group.mean, group.low, group.high
+    if error:
+        mean, low, high = 1 - mean, None if high is None else 1 - high, None if low is None else 1 - low
+    interval = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{group.label}: {'error ' if error else ''}{100 * mean:.1f} %{interval}, {group.n} seeds"
 
 
 def _errors(groups: Sequence[Group]) -> tuple[list[float], list[float], list[float]]:
@@ -233,11 +207,13 @@ def _forest(comparison: Comparison) -> Figure:
     axes = figure.add_subplot()
     for row, group in enumerate(groups):
         color = _norm_color(group)
-        seeds = [100 * value for value in group.by_seed.values()]
-        axes.plot(seeds, [row] * len(seeds), "o", color=color, alpha=0.3, markersize=4)
+        for seed, value in group.by_seed.items():
+            [dot] = axes.plot([100 * value], [row], "o", color=color, alpha=0.3, markersize=4)
+            hover(dot, f"{group.label}, seed {seed}: {100 * value:.1f} %")
         if group.low is not None and group.high is not None:
             axes.plot([100 * group.low, 100 * group.high], [row, row], color=color, linewidth=2)
-        axes.plot([100 * group.mean], [row], "D", color=color, markersize=6)
+        [mean] = axes.plot([100 * group.mean], [row], "D", color=color, markersize=6)
+        hover(mean, _group_text(group))
     axes.set_yticks(range(len(groups)), [group.label for group in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_xlabel(f"{comparison.metric}, %")
@@ -259,10 +235,11 @@ def _curves(comparison: Comparison) -> Figure | None:
         samples = [row["samples_seen"] for row in runs[0][:length]]
         color, dashes = (_norm_color(group), "-") if many else _look(group.label, names)
         said = str(group.runs[0].settings["norm"]) if many else group.label
-        axes.plot(
-            samples, values.mean(axis=0), color=color, linestyle=dashes, marker="o", markersize=3,
-            alpha=0.55 if many else 1.0, label=said,
-        )  # fmt: skip
+        alpha = 0.55 if many else 1.0
+        axes.plot(samples, values.mean(axis=0), color=color, linestyle=dashes, alpha=alpha, label=said)
+        for seen, value in zip(samples, values.mean(axis=0), strict=True):
+            [point] = axes.plot([seen], [value], "o", color=color, alpha=alpha, markersize=3.5)
+            hover(point, f"{group.label}, {seen:,.0f} images: {value:.1f} %")
         if not many and len(runs) > 1:
             axes.fill_between(samples, values.min(axis=0), values.max(axis=0), color=color, alpha=0.13, linewidth=0)
     if not axes.lines:
@@ -287,12 +264,14 @@ def _parallel(comparison: Comparison) -> Figure:
     for score, run, moved in sorted(zip(scores, comparison.runs, jitter, strict=True), key=lambda item: item[0]):
         height = (score - low) / span
         path = [places[key][shown(run.settings.get(key))] + move for key, move in zip(keys, moved, strict=True)]
-        axes.plot([*range(len(keys)), len(keys)], [*path, height], color=_BAD_TO_GOOD(height), alpha=0.6, linewidth=1.1)
+        color = _BAD_TO_GOOD(height)
+        [line] = axes.plot([*range(len(keys)), len(keys)], [*path, height], color=color, alpha=0.6, linewidth=1.1)
+        hover(line, f"{run.name}: {100 * score:.1f} %")
     for number, key in enumerate(keys):
-        axes.axvline(number, color=_INK, linewidth=0.8)
+        axes.axvline(number, color=INK, linewidth=0.8)
         for text, height in places[key].items():
-            axes.text(number + 0.04, height, text, fontsize=9, va="center", gid=_ON_LINES)
-    axes.axvline(len(keys), color=_INK, linewidth=0.8)
+            on_lines(axes.text(number + 0.04, height, text, fontsize=9, va="center"))
+    axes.axvline(len(keys), color=INK, linewidth=0.8)
     for height in np.linspace(0, 1, 5):
         axes.text(len(keys) + 0.04, height, f"{100 * (low + height * (high - low)):.1f}", fontsize=9, va="center")
     axes.set_xticks(range(len(keys) + 1), [*keys, f"{comparison.metric}, %"])
@@ -320,8 +299,10 @@ def _importance_figure(importances: Sequence[Importance]) -> Figure:
     for axes, part in zip(all_axes, importances, strict=True):
         names = list(part.shares)
         noise = ("seed", INTERACTIONS, REST)
-        colors = [_COLOURS[-1] if name in noise else _COLOURS[0] for name in names]
-        axes.barh(names, [100 * part.shares[name] for name in names], color=colors)
+        colors = [COLORS[-1] if name in noise else COLORS[0] for name in names]
+        bars = axes.barh(names, [100 * part.shares[name] for name in names], color=colors)
+        for bar, name in zip(bars, names, strict=True):
+            hover(bar, f"{name}: {100 * part.shares[name]:.1f} % of the variance")
         axes.invert_yaxis()
         axes.set_title(f"{part.heading} ({part.runs} runs)", loc="left")
         axes.grid(visible=False, axis="y")
@@ -335,8 +316,10 @@ def _class_figure(by_class: ClassDifference) -> Figure:
     figure = Figure(figsize=(7.6, 1.0 + 0.26 * len(ordered)), layout="constrained")
     axes = figure.add_subplot()
     values = [100 * value for _, value in ordered]
-    axes.barh([name for name, _ in ordered], values, color=[_COLOURS[0] if v > 0 else _COLOURS[1] for v in values])
-    axes.axvline(0, color=_INK, linewidth=0.8)
+    bars = axes.barh([name for name, _ in ordered], values, color=[COLORS[0] if v > 0 else COLORS[1] for v in values])
+    for bar, (name, value) in zip(bars, ordered, strict=True):
+        hover(bar, f"{name}: {100 * value:+.1f} points")
+    axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_xlabel("difference, percentage points")
     axes.grid(visible=False, axis="y")
     return figure
@@ -352,7 +335,7 @@ def _batch_size(group: Group) -> float:
 
 
 def _norm_color(group: Group) -> str:
-    return _OF_NORM.get(str(group.runs[0].settings["norm"]), _COLOURS[-1])
+    return _OF_NORM.get(str(group.runs[0].settings["norm"]), COLORS[-1])
 
 
 def _look(name: str, names: Sequence[str]) -> tuple[str, str]:
@@ -360,19 +343,6 @@ def _look(name: str, names: Sequence[str]) -> tuple[str, str]:
     norm = name.split(",")[0]
     if norm not in _OF_NORM:
         place = list(names).index(name)
-        return _COLOURS[place % len(_COLOURS)], ("-", "--", ":", "-.")[place // len(_COLOURS) % 4]
+        return COLORS[place % len(COLORS)], ("-", "--", ":", "-.")[place // len(COLORS) % 4]
     same = [other for other in names if other.split(",")[0] == norm]
     return _OF_NORM[norm], ("-", "--", ":", "-.")[same.index(name) % 4]
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """Write a figure as an ``<svg>`` element that fills its place, without random parts."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    text = text.replace(f'id="{_ON_LINES}"', f'class="{_ON_LINES}"')
-    text = re.sub(r"\bid=\"([\w.]+)\"", rf'id="{name}-\1"', text)  # ids are shared by all figures of a page
-    text = re.sub(r"(url\(#|xlink:href=\"#)", rf"\1{name}-", text)
-    return re.sub(r'(<svg [^>]*?) width="([\d.]+)pt"([^>]*?)', r'\1 style="max-width: \2pt"\3', text, count=1)

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gn_transfer.comparison.runs import Run, Setting, short_name
 from gn_transfer.config import ConfigError, did_you_mean
+from gn_transfer.report.runs import Run, Setting, short_name
 
 _ALWAYS_NAMED = frozenset(
     ("norm", "batch_size", "effective_batch_size", "num_groups", "group_size", "backbone", "data", "arm", "lr")

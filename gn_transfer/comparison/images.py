@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
 from gn_transfer.comparison.comparison import Comparison, Group
-from gn_transfer.comparison.runs import Predictions
-
-THUMBNAIL_SIDE = 112
-"""Longer side of an image on the page, in pixels."""
+from gn_transfer.report.images import find_image
+from gn_transfer.report.runs import Predictions
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,7 @@ class ClassDifference:
         first: The group that is measured.
         second: What it is measured against.
         difference: Accuracy of the first less that of the second, by class.
-        images: How many images both pretrained_on.
+        images: How many images both were evaluated on.
         disagreements: Those on which they differ most, the first group's gains before its losses.
     """
 
@@ -123,33 +116,10 @@ def class_difference(
     losses = [key for key in ordered[::-1][:most] if ours[key].share < theirs[key].share]
     roots = [Path(run.data_root) for group in (first, second) for run in group.runs[:1]]
     shown = [
-        Disagreement(path, target, ours[path, target], theirs[path, target], _find(path, roots))
+        Disagreement(path, target, ours[path, target], theirs[path, target], find_image(path, roots))
         for path, target in [*gains, *losses]
     ]
     return ClassDifference(first, second, difference, len(common), shown)
-
-
-def thumbnail(file: Path) -> str | None:
-    """Give an image as a small ``data:`` address.
-
-    Args:
-        file: Its path.
-
-    Returns:
-        A JPEG of at most :data:`THUMBNAIL_SIDE` pixels; None where the file is gone or cannot be decoded.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what decoders warn of can still be shown
-            with Image.open(file) as image:
-                image.draft("RGB", (2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))
-                small = ImageOps.exif_transpose(image).convert("RGB")
-        small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=80)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _opinions(group: Group, predictions: Mapping[Path, Predictions]) -> dict[tuple[str, str], Opinion]:
@@ -163,7 +133,3 @@ def _opinions(group: Group, predictions: Mapping[Path, Predictions]) -> dict[tup
         (path, target): Opinion(counts.total(), counts[target], counts.most_common(1)[0][0])
         for (path, target), counts in said.items()
     }
-
-
-def _find(path: str, roots: list[Path]) -> Path | None:
-    return next((root / path for root in roots if (root / path).is_file()), None)

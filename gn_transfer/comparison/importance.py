@@ -17,7 +17,7 @@ from optuna.trial import create_trial
 
 from gn_transfer.comparison.comparison import Comparison
 from gn_transfer.comparison.grouping import shown
-from gn_transfer.comparison.runs import Run, Setting
+from gn_transfer.report.runs import Run, Setting
 
 FEWEST_RUNS = 8
 """With fewer runs an importance would be guesswork."""

@@ -7,19 +7,33 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from gn_transfer.comparison import tables
 from gn_transfer.comparison.answer import answer
 from gn_transfer.comparison.comparison import Comparison
-from gn_transfer.comparison.figures import PageFigure, create_figures
+from gn_transfer.comparison.figures import create_figures
 from gn_transfer.comparison.grouping import shown
-from gn_transfer.comparison.images import choose_pair, class_difference, thumbnail
+from gn_transfer.comparison.images import choose_pair, class_difference
 from gn_transfer.comparison.importance import importances
 from gn_transfer.files import write_csv, write_text
+from gn_transfer.report.images import thumbnail
+from gn_transfer.report.page import environment
+from gn_transfer.report.svg import PageFigure
 
 _MOST_RUNS = 300
+_HINTS = {
+    "n": "Number of seeds.",
+    "sd": "Standard deviation over seeds, in percentage points.",
+    "95 % interval": "Bootstrap over seeds, and over images where predictions are stored.",
+    "images/s": "Training images per second, evaluation left out.",
+    "peak MiB": "Greatest memory of the training process.",
+    "pairs": "Seeds that both groups have.",
+    "difference": "Mean of group less against, in percentage points.",
+    "p (sign flip)": "Two-sided exact test of the paired differences.",
+    "p (Holm)": "The same, corrected for the number of contrasts.",
+    "smallest p": "No result of so many pairs could give a smaller p.",
+}
 _STANDALONE = (
     "<style>svg{color:#222;background:#fff}text{font-family:sans-serif!important}"
     ".onlines text{paint-order:stroke;stroke:#fff;stroke-width:4px}</style>"
@@ -41,16 +55,14 @@ def write_files(comparison: Comparison, output: Path) -> None:
     page_figures = create_figures(comparison, importances(comparison), by_class)
     for figure in page_figures:
         write_text(output / "figures" / f"{figure.name}.svg", standalone(figure))
-    disagreements = [
-        (item, None if item.file is None else thumbnail(item.file))
-        for item in (by_class.disagreements if by_class is not None else ())
-    ]
+    disagreements = [(item, thumbnail(item.file)) for item in (by_class.disagreements if by_class is not None else ())]
     runs = tables.run_rows(comparison)
     write_text(
         output / "index.html",
-        _environment()
-        .get_template("page.html.j2")
+        environment(Path(__file__).parent)
+        .get_template("comparison.html.j2")
         .render(
+            title=comparison.title,
             comparison=comparison,
             answer=answer(comparison),
             groups=tables.group_rows(comparison),
@@ -58,7 +70,8 @@ def write_files(comparison: Comparison, output: Path) -> None:
             contrasts=tables.contrast_rows(comparison),
             contrast_note=tables.contrast_note(comparison),
             group_counts=tables.group_count_tables(comparison),
-            figures=[figure._replace(svg=Markup(figure.svg)) for figure in page_figures],
+            figure_list=[figure._replace(svg=Markup(figure.svg)) for figure in page_figures],
+            hints=_HINTS,
             by_class=by_class,
             disagreements=disagreements,
             runs=[{key: shown(value) for key, value in row.items()} for row in runs[:_MOST_RUNS]],
@@ -89,13 +102,3 @@ def _provenance(comparison: Comparison) -> dict[str, str]:
             found[name] = "; ".join(values)
     versions: dict[str, Any] = dict(comparison.runs[0].metrics.get("versions") or {})
     return found | {"versions": ", ".join(f"{package} {number}" for package, number in versions.items())}
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )

@@ -15,7 +15,7 @@ from rich.text import Text
 from gn_transfer.comparison.answer import answer
 from gn_transfer.comparison.comparison import Comparison, Contrast, Group
 from gn_transfer.comparison.grouping import label, shown
-from gn_transfer.comparison.runs import Run, Setting
+from gn_transfer.report.runs import Run, Setting
 
 Row: TypeAlias = dict[str, str]
 

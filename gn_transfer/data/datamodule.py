@@ -141,6 +141,8 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
             f"{counts or 'not set up'})"
         )
 
+    __str__ = __repr__  # Lightning's own asks every loader for its length, and fails on ours
+
     @abstractmethod
     def list_fit(self) -> ListedImages:
         """List the images of training and validation, without opening any image.

@@ -12,21 +12,23 @@ from torch import Tensor
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.files import write_csv
 
-COLUMNS = ("path", "target", "predicted", "prob_target")
-"""Columns of the file; target and predicted are class names, ``prob_target`` is the probability of the target."""
+COLUMNS = ("path", "target", "predicted", "prob_target", "prob_predicted")
+"""Columns of the file; target and predicted are class names, followed by the probabilities of either."""
 
 
 class ImagePredictions(Callback):
-    """Keep the predictions of the latest validation or test; a softmax per batch and two numbers per image.
+    """Keep the predictions of the latest validation or test; a softmax per batch and three numbers per image.
 
     Attributes:
         predicted: Class index per image, in the order of the split; complete when the evaluation has ended.
         prob_target: Probability of the true class, likewise.
+        prob_predicted: Probability of the predicted class, likewise.
     """
 
     def __init__(self) -> None:
         self.predicted: list[int] = []
         self.prob_target: list[float] = []
+        self.prob_predicted: list[float] = []
         self._parts: list[Tensor] = []
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,14 +47,15 @@ class ImagePredictions(Callback):
         """Keep the batch; nothing waits for the device."""
         probs = outputs.double().softmax(dim=1)
         of_target = probs.gather(1, batch[1].unsqueeze(1)).squeeze(1)
-        self._parts.append(torch.stack([probs.argmax(dim=1).double(), of_target]))
+        highest, predicted = probs.max(dim=1)
+        self._parts.append(torch.stack([predicted.double(), of_target, highest]))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the images of all processes back into the order of the split."""
         ranks = pl_module.all_gather(torch.cat(self._parts, dim=1))
         assert isinstance(ranks, Tensor)
-        predicted, prob_target = in_order(ranks.reshape(-1, 2, ranks.shape[-1])).tolist()
-        self.predicted, self.prob_target = [int(index) for index in predicted], prob_target
+        predicted, self.prob_target, self.prob_predicted = in_order(ranks.reshape(-1, 3, ranks.shape[-1])).tolist()
+        self.predicted = [int(index) for index in predicted]
         self._parts = []
 
     on_test_start = on_validation_start
@@ -67,9 +70,14 @@ class ImagePredictions(Callback):
             images: The split in order; where only its beginning was evaluated, only that is written.
             classes: Class names.
         """
-        rows = zip(images, self.predicted, self.prob_target, strict=False)
+        rows = zip(images, self.predicted, self.prob_target, self.prob_predicted, strict=False)
         write_csv(
-            path, COLUMNS, ([p.path, classes[p.target], classes[index], f"{prob:.5g}"] for p, index, prob in rows)
+            path,
+            COLUMNS,
+            (
+                [image.path, classes[image.target], classes[index], f"{of_target:.5g}", f"{of_predicted:.5g}"]
+                for image, index, of_target, of_predicted in rows
+            ),
         )
 
 

@@ -20,7 +20,7 @@ class RunLog:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or get_console()
         self._buffer: TextIO = io.StringIO()
-        self._copy = Console(file=self._buffer, width=120, color_system=None)
+        self._copy = _console_for(self._buffer)
 
     def print(self, *renderables: Any) -> None:
         """Print rich renderables or text; markup in square brackets is not interpreted."""
@@ -35,8 +35,13 @@ class RunLog:
         self._buffer = path.open("a", encoding="utf-8")
         self._buffer.write(said)
         self._buffer.flush()
-        self._copy = Console(file=self._buffer, width=120, color_system=None)
+        self._copy = _console_for(self._buffer)
 
     def close(self) -> None:
         """Close the file."""
         self._buffer.close()
+
+
+def _console_for(file: TextIO) -> Console:
+    # In a notebook, rich would show the text below the cell instead of writing it.
+    return Console(file=file, width=120, color_system=None, force_jupyter=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams as hparams_summary
@@ -138,23 +140,29 @@ def training_contact_sheet(data: ImageDataModule, mixer: MixupCutmix | None, cou
 
 
 class TrainingImages(Callback):
-    """Log a contact sheet of training images to TensorBoard at the start of ``fit``.
+    """Show training images as the model sees them, at the start of ``fit``: in TensorBoard, and in a file of the run.
 
     Args:
         count: How many images to show.
+
+    Attributes:
+        path: The file, a JPEG; None writes none.
     """
 
     def __init__(self, count: int = 24) -> None:
         self.count = count
+        self.path: Path | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Log to each TensorBoard logger."""
+        """Log to each TensorBoard logger, and write the file."""
         loggers = _tensorboard_loggers(trainer)
-        if loggers:
+        if trainer.is_global_zero and (loggers or self.path is not None):
             data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
             sheet = training_contact_sheet(data, pl_module.create_mixer(data.seed, 0), self.count)
             for logger in loggers:
                 logger.experiment.add_image("train/images", sheet, trainer.global_step, dataformats="HWC")
+            if self.path is not None:
+                Image.fromarray(sheet).save(self.path, "JPEG", quality=90)
 
 
 class ValidationFigures(Callback):

@@ -12,6 +12,7 @@ A script needs no command line::
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,7 @@ from gn_transfer.training.checkpoint import check_classes
 from gn_transfer.training.checkpoint_callbacks import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from gn_transfer.training.ema import AS_TRAINED, ExponentialMovingAverage
 from gn_transfer.training.environment import environment
+from gn_transfer.training.plan import Plan
 from gn_transfer.training.precision import MixedPrecisionConfig, device_type, resolve_precision
 from gn_transfer.training.predictions import ImagePredictions
 from gn_transfer.training.progress import EpochLines, RunProgressBar, Throughput
@@ -55,7 +57,6 @@ def create_trainer(
     *,
     mode: MixedPrecisionConfig | None = None,
     callbacks: Sequence[Callback] = (),
-    log: RunLog | None = None,
     interactive: bool = False,
     figures: bool = True,
     evaluates: bool = False,
@@ -67,7 +68,6 @@ def create_trainer(
         mode: Precision of training; None means auto.
         callbacks: Further callbacks. One of a kind that every run needs replaces the default; those whose ``enabled``
             is False are left out.
-        log: Where the lines of the epochs go; None prints them.
         interactive: Show a progress bar.
         figures: Log images and figures to TensorBoard.
         evaluates: For validate and test: nothing is saved.
@@ -76,10 +76,11 @@ def create_trainer(
     Returns:
         The Trainer; :func:`train` gives it its loggers.
     """
-    log = log or RunLog()
     needed: list[Callback] = [GradientAccumulation(), BatchNormStatistics(), Throughput(), ImagePredictions()]
     needed += (
-        [] if evaluates else [EpochLines(log.print, None if interactive else 30.0), BestCheckpoint(), LastCheckpoint()]
+        []
+        if evaluates
+        else [EpochLines(every_seconds=None if interactive else 30.0), BestCheckpoint(), LastCheckpoint()]
     )
     needed += [RunProgressBar()] if interactive and not evaluates else []
     needed += [ValidationFigures(), *([] if evaluates else [TrainingImages()])] if figures else []
@@ -132,6 +133,7 @@ def train(
     log: RunLog | None = None,
     loggers: Sequence[Logger] | None = (),
     facts: Mapping[str, Any] | None = None,
+    plan: Plan | None = None,
     ckpt_path: str | Path | None = None,
 ) -> None:
     """Train a prepared task, with everything that the run leaves in its folders.
@@ -145,6 +147,7 @@ def train(
         log: Goes on in the run's ``run.log``; None starts one.
         loggers: Loggers beside TensorBoard; None disables all logging.
         facts: Further entries of ``metrics.json``.
+        plan: What was announced; the run keeps it.
         ckpt_path: Checkpoint to continue.
     """
     assert task.report is not None
@@ -162,11 +165,19 @@ def train(
     )
     trainer.callbacks.append(record)  # type: ignore[attr-defined]
     own_log = RunLog() if log is None else None
+    lines = find(trainer, EpochLines)
+    if lines.say is print:
+        lines.say = (log or own_log).print  # type: ignore[union-attr]
     if trainer.is_global_zero:
         run.logs.mkdir(parents=True, exist_ok=True)
         (run.logs / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
         write_json(run.logs / "split.json", data.split())
         write_json(run.logs / "transfer_report.json", task.report.as_dict())
+        if plan is not None:
+            write_json(run.logs / "plan.json", {"rows": plan.rows, "warnings": plan.warnings})
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, TrainingImages):
+                callback.path = run.logs / "training_images.jpg"
         (log or own_log).attach(run.logs / "run.log")  # type: ignore[union-attr]
     if loggers is not None:
         tensorboard = RunLogger(run, hparams)
@@ -209,7 +220,9 @@ def evaluate(
     for remark in check_split(task.run_config, data, stage):
         say(f"note       {remark}")
     run_stage = getattr(trainer, stage)
-    [metrics] = run_stage(task, datamodule=data, ckpt_path=str(checkpoint), verbose=False)
+    with warnings.catch_warnings():  # evaluation needs none of the callbacks of training
+        warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
+        [metrics] = run_stage(task, datamodule=data, ckpt_path=str(checkpoint), verbose=False)
     run = run_of_checkpoint(checkpoint)
     record = None if run is None else run.logs / "metrics.json"
     if stage == "test" and record is not None and record.is_file():

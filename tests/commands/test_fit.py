@@ -49,7 +49,8 @@ def failure(capsys, *arguments: str) -> str:
 
 
 def test_the_public_surface():
-    assert list(COMMANDS) == ["fit", "validate", "test", "sweep", "data", "export", "predict", "compare", "backbones"]
+    commands = "fit validate test sweep data export predict report compare backbones"
+    assert list(COMMANDS) == commands.split()
 
 
 def test_help_imports_no_torch_and_is_quick():
@@ -127,6 +128,10 @@ def test_fit_validate_test(pets_root, capsys, norm):
     assert noted.items() >= metrics.items()
     rows = read_csv(run / "predictions_test.csv")
     assert noted["test_split"] == split_digest(row["path"] for row in rows)
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    for said in ("Training images as the model saw them", "<h2>Calibration", "effective batch 4", "of the test images"):
+        assert said in page, said
     assert sum(row["target"] == row["predicted"] for row in rows) / len(rows) == pytest.approx(noted["test/acc1"])
 
 

@@ -22,7 +22,7 @@ from gn_transfer.comparison.importance import importances
 from gn_transfer.comparison.tables import as_text, group_count_tables
 from gn_transfer.config import ConfigError
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from fabricate import fabricate
 
 

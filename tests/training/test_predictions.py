@@ -28,10 +28,10 @@ def test_predictions_of_two_batches_by_hand(tmp_path):
     callback.write(tmp_path / "predictions.csv", images, ["red", "green", "blue"])
     with (tmp_path / "predictions.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         assert list(csv.reader(file)) == [
-            ["path", "target", "predicted", "prob_target"],
-            ["a,b.jpg", "blue", "blue", "0.99975"],  # e^9 / (e^9 + 2)
-            ["\udcffé.jpg", "red", "green", "0.00012338"],  # 1 / (e^9 + 2)
-            ["c.jpg", "green", "red", "0.42232"],  # e / (2 e + 1)
+            ["path", "target", "predicted", "prob_target", "prob_predicted"],
+            ["a,b.jpg", "blue", "blue", "0.99975", "0.99975"],  # e^9 / (e^9 + 2)
+            ["\udcffé.jpg", "red", "green", "0.00012338", "0.99975"],  # 1 / (e^9 + 2)
+            ["c.jpg", "green", "red", "0.42232", "0.42232"],  # e / (2 e + 1)
         ]
 
 

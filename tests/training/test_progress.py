@@ -35,7 +35,7 @@ def photos(tmp_path, monkeypatch):
 
 def test_a_long_epoch_is_not_silent(capsys, monkeypatch):
     init = EpochLines.__init__
-    monkeypatch.setattr(EpochLines, "__init__", lambda self, say, every_seconds=0.0: init(self, say, 0.0))
+    monkeypatch.setattr(EpochLines, "__init__", lambda self, say=print, every_seconds=0.0: init(self, say, 0.0))
     assert main(["fit", *RUN, "--trainer.max_epochs", "2"]) == 0
     output = capsys.readouterr().out
     line = re.search(

@@ -44,6 +44,7 @@ def test_the_trainer_fits_our_module_with_our_data(folder_root: Path, tmp_path: 
     assert trainer.accumulate_grad_batches == 4
     assert "val/acc1" in trainer.callback_metrics
     assert "train 9, val 3" in repr(data)
+    assert str(data) == repr(data)
     [metrics] = trainer.validate(module, datamodule=data, verbose=False)
     trainer.save_checkpoint(tmp_path / "mine.ckpt")
     loaded = gnt.TransferClassifier.load_from_checkpoint(tmp_path / "mine.ckpt")
@@ -94,6 +95,7 @@ def test_a_script_leaves_what_the_command_leaves(
     train(module, data, trainer, run)
     names = {path.name for path in run.logs.iterdir()}
     assert {"config.yaml", "metrics.json", "run.log", "split.json", "transfer_report.json", "epochs.csv"} <= names
+    assert "epoch 1/1" in (run.logs / "run.log").read_text()
     from gn_transfer.__main__ import main
 
     best = run.checkpoints / "best.ckpt"

@@ -1,5 +1,7 @@
+import io
 from concurrent.futures import ThreadPoolExecutor
 
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -64,6 +66,16 @@ def test_the_log_file_begins_with_what_was_said_before_it_was_there(tmp_path, ca
     log.close()
     assert (tmp_path / "run.log").read_text() == "[plan] first\nsecond\n"
     assert capsys.readouterr().out == "[plan] first\nsecond\n"
+
+
+def test_the_log_file_is_written_in_a_notebook_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    log = RunLog(Console(file=io.StringIO(), force_jupyter=False))
+    log.print("first")
+    log.attach(tmp_path / "run.log")
+    log.print("second")
+    log.close()
+    assert (tmp_path / "run.log").read_text() == "first\nsecond\n"
 
 
 def test_the_hparams_tab_shows_norm_and_batch_size_first(tmp_path):

@@ -74,11 +74,12 @@ class Run:
         except (OSError, ValueError, TypeError, csv.Error):
             return []
 
-    def predictions(self, metric: str) -> Predictions | None:
+    def predictions(self, metric: str, *, probabilities: bool = False) -> Predictions | None:
         """Read what the model said of each image.
 
         Args:
             metric: One of :data:`PREDICTIONS`.
+            probabilities: Read them too.
 
         Returns:
             None where that was not stored, is corrupt, or does not fit the metric.
@@ -92,8 +93,10 @@ class Run:
                     return None
                 # Interned: the same names come in every run.
                 # Sorted: BN evaluated with batch statistics sees its images in an order of its own.
-                columns = list(zip(*sorted([sys.intern(word) for word in row[:3]] for row in rows), strict=True))
-            found = Predictions(*map(list, columns))
+                width = 5 if probabilities else 3
+                table = sorted([*map(sys.intern, row[:3]), *row[3:width]] for row in rows)
+            paths, targets, predicted, *probs = map(list, zip(*table, strict=True))
+            found = Predictions(paths, targets, predicted, *(np.array(column, dtype=np.float64) for column in probs))
         except (OSError, ValueError, StopIteration, TypeError, csv.Error):
             return None
         return found if math.isclose(float(found.correct.mean()), self.metrics[metric], abs_tol=1e-4) else None
@@ -107,11 +110,15 @@ class Predictions:
         paths: Relative to the data's root, sorted.
         targets: Names of their classes.
         predicted: Names of the classes that the model gave.
+        prob_target: Probability of the target, shape ``(P,)``; None where it was not read.
+        prob_predicted: Probability of the predicted class, likewise; None also in runs of before it was stored.
     """
 
     paths: list[str]
     targets: list[str]
     predicted: list[str]
+    prob_target: npt.NDArray[np.float64] | None = None
+    prob_predicted: npt.NDArray[np.float64] | None = None
 
     @cached_property
     def correct(self) -> npt.NDArray[np.float32]:
@@ -181,11 +188,12 @@ class UnusableRunError(ValueError):
     """A folder is not a finished run that this version understands; the message says why."""
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, *, unfinished: bool = False) -> Run:
     """Read a finished run.
 
     Args:
         folder: Its folder.
+        unfinished: Read one that is running, was interrupted or failed as well, once it was validated.
 
     Returns:
         The run; its curve and predictions stay on the disk until they are asked for.
@@ -193,7 +201,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         UnusableRunError: See there.
     """
-    metrics = _read_mapping(folder / "metrics.json")
+    metrics = read_mapping(folder / "metrics.json")
     if not {"norm", "status", "samples_seen"} <= metrics.keys():
         raise UnusableRunError("metrics.json is not one of gn-transfer fit (norm, status or samples_seen is missing)")
     version = metrics.get("format_version")
@@ -204,10 +212,12 @@ def read_run(folder: Path) -> Run:
             f"a newer gn-transfer wrote it (format_version {version}, this one reads {FORMAT_VERSION}); update this one"
         )
     status = metrics["status"]
-    if status == "running":
+    if unfinished and "val/acc1" not in metrics:
+        raise UnusableRunError(f"the run is {status} and has no validation yet; its run.log says more")
+    if status == "running" and not unfinished:
         minutes = (time.time() - (folder / "metrics.json").stat().st_mtime) / 60
         raise UnusableRunError(f"still running, or killed: metrics.json was last written {minutes:,.0f} minutes ago")
-    if status != "finished":
+    if status != "finished" and not unfinished:
         raise UnusableRunError(f"the run {'was ' if status == 'interrupted' else ''}{status}; its run.log says more")
     seed = metrics.get("seed")
     if not isinstance(seed, int):
@@ -216,7 +226,7 @@ def read_run(folder: Path) -> Run:
         value = metrics.get(name)
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise UnusableRunError(f"metrics.json has {name} {value}, not a number")
-    config = _read_mapping(folder / "config.yaml")
+    config = read_mapping(folder / "config.yaml")
     try:
         settings = flat_settings(config, metrics)
     except (KeyError, TypeError, AttributeError) as error:
@@ -224,7 +234,7 @@ def read_run(folder: Path) -> Run:
             f"config.yaml is not one of gn-transfer fit ({error} is missing or misplaced)"
         ) from error
     try:
-        notes = _read_mapping(folder / "transfer_report.json").get("notes") or ()
+        notes = read_mapping(folder / "transfer_report.json").get("notes") or ()
     except UnusableRunError:
         notes = ()
     return Run(folder, metrics, settings, seed, tuple(map(str, notes)), str(metrics.get("data_root") or ""))
@@ -287,8 +297,18 @@ def short_name(key: str) -> str:
     return key
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
-    """Read a JSON or YAML file that holds a mapping."""
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a JSON or YAML file of a run.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The mapping that it holds.
+
+    Raises:
+        UnusableRunError: It is not there, or holds something else.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         # libyaml reads 200 configurations in the time in which Python's reader takes 20.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+RIGHT, WRONG = (0.8, 0.8), (0.1, 0.7)  # probabilities of the target and of the predicted class
 CLASSES = ["beagle", "pug", "Ragdoll", "Sphynx"]
 
 
@@ -118,8 +119,17 @@ def fabricate(
         wrong = {int(place) for place in order[right:]}
         for split in ("val", "best_val", *(("test",) if tested else ())):
             said = [CLASSES[(place + (place in wrong)) % len(CLASSES)] for place in range(images)]
-            rows = [[f"{split[-3:]}_{place}.jpg", targets[place], said[place], 0.5] for place in range(images)]
-            _write(folder / f"predictions_{split}.csv", ["path", "target", "predicted", "prob_target"], rows)
+            rows = [
+                [
+                    f"{split[-3:]}_{place}.jpg",
+                    targets[place],
+                    said[place],
+                    *(WRONG if place in wrong else RIGHT),
+                ]
+                for place in range(images)
+            ]
+            columns = ["path", "target", "predicted", "prob_target", "prob_predicted"]
+            _write(folder / f"predictions_{split}.csv", columns, rows)
     return folder
 
 

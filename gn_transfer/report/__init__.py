@@ -1,0 +1,1 @@
+"""What runs left behind: reading their folders, and the page of one run. Imports no torch."""

@@ -1,0 +1,190 @@
+"""What a model got right and wrong on the images of a split: by class, by pair of classes, by confidence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import binomtest
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+from gn_transfer.report.runs import Predictions
+
+BINS = 10
+"""Intervals of confidence of equal width in the calibration curve."""
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """How well a class was recognized.
+
+    Attributes:
+        name: The class.
+        images: Images that belong to it.
+        precision: Share of the images given this class that belong to it; 0 where none was given it.
+        recall: Share of its images that were given it.
+        f1: Harmonic mean of both.
+        taken_for: The class that its other images were given most often, and how many; None where all were right.
+    """
+
+    name: str
+    images: int
+    precision: float
+    recall: float
+    f1: float
+    taken_for: tuple[str, int] | None
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The images whose confidence lies in an interval.
+
+    Attributes:
+        confidence: Its mean.
+        accuracy: Share of them that were right.
+        low: Lower end of the 95 % interval of the accuracy.
+        high: Its upper end.
+        images: How many there are.
+    """
+
+    confidence: float
+    accuracy: float
+    low: float
+    high: float
+    images: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Whether the model is right as often as it claims.
+
+    Attributes:
+        bins: Those that hold an image, by rising confidence.
+        error: The expected calibration error: mean distance of confidence and accuracy over images.
+        confidence: Mean probability of the predicted class.
+        accuracy: Share of right predictions.
+    """
+
+    bins: list[Bin]
+    error: float
+    confidence: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An image that was given a wrong class.
+
+    Attributes:
+        path: Relative to the folder of the data.
+        target: Its class.
+        predicted: The class it was given.
+        prob_target: Probability of its class.
+        prob_predicted: Probability of the class it was given; None where that was not stored.
+    """
+
+    path: str
+    target: str
+    predicted: str
+    prob_target: float
+    prob_predicted: float | None
+
+
+def wilson_interval(right: int, images: int) -> tuple[float, float]:
+    """Compute the 95 % interval of a share (Wilson 1927, as scipy has it).
+
+    Example:
+        >>> [round(end, 3) for end in wilson_interval(8, 10)]
+        [0.49, 0.943]
+    """
+    interval = binomtest(right, images).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def class_names(predictions: Predictions) -> list[str]:
+    """List the classes that occur, as targets or as predictions."""
+    return sorted({*predictions.targets, *predictions.predicted})
+
+
+def confusion(predictions: Predictions) -> npt.NDArray[np.int64]:
+    """Count the images of each class (rows) that were given each class (columns), in the order of the names."""
+    counts: npt.NDArray[np.int64] = confusion_matrix(
+        predictions.targets, predictions.predicted, labels=class_names(predictions)
+    )
+    return counts
+
+
+def class_scores(predictions: Predictions) -> list[ClassScore]:
+    """Score each class.
+
+    Args:
+        predictions: Of a split.
+
+    Returns:
+        The classes that occur, the worst recall first.
+    """
+    names, counts = class_names(predictions), confusion(predictions)
+    precision, recall, f1, images = precision_recall_fscore_support(
+        predictions.targets, predictions.predicted, labels=names, zero_division=0.0
+    )
+    wrong = counts - np.diag(np.diag(counts))
+    scores = []
+    for place, name in enumerate(names):
+        most = int(wrong[place].argmax())
+        taken_for = (names[most], int(wrong[place, most])) if wrong[place, most] else None
+        scores.append(
+            ClassScore(
+                name, int(images[place]), float(precision[place]), float(recall[place]), float(f1[place]), taken_for
+            )
+        )
+    return sorted(scores, key=lambda score: (score.recall, score.name))
+
+
+def confused_pairs(predictions: Predictions, most: int) -> list[tuple[str, str, int]]:
+    """List the most frequent confusions: class, class given, images."""
+    names, counts = class_names(predictions), confusion(predictions)
+    np.fill_diagonal(counts, 0)
+    order = np.argsort(-counts, axis=None, kind="stable")[:most]
+    pairs = [divmod(int(place), len(names)) for place in order]
+    return [(names[row], names[column], int(counts[row, column])) for row, column in pairs if counts[row, column]]
+
+
+def calibration(predictions: Predictions) -> Calibration | None:
+    """Compare confidence with accuracy (Guo et al. 2017, arXiv:1706.04599, with 10 bins).
+
+    Args:
+        predictions: Of a split, with probabilities.
+
+    Returns:
+        None where the probability of the predicted class was not stored.
+    """
+    confidence, right = predictions.prob_predicted, predictions.correct
+    if confidence is None:
+        return None
+    numbers = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    bins = []
+    for number in np.unique(numbers):
+        inside = numbers == number
+        low, high = wilson_interval(int(right[inside].sum()), int(inside.sum()))
+        bins.append(Bin(float(confidence[inside].mean()), float(right[inside].mean()), low, high, int(inside.sum())))
+    error = sum(part.images * abs(part.confidence - part.accuracy) for part in bins) / len(right)
+    return Calibration(bins, error, float(confidence.mean()), float(right.mean()))
+
+
+def mistakes(predictions: Predictions) -> list[Mistake]:
+    """List the images that were given a wrong class, the least probable target (the highest loss) first."""
+    of_target, of_predicted = predictions.prob_target, predictions.prob_predicted
+    assert of_target is not None
+    wrong = [
+        Mistake(
+            path,
+            predictions.targets[place],
+            predictions.predicted[place],
+            float(of_target[place]),
+            None if of_predicted is None else float(of_predicted[place]),
+        )
+        for place, path in enumerate(predictions.paths)
+        if not predictions.correct[place]
+    ]
+    return sorted(wrong, key=lambda mistake: mistake.prob_target)
