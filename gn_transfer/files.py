@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 def read_json(path: Path | None) -> dict[str, Any]:
@@ -68,9 +68,27 @@ def write_text(path: Path, text: str) -> None:
         path: Target file; its folder exists.
         text: What goes into it; names of files that are no text are written as the bytes that they are.
     """
+    with whole_file(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """Write a text file, as UTF-8, that appears when the block ends without an error.
+
+    Args:
+        path: Target file; its folder exists.
+
+    Yields:
+        The file to write to; after an error nothing is left of it.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_text(text, encoding="utf-8", errors="surrogateescape")
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8", errors="surrogateescape") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

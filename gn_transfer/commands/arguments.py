@@ -44,8 +44,14 @@ class Arguments:
         self.config_name = run_name(Path(name or path or (Path(configs[-1]).stem if configs else "default")))
         self.checkpoint: Path | None = None
         self.stored: dict[str, Any] | None = None
+        has_config = bool(configs)
         for index in self._values_of("--ckpt_path"):
-            self.checkpoint = Path(self._replace(index, lambda value: self._checkpoint(value, root, bool(configs))))
+            newest = self._get(index) == "last"
+            self.checkpoint = Path(self._replace(index, lambda value: self._checkpoint(value, root, has_config)))
+            if command != "fit" and newest:  # the configuration only says whose newest run is meant
+                for name in ("--config", "-c"):
+                    self._take(name)
+                configs = []
             self.stored = read_checkpoint(self.checkpoint)["gn_transfer"]
         self.has_config = bool(configs)
         if self.stored is not None and not configs and name is None:

@@ -145,6 +145,8 @@ def choose_run(cli: TrainingCLI, trainer: Trainer) -> RunFolder:
 
 def summary(cli: TrainingCLI, trainer: Trainer, run: RunFolder) -> list[str]:
     """Say what the run reached, and which commands come next."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return ["done       training and validation ran for a batch or two (trainer.fast_dev_run); nothing was saved"]
     score, best = find(trainer, BestCheckpoint).best_model_score, run.checkpoints / "best.ckpt"
     speed = find(trainer, Throughput).images_per_sec
     reached = [] if score is None else [f"reached    best val/acc1 {float(score):.4f}, {speed:.1f} images/s"]

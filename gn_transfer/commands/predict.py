@@ -15,6 +15,7 @@ from gn_transfer.commands.parsing import Parser
 from gn_transfer.config import ConfigError, check_range
 from gn_transfer.data.decode import BadImageError
 from gn_transfer.data.progress import progress_bar
+from gn_transfer.files import whole_file
 from gn_transfer.inference.bundle import Bundle, Prediction, load_bundle
 from gn_transfer.inference.image_files import find_images, shown
 from gn_transfer.inference.prediction_formats import FORMATS, Columns, Writer
@@ -44,18 +45,24 @@ def run(arguments: Sequence[str]) -> int:
     for name in ("top_k", "batch_size", "threads"):
         if (value := getattr(options, name)) is not None:
             check_range(f"--{name}", value, low=1)
+    if options.output is not None and (options.output.is_dir() or not options.output.parent.is_dir()):
+        raise ConfigError(f"--output {options.output}: give the path of a file in an existing folder.")
     if options.figure is not None and (options.figure.suffix.lower() != ".png" or not options.figure.parent.is_dir()):
         raise ConfigError(f"--figure {options.figure}: give a path in an existing folder that ends in .png.")
     cv2.setNumThreads(0)  # its pool would compete with the graph's threads
     bundle = load_bundle(options.bundle, threads=options.threads)
     paths = find_images(options.images)
+    ending = "" if options.output is None else options.output.suffix.lower().removeprefix(".")
+    write = FORMATS[options.format or (ending if ending in FORMATS else "table")]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what decoders warn of is either read, or refused and listed
-            first, failed = predict(bundle, paths, options.top_k, options.batch_size, FORMATS[options.format])
+            first, failed = predict(bundle, paths, options.top_k, options.batch_size, write, options.output)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    if options.output is not None:
+        print(f"results {options.output}", file=sys.stderr)
     if options.figure is not None:
         write_figure(bundle, first, options.figure)
         print(f"figure {options.figure}", file=sys.stderr)
@@ -77,7 +84,12 @@ def create_parser() -> Parser:
         help='image files, folders (with all below them), or patterns in quotes, such as "holiday/**/*.jpg"',
     )
     parser.add_argument("--top_k", type=int, default=1, metavar="K", help="classes per image (default 1)")
-    parser.add_argument("--format", choices=list(FORMATS), default="table", help="what goes to standard output")
+    parser.add_argument(
+        "--format", choices=list(FORMATS), help="default: by the ending of --output (.json, .csv), else table"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the results there instead of to standard output"
+    )
     parser.add_argument(
         "--batch_size", type=int, default=16, metavar="N", help="images per run of the graph (default 16)"
     )
@@ -91,9 +103,9 @@ def create_parser() -> Parser:
 
 
 def predict(
-    bundle: Bundle, paths: list[str], top_k: int, batch_size: int, write: Writer
+    bundle: Bundle, paths: list[str], top_k: int, batch_size: int, write: Writer, output: Path | None
 ) -> tuple[list[Prediction], dict[str, str]]:
-    """Predict, and write the results to standard output while they come.
+    """Predict, and write the results while they come.
 
     Args:
         bundle: The bundle.
@@ -101,6 +113,7 @@ def predict(
         top_k: Classes per image.
         batch_size: Images per run of the graph.
         write: Writes the results; one of :data:`gn_transfer.inference.prediction_formats.FORMATS`.
+        output: File for the results, which appears when it is whole; None takes standard output.
 
     Returns:
         The first predictions, for a figure, and the images that failed with the reason.
@@ -119,8 +132,13 @@ def predict(
                 yield result
 
     widths = [max(map(len, names)) for names in (map(shown, paths), bundle.classes)]
-    write(results(), Columns(min(top_k, len(bundle.classes)), *widths), sys.stdout)
-    sys.stdout.flush()
+    columns = Columns(min(top_k, len(bundle.classes)), *widths)
+    if output is None:
+        write(results(), columns, sys.stdout)
+        sys.stdout.flush()
+    else:
+        with whole_file(output) as file:
+            write(results(), columns, file)
     return first, failed
 
 

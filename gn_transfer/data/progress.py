@@ -1,4 +1,4 @@
-"""A progress bar for what goes through many images; nothing where standard error is no terminal."""
+"""Bars for what goes through many images, a clock for what does not; nothing where standard error is no terminal."""
 
 from __future__ import annotations
 
@@ -32,3 +32,22 @@ def progress_bar(what: str, total: int, fewest: int = 1) -> Iterator[Callable[[]
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda: progress.advance(task)
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show that a job of unknown length is alive, with the time that it has taken.
+
+    Args:
+        what: What is being done.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        progress.add_task(what, total=None)
+        yield

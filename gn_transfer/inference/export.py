@@ -17,6 +17,7 @@ from gn_transfer import data as data_modules
 from gn_transfer.config import ConfigError
 from gn_transfer.data.datamodule import ImageDataModule
 from gn_transfer.data.preprocess import CROP_FRACTION
+from gn_transfer.data.progress import working
 from gn_transfer.files import read_json, sha256, whole_folder, write_json
 from gn_transfer.inference.bundle import (
     CARD,
@@ -97,7 +98,8 @@ def export_bundle(
             f"{len(stored['classes'])} classes"
         )
         assert task.model is not None
-        write_onnx(InferenceModel(task.model, architecture["mean"], architecture["std"]), img_size, folder / GRAPH)
+        with working("writing the graph"):
+            write_onnx(InferenceModel(task.model, architecture["mean"], architecture["std"]), img_size, folder / GRAPH)
         weights = {name: tensor.contiguous() for name, tensor in task.model.state_dict().items()}
         (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))  # save_file would make it private
         metadata = describe_bundle(content, checkpoint, img_size)

@@ -10,6 +10,8 @@ import torch
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data import ImageDataModule
+from gn_transfer.data.decode import BadImageError
+from gn_transfer.data.progress import progress_bar
 from gn_transfer.inference.bundle import Bundle
 from gn_transfer.training.task import TransferTask
 
@@ -125,12 +127,23 @@ def compare_with_checkpoint(task: TransferTask, bundle: Bundle, data: ImageDataM
     Raises:
         ConfigError: The checkpoint's logits are not finite.
     """
-    with torch.inference_mode():
-        ours = np.concatenate([task(images).numpy() for images, _ in data.val_dataloader()])
-    if not np.isfinite(ours).all():
-        raise ConfigError("the checkpoint's logits are not finite on its validation images; use another checkpoint.")
     images = data.val_dataset.images
-    paths = [data.val_dataset.root / image.path for image in images]
-    theirs = np.stack([prediction.logits for prediction in bundle.predict(paths)])
+    logits, predicted = [], []
+    with progress_bar("comparing with the checkpoint", 2 * len(images)) as advance, torch.inference_mode():
+        for batch, _ in data.val_dataloader():
+            logits.append(task(batch).numpy())
+            for _ in batch:
+                advance()
+        ours = np.concatenate(logits)
+        if not np.isfinite(ours).all():
+            raise ConfigError(
+                "the checkpoint's logits are not finite on its validation images; use another checkpoint."
+            )
+        for prediction in bundle.iter_predict([data.val_dataset.root / image.path for image in images]):
+            if isinstance(prediction, BadImageError):
+                raise prediction
+            predicted.append(prediction.logits)
+            advance()
+    theirs = np.stack(predicted)
     targets = np.array([image.target for image in images])
     return Comparison(measure_parity(ours, theirs, targets), targets, theirs.argmax(1))

@@ -217,6 +217,8 @@ def read_run(folder: Path, *, unfinished: bool = False) -> Run:
     if status == "running" and not unfinished:
         minutes = (time.time() - (folder / "metrics.json").stat().st_mtime) / 60
         raise UnusableRunError(f"still running, or killed: metrics.json was last written {minutes:,.0f} minutes ago")
+    if status == "fast_dev_run":
+        raise UnusableRunError("a trial of a batch or two (trainer.fast_dev_run), not a training")
     if status != "finished" and not unfinished:
         raise UnusableRunError(f"the run {'was ' if status == 'interrupted' else ''}{status}; its run.log says more")
     seed = metrics.get("seed")

@@ -6,14 +6,15 @@ import multiprocessing
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import fmean
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.workers import core_count
@@ -24,6 +25,9 @@ from gn_transfer.training.progress import duration
 
 MAX_CRASHES = 3
 """So many workers may die of a trial before it is given up."""
+
+SILENCE_SECONDS = 30.0
+"""Without a terminal, a line says at least so often what is running."""
 
 
 class StudyRunner:
@@ -45,14 +49,17 @@ class StudyRunner:
         self.workers: dict[int, BaseProcess] = {}
         self.crashes: Counter[str] = Counter()
         self.reported: set[str] = set()
+        self._began: dict[str, float] = {}  # running trials
+        self._spoken = time.monotonic()
 
     def run(self, retry_failed: bool) -> tuple[Planned, dict[str, Outcome]]:
         """Enter trials as they become known, until all have ended."""
         study = self.context.study
         planned = plan_trials(study, self.store.outcomes())
         self.store.enter(planned.trials, retry_failed=retry_failed)
-        with _progress(self.console) as progress, share_threads(core_count() // self.count):
+        with _progress(self.console) as progress, share_threads(core_count() // self.count) as threads:
             task = progress.add_task("trials", total=len(planned.trials), left="")
+            progress.console.print(f"plan       {describe_plan(planned, self.count, threads)}", soft_wrap=True)
             try:
                 while True:
                     began = time.thread_time()
@@ -108,7 +115,7 @@ class StudyRunner:
     def _log(self, number: int) -> Path:
         return self.context.root / "runs" / self.context.study.name / f"worker-{number}.log"
 
-    def _report(self, progress: Progress, task: TaskID, planned: Planned, outcomes: Mapping[str, Outcome]) -> None:
+    def _report(self, progress: StudyProgress, task: TaskID, planned: Planned, outcomes: Mapping[str, Outcome]) -> None:
         ended = [trial for trial in planned.trials if outcomes[trial.name].ended]
         left = time_left(planned, outcomes, self.count)
         total = len(planned.trials) + planned.to_come
@@ -125,13 +132,43 @@ class StudyRunner:
                 progress.console.print(
                     f"{len(ended)}/{total}  {trial.name}  {result}  {duration(outcome.seconds)}", markup=False
                 )
+                self._spoken = time.monotonic()
             self.reported.add(trial.name)
         for choice in map(str, planned.choices):
             if choice not in self.reported:
                 progress.console.print(f"chosen  {choice}", markup=False)
                 self.reported.add(choice)
         shown = "" if left is None else f"about {duration(left)} left"
+        progress.running = self._running(outcomes)
         progress.update(task, completed=len(ended), total=total, left=shown)
+        if not self.console.is_terminal and time.monotonic() - self._spoken > SILENCE_SECONDS and progress.running:
+            self._spoken = time.monotonic()
+            rest = f"; {len(ended)}/{total} done" + (f", {shown}" if shown else "")
+            self.console.print(f"running  {progress.running}{rest}", soft_wrap=True, markup=False)
+
+    def _running(self, outcomes: Mapping[str, Outcome]) -> str:
+        """Name the running trials and for how long they have run."""
+        now = time.monotonic()
+        running = [name for name, outcome in outcomes.items() if outcome.state == "running"]
+        self._began = {name: self._began.get(name, now) for name in running}
+        return ", ".join(f"{name} ({duration(now - began)})" for name, began in self._began.items())
+
+
+def describe_plan(planned: Planned, workers: int, threads: int) -> str:
+    """Say in a line what a study is going to do.
+
+    Args:
+        planned: Its trials as far as they are known.
+        workers: Processes that share them.
+        threads: Compute threads of each.
+    """
+    stages = Counter(trial.stage for trial in planned.trials)
+    counts = ", ".join(f"{count} {stage}" for stage, count in stages.items())
+    more = f" and {planned.to_come} to come" if planned.to_come else ""
+    return (
+        f"{len(planned.trials)} trials{more} ({counts}); {workers} worker{'s' * (workers != 1)} with {threads} "
+        f"thread{'s' * (threads != 1)} each"
+    )
 
 
 def time_left(planned: Planned, outcomes: Mapping[str, Outcome], workers: int) -> float | None:
@@ -160,7 +197,23 @@ def time_left(planned: Planned, outcomes: Mapping[str, Outcome], workers: int) -
     return (seconds + mean * planned.to_come) / workers
 
 
-def _progress(console: Console) -> Progress:
+class StudyProgress(Progress):
+    """The bar of a study, and below it what is running.
+
+    Attributes:
+        running: The running trials, or empty.
+    """
+
+    running = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Give the bar and the line below it."""
+        yield from super().get_renderables()
+        if self.running:
+            yield Text(f"running  {self.running}", overflow="ellipsis", no_wrap=True)
+
+
+def _progress(console: Console) -> StudyProgress:
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -168,7 +221,7 @@ def _progress(console: Console) -> Progress:
         TimeElapsedColumn(),
         TextColumn("{task.fields[left]}"),
     )
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    return StudyProgress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
 @contextmanager

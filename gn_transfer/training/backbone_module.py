@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +22,7 @@ from gn_transfer.backbones import (
     rebuild_backbone,
 )
 from gn_transfer.config import ConfigError
+from gn_transfer.data.progress import working
 from gn_transfer.layers import preferred_memory_format
 from gn_transfer.training import checkpoint
 
@@ -135,7 +137,8 @@ class BackboneModule(LightningModule, ABC):
         else:
             calibrated = config.conversion == "calibrated" and calibration_images is not None
             images = calibration_images(CALIBRATION_IMAGES) if calibrated else None  # type: ignore[misc]
-            built = build_backbone(config, len(classes), calibration=images)
+            with working(f"calibrating the norms on {len(images):,} images") if images is not None else nullcontext():
+                built = build_backbone(config, len(classes), calibration=images)
         self.model, self.head, self.report = built.model, built.head, built.report
         if config.gradient_checkpointing:
             if not hasattr(self.model, "set_grad_checkpointing"):

@@ -88,7 +88,8 @@ class LastCheckpoint(Checkpoint):
         every_minutes: Time between two checkpoints inside an epoch. 0 saves after every accumulation step.
 
     Attributes:
-        directory: Where ``last.ckpt`` goes; set when the run has a folder. Nothing is saved before.
+        directory: Where ``last.ckpt`` goes; set when the run has a folder. Nothing is saved before, and nothing by a
+            ``fast_dev_run``, which learns nothing.
     """
 
     def __init__(self, every_minutes: float = 5.0) -> None:
@@ -161,6 +162,6 @@ class LastCheckpoint(Checkpoint):
             torch.set_rng_state(stored["torch_rng_state"])
 
     def _save(self, trainer: Trainer) -> None:
-        if self.directory is not None:
+        if self.directory is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self.directory / "last.ckpt")
         self._saved_at = time.monotonic()

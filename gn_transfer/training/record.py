@@ -17,7 +17,7 @@ from gn_transfer.training.progress import find_throughput, peak_memory_mib
 FORMAT_VERSION = 1
 """Of metrics.json and the files beside it; rises when a key changes its meaning."""
 
-Status = Literal["running", "finished", "interrupted", "failed"]
+Status = Literal["running", "finished", "interrupted", "failed", "fast_dev_run"]
 
 
 class RunRecord(Callback):
@@ -75,8 +75,9 @@ class RunRecord(Callback):
         self._write_tables(trainer, improved)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Mark the run as finished."""
-        self._write(trainer, pl_module, "finished", trainer.current_epoch)
+        """Mark the run as finished, or as a trial of a batch or two."""
+        status: Status = "fast_dev_run" if trainer.fast_dev_run else "finished"  # type: ignore[attr-defined]
+        self._write(trainer, pl_module, status, trainer.current_epoch)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Mark the run as interrupted or failed."""

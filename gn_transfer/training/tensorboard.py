@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams as hparams_summary
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from gn_transfer.backbones import ModelConfig
 from gn_transfer.data import ImageDataModule
 from gn_transfer.data.contact_sheet import contact_sheet
 from gn_transfer.data.sampler import epoch_order
@@ -47,8 +48,7 @@ def flat_hparams(config: Mapping[str, Any]) -> dict[str, bool | int | float | st
     values: dict[str, Any] = {
         "norm": model["norm"],
         "backbone": model["backbone"],
-        "num_groups": str(model["num_groups"]),
-        "group_size": str(model["group_size"]),
+        **_groups(ModelConfig(**model)),
         "pretrained": str(model["pretrained"]),
         "batch_size": data["batch_size"],
         "effective_batch_size": config["accumulation"]["effective_batch_size"] or data["batch_size"],
@@ -68,6 +68,16 @@ def flat_hparams(config: Mapping[str, Any]) -> dict[str, bool | int | float | st
         "seed": config["seed_everything"],
     }
     return {key: "none" if value in (None, "None") else value for key, value in values.items()}
+
+
+def _groups(model: ModelConfig) -> dict[str, str]:
+    """The groups of a model in words; "none" where its norm has none."""
+    has_groups = model.norm.startswith("gn")
+    by_size = has_groups and model.group_size is not None
+    return {
+        "num_groups": str(model.resolved_num_groups if has_groups and not by_size else None),
+        "group_size": str(model.group_size if by_size else None),
+    }
 
 
 class RunLogger(TensorBoardLogger):

@@ -157,10 +157,11 @@ def train(
     best = find(trainer, BestCheckpoint)
     best.dirpath, best.monitor = str(run.checkpoints), task.monitor
     find(trainer, LastCheckpoint).directory = run.checkpoints
-    hparams = {**flat_hparams(config), "num_groups": task.model_config.resolved_num_groups}
+    hparams = flat_hparams(config)
+    facts = {"num_groups": task.model_config.resolved_num_groups, **(facts or {})}
     record = RunRecord(
         run.logs / "metrics.json",
-        {**hparams, **describe_run(task, data, trainer), "config": config_name, "run": run.name, **(facts or {})},
+        {**hparams, **describe_run(task, data, trainer), "config": config_name, "run": run.name, **facts},
         find(trainer, ImagePredictions),
     )
     trainer.callbacks.append(record)  # type: ignore[attr-defined]

@@ -135,6 +135,26 @@ def test_fit_validate_test(pets_root, capsys, norm):
     assert sum(row["target"] == row["predicted"] for row in rows) / len(rows) == pytest.approx(noted["test/acc1"])
 
 
+def test_the_newest_run_of_a_configuration_is_evaluated_as_it_was_trained(pets_root, capsys):
+    assert main(["fit", *pets(pets_root), "--model.norm", "bn"]) == 0
+    accuracy = json.loads(Path("runs/pets_gnws/bn-bs1-seed0/metrics.json").read_text())["val/acc1"]
+    capsys.readouterr()
+    assert main(["validate", "--config", "pets_gnws.yaml", "--ckpt_path", "last"]) == 0  # its own norm is gn_ws
+    assert f"val/acc1             {accuracy:.4f}" in capsys.readouterr().out
+
+
+def test_a_fast_dev_run_is_no_finished_run(pets_root, capsys):
+    assert main(["fit", *pets(pets_root), "--trainer.fast_dev_run", "true"]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing was saved" in printed
+    assert "gn-transfer test" not in printed
+    run = Path("runs/pets_gnws/gn_ws-bs1-seed0")
+    assert json.loads((run / "metrics.json").read_text())["status"] == "fast_dev_run"
+    assert not list(Path().glob("checkpoints/*/*/*.ckpt"))
+    assert main(["compare", str(run)]) == 2
+    assert "a trial of a batch or two" in capsys.readouterr().err
+
+
 def test_a_second_run_overwrites_nothing_and_repeats_the_first(pets_root):
     for _ in range(2):
         assert main(["fit", *pets(pets_root), "--accumulation.effective_batch_size", "8"]) == 0

@@ -71,6 +71,18 @@ def test_a_table_of_sound_images_ends_with_zero(bundle_dir, images, capsys):
     assert captured.err == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "begins"), [("found.csv", "path,class,prob"), ("found.json", "[\n{"), ("found.txt", "/")]
+)
+def test_results_go_to_a_file_whose_ending_chooses_the_format(bundle_dir, images, tmp_path, capsys, name, begins):
+    assert main(["predict", str(bundle_dir), str(images), "--output", str(tmp_path / name)]) == 3
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"results {tmp_path / name}" in captured.err
+    assert (tmp_path / name).read_text().startswith(begins)
+    assert not list(tmp_path.glob(".*.part"))
+
+
 def test_a_figure(bundle_dir, images, tmp_path, capsys):
     target = tmp_path / "figure.png"
     assert main(["predict", str(bundle_dir), str(images), "--figure", str(target)]) == 3
@@ -138,6 +150,7 @@ def test_a_huge_file_is_not_read(bundle_dir, tmp_path, capsys):
         (["--threads", "0"], "--threads=0 is out of range"),
         (["--top_k", "two"], "argument --top_k: invalid int value: 'two'. See gn-transfer predict --help."),
         (["--format", "xml"], "invalid choice: 'xml'"),
+        (["--output", "nowhere/found.csv"], "give the path of a file in an existing folder"),
         (["--figure", "figure.txt"], "give a path in an existing folder that ends in .png"),
         (["--figure", "nowhere/figure.png"], "give a path in an existing folder that ends in .png"),
         (["--top", "2"], "unrecognized arguments"),

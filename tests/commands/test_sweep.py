@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,12 +17,13 @@ from pathlib import Path
 
 import optuna
 import pytest
+from rich.console import Console
 
 from gn_transfer.__main__ import main
 from gn_transfer.commands import sweep
 from gn_transfer.study.definition import read_study
 from gn_transfer.study.planning import Outcome, plan_trials
-from gn_transfer.study.runner import StudyRunner
+from gn_transfer.study.runner import StudyProgress, StudyRunner
 from gn_transfer.study.trials import Trial
 from gn_transfer.study.worker import StudyContext, run_trial, run_trials
 
@@ -72,6 +75,7 @@ test: last
     path.write_text(path.read_text().replace("optimizer.lr: 0.01,", ""))
     assert main(["sweep", "--config", str(path), "--workers", "1"]) == 0
     printed = capsys.readouterr().out
+    assert "plan       3 trials and 2 to come (3 select); 1 worker with " in printed
     assert "chosen" in printed
     assert "5/5" in printed
     assert "gn_ws" in printed.partition("5/5")[2]
@@ -91,6 +95,21 @@ test: last
     stamps = {path: path.stat().st_mtime for path in Path("runs").rglob("metrics.json")}
     assert main(["sweep", "--config", str(path)]) == 0  # nothing is left to do but the report
     assert {path: path.stat().st_mtime for path in Path("runs").rglob("metrics.json")} == stamps
+
+
+def test_without_a_terminal_a_line_says_what_is_running(pets_root, monkeypatch, capsys):
+    monkeypatch.setattr("gn_transfer.study.runner.SILENCE_SECONDS", 0.0)
+    path = study_file(pets_root, "grid: {model.norm: [gn_ws]}\nseeds: [0]\n")
+    assert main(["sweep", "--config", str(path)]) == 0
+    assert re.search(r"running  \S*gn_ws-seed0 \(\d+ s\); 0/1 done", capsys.readouterr().out)
+
+
+def test_on_a_terminal_the_running_trials_stand_below_the_bar():
+    progress = StudyProgress()
+    progress.running = "gn_ws-seed0 (12 s)"
+    console = Console(file=io.StringIO(), width=80)
+    console.print(*progress.get_renderables())
+    assert console.file.getvalue().rstrip().endswith("running  gn_ws-seed0 (12 s)")
 
 
 def test_failed_trials_are_told_and_the_rest_goes_on(pets_root, reported, capsys):

@@ -1,6 +1,7 @@
 import io
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -56,6 +57,20 @@ def test_hparams_have_the_same_keys_and_types_in_every_run():
     assert {key: type(value) for key, value in first.items()} == {key: type(value) for key, value in second.items()}
     assert None not in first.values()
     assert (first["effective_batch_size"], first["head_lr"], first["group_size"]) == (2, 0.1, "none")
+
+
+@pytest.mark.parametrize(
+    ("model", "groups"),
+    [
+        ({"num_groups": 8}, ("8", "none")),
+        ({}, ("32", "none")),
+        ({"group_size": 8}, ("none", "8")),
+        ({"norm": "bn", "num_groups": 32}, ("none", "none")),
+    ],
+)
+def test_hparams_show_groups_only_where_the_norm_has_some(model, groups):
+    found = flat_hparams(config(**model))
+    assert (found["num_groups"], found["group_size"]) == groups
 
 
 def test_the_log_file_begins_with_what_was_said_before_it_was_there(tmp_path, capsys):
