@@ -70,6 +70,27 @@ def test_class_folders_of_any_name_and_format(tmp_path, classes, suffix):
 
 
 @pytest.mark.parametrize(
+    ("folders", "classes", "splits"),
+    [
+        (["Train/cat", "Train/dog", "val/cat", "val/dog", "TEST/cat", "TEST/dog"], ["cat", "dog"], 3),
+        (["a b ", "c.d", "-e", "f\ng"], ["-e", "a b ", "c.d", "f\ng"], 1),
+        (["cat/2025/05", "cat/2026", "dog"], ["cat", "dog"], 1),
+        (["train/x/x", "train/y", "test/x", "test/y"], ["x", "y"], 2),
+    ],
+)
+@pytest.mark.parametrize("linked", [False, True])
+def test_odd_but_clear_folders_also_behind_a_link(tmp_path, folders, classes, splits, linked):
+    fill(tmp_path / "real", *folders)
+    root = tmp_path / "real"
+    if linked:
+        root = tmp_path / "link"
+        root.symlink_to(tmp_path / "real")
+    layout = find_layout(root)
+    assert (layout.classes, len(layout.splits)) == (classes, splits)
+    assert count_files(layout).used == 4 * len(folders)
+
+
+@pytest.mark.parametrize(
     ("make", "remedy"),
     [
         (lambda root: None, "no class folders"),
