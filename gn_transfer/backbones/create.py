@@ -31,7 +31,7 @@ from gn_transfer.backbones.transfer import (
 )
 from gn_transfer.backbones.weights import Weights, read_weights
 from gn_transfer.config import ConfigError, Norm
-from gn_transfer.layers import Replacement, convert_norm
+from gn_transfer.layers import Replacement, convert_norm, default_groups, has_norm
 
 CALIBRATION_BATCH = 64
 """Images that a calibration holds at a time; the memory is that of twice as many."""
@@ -62,7 +62,7 @@ def create_backbone(
     norm: Norm,
     num_classes: int,
     pretrained: str | None = None,
-    num_groups: int = 32,
+    num_groups: int | None = None,
     group_size: int | None = None,
     conversion: Conversion = "error",
     calibration: Tensor | None = None,
@@ -84,7 +84,8 @@ def create_backbone(
         pretrained: ``None`` for none, ``"auto"`` for the weights that fit (name, norm), a timm tag (``a1h_in1k`` or
             ``resnetv2_50.a1h_in1k``), released weights (``resnetv2_18.bn.tinyimagenet``), or a local file
             (.safetensors, .pth, .bin, .ckpt, BiT .npz) or folder.
-        num_groups: GroupNorm's number of groups; ignored where ``group_size`` is given.
+        num_groups: GroupNorm's number of groups; ignored where ``group_size`` is given. None takes 32, or 4 with
+            ``calibrated``, and less in narrow layers; see :func:`gn_transfer.layers.convert_norm`.
         group_size: Channels per group instead of a number of groups.
         conversion: ``error`` weights of another norm, ``copy`` their parameters unchanged, or set the affine of
             each group norm in closed form to reproduce a BN model (``calibrated``).
@@ -108,6 +109,7 @@ def create_backbone(
         mean, std = (
             _per_channel(stated or default, in_chans) for stated, default in ((weights.mean, mean), (weights.std, std))
         )
+    _check_norms(model, norm)
     groups: dict[str, Any] = {"num_groups": num_groups, "group_size": group_size}
 
     if weights is None:
@@ -118,7 +120,8 @@ def create_backbone(
         return Backbone(model, mean, std, head, report)
 
     state = _read_npz(weights) if weights.file is not None and weights.file.suffix == ".npz" else read_weights(weights)
-    check_norm(weights, state, norm, conversion, **groups)
+    wanted = default_groups(calibrated=False) if num_groups is None else num_groups
+    check_norm(weights, state, norm, conversion, num_groups=wanted, group_size=group_size)
     calibrated = conversion == "calibrated" and norm not in BN_FAMILY and has_batch_norm(state)
     replace_norms(model, "bn" if calibrated else norm, head=head, **groups)
     if norm == "none":
@@ -139,7 +142,7 @@ def rebuild(
     norm: Norm,
     num_classes: int,
     head: str,
-    num_groups: int,
+    num_groups: int | Mapping[str, int],
     group_size: int | None,
     in_chans: int = 3,
 ) -> nn.Module:
@@ -150,7 +153,7 @@ def rebuild(
         norm: The normalization.
         num_classes: Width of the head.
         head: Name of the classifier module.
-        num_groups: See :func:`create_backbone`.
+        num_groups: See :func:`create_backbone`; or the groups of each layer by name.
         group_size: See :func:`create_backbone`.
         in_chans: Channels of the images.
 
@@ -162,7 +165,9 @@ def rebuild(
     return model
 
 
-def replace_norms(model: nn.Module, norm: Norm, *, head: str, num_groups: int, group_size: int | None) -> None:
+def replace_norms(
+    model: nn.Module, norm: Norm, *, head: str, num_groups: int | Mapping[str, int] | None, group_size: int | None
+) -> None:
     """Replace the norms of a model in place, leaving a model that already has them as it is.
 
     Args:
@@ -173,6 +178,24 @@ def replace_norms(model: nn.Module, norm: Norm, *, head: str, num_groups: int, g
         group_size: See :func:`create_backbone`.
     """
     convert_norm(model, norm, num_groups=num_groups, group_size=group_size, skip={head})
+
+
+def _check_norms(model: nn.Module, norm: Norm) -> None:
+    """Refuse a model whose norms ``model.norm`` cannot replace."""
+    kinds = {type(layer).__name__: name for name, layer in model.named_modules() if "Norm" in type(layer).__name__}
+    name = type(model).__name__
+    if not any(has_norm(layer) for layer in model.modules()):
+        found = f"its norms are {', '.join(kinds)}" if kinds else "it has no norms"
+        raise ConfigError(
+            f"model.backbone: {name} has no BatchNorm or GroupNorm for model.norm to replace ({found}); choose a "
+            "convolutional model with BatchNorm. gn-transfer backbones lists models that were tried."
+        )
+    flat = [name for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm3d)]
+    if flat and norm != "bn":
+        raise ConfigError(
+            f"model.backbone: {name} has {len(flat)} norms of another kind than BatchNorm2d ({flat[0]} and others), "
+            f"which model.norm={norm} cannot replace; choose model.norm=bn or another backbone."
+        )
 
 
 def parameter_depths(model: nn.Module) -> dict[str, int]:

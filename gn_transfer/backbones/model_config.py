@@ -22,7 +22,8 @@ class ModelConfig:
         backbone: timm's name of the model, without a weights tag: resnet18, resnetv2_50, ...
         norm: The normalization: bn, bn_frozen, bn_sync, gn, gn_ws (GroupNorm + Weight Standardization), bn_ws, ln, in,
             none.
-        num_groups: Number of groups of GroupNorm. null means 32, or 4 with conversion calibrated.
+        num_groups: Number of groups of GroupNorm. null means 32, or 4 with conversion calibrated, and less in narrow
+            layers: the largest divisor of the channels that leaves two channels or more in a group.
         group_size: Channels per group, instead of num_groups.
         pretrained: null trains from scratch. auto takes the weights that fit backbone and norm. A timm tag or a local
             file is also allowed.
@@ -67,7 +68,7 @@ def build_backbone(config: ModelConfig, num_classes: int, *, calibration: Tensor
         norm=config.norm,
         num_classes=num_classes,
         pretrained=config.pretrained,
-        num_groups=config.resolved_num_groups,
+        num_groups=config.num_groups,
         group_size=config.group_size,
         conversion=config.conversion,
         calibration=calibration,
@@ -91,7 +92,7 @@ def rebuild_backbone(config: ModelConfig, stored: Mapping[str, Any], report: Map
         norm=config.norm,
         num_classes=stored["num_classes"],
         head=stored["head"],
-        num_groups=config.resolved_num_groups,
+        num_groups=stored.get("groups") or config.resolved_num_groups,
         group_size=config.group_size,
         in_chans=config.resolved_in_chans,
     )

@@ -14,10 +14,12 @@ from gn_transfer.layers.convert import (
     Replacement,
     convert_norm,
     default_groups,
+    group_counts,
+    has_norm,
     plain_conv,
     uses_weight_standardization,
 )
-from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, group_count
+from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, fitting_group_count, group_count
 from gn_transfer.layers.memory_format import preferred_memory_format
 from gn_transfer.layers.std_conv import StdConv2d, standardize_weight
 
@@ -35,7 +37,10 @@ __all__ = [
     "convert_norm",
     "corrected_momentum",
     "default_groups",
+    "fitting_group_count",
     "group_count",
+    "group_counts",
+    "has_norm",
     "plain_conv",
     "preferred_memory_format",
     "reestimate_statistics",

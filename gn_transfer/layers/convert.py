@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,16 @@ from gn_transfer.layers.batch_norm import (
     cuda_available,
 )
 from gn_transfer.layers.calibrate import BatchNormFunction, calibrate
-from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, group_count
+from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, fitting_group_count, group_count
+from gn_transfer.layers.same_padding import Conv2dSame, StdConv2dSame
 from gn_transfer.layers.std_conv import StdConv2d, conv_geometry
 
+GroupsOf: TypeAlias = Callable[[nn.Module, int, str], int]
+"""Function from (old layer, channels, name) to the number of groups of the layer in its place."""
+
 DEFAULT_GROUPS = 32
-"""Groups of a group norm where nothing else is said (Wu and He 2018)."""
+"""Groups of a group norm where nothing else is said (Wu and He 2018), or less: see
+:func:`gn_transfer.layers.group_norm.fitting_group_count`."""
 
 CALIBRATED_GROUPS = 4
 """The same for a calibrated conversion: fewer groups lose less of what a batch norm let through."""
@@ -62,8 +68,9 @@ def convert_norm(
     module: nn.Module,
     norm: Norm,
     *,
-    num_groups: int | None = None,
+    num_groups: int | Mapping[str, int] | None = None,
     group_size: int | None = None,
+    depthwise: bool = False,
     skip: Collection[str] = (),
     calibration: Iterable[Any] | None = None,
     report: list[Replacement] | None = None,
@@ -72,7 +79,10 @@ def convert_norm(
 
     Replaced are ``nn.BatchNorm2d``, ``nn.SyncBatchNorm``, ``nn.GroupNorm``, ``nn.InstanceNorm2d``, the frozen batch
     norms of torchvision and timm, each also with timm's activation inside, and ``nn.Conv2d`` for :class:`StdConv2d` or
-    back. A layer that already is what is wanted stays. Parameters and buffers of equal meaning are carried over as the
+    back. A layer that already is what is wanted stays. Weight standardization
+    takes the convolutions that a norm can follow: those without bias, and those with one that a norm follows at once
+    (VGG); not the convolutions of squeeze-and-excitation or of a detector's heads, and no depthwise ones, whose filters
+    have a handful of weights. Parameters and buffers of equal meaning are carried over as the
     same objects: ``weight`` and ``bias`` always (from BN to GN they fit in shape, not in function), running statistics
     among batch norms, eps always. With ``none`` the activation of a norm+activation layer stays; convolutions without
     bias stay without. A convolution of zeros (timm's zero-initialized last convolution of a pre-activation block)
@@ -86,8 +96,11 @@ def convert_norm(
     Args:
         module: Any model; changed in place, unless it is itself a layer to replace.
         norm: The normalization.
-        num_groups: Groups of ``gn`` and ``gn_ws`` where ``group_size`` is None; None takes 32, or 4 with a calibration.
+        num_groups: Groups of ``gn`` and ``gn_ws`` where ``group_size`` is None, or those of each layer by name. None
+            takes 32, or 4 with a calibration, and in narrow layers the largest divisor of the channels below that
+            leaves two channels or more in a group; a group norm keeps the number that it has.
         group_size: Channels per group of ``gn`` and ``gn_ws``; None disables it.
+        depthwise: Standardize depthwise convolutions, too.
         skip: Names (as in ``named_modules``) of layers to leave alone with all that is below them: the head.
         calibration: A few hundred training images, preprocessed as in evaluation, as batches of the model's input
             (tensors, lists of images for a detection model, or a data loader); None carries the affine over as it is.
@@ -114,9 +127,8 @@ def convert_norm(
     if calibration is not None and norm not in ("gn", "ln", "in"):
         raise ConfigError(f"calibration leads from batch norm to gn, ln or in, not to model.norm={norm}.")
 
-    if num_groups is None:
-        num_groups = default_groups(calibrated=calibration is not None)
-    make = _norm_maker(norm, num_groups, group_size)
+    make = _norm_maker(norm, _groups_of(norm, num_groups, group_size, calibrated=calibration is not None))
+    standardized = standardizable(layers, depthwise=depthwise) if uses_weight_standardization(norm) else set()
     originals: dict[nn.GroupNorm, BatchNormFunction] = {}
     replacements: list[Replacement] = []
     # All new layers are made before the first one is put in place: an error leaves the model as it was.
@@ -128,7 +140,7 @@ def convert_norm(
         if (channels := _norm_channels(layer)) is not None:
             new = make(layer, channels, label)
         elif isinstance(layer, nn.Conv2d):
-            channels, new = layer.out_channels, _convert_conv(layer, label, uses_weight_standardization(norm))
+            channels, new = layer.out_channels, _convert_conv(layer, label, layer in standardized)
         else:
             continue
         new_layers[layer] = new
@@ -139,6 +151,11 @@ def convert_norm(
             groups = new.num_groups if isinstance(new, nn.GroupNorm) else None
             replacements.append(Replacement(name, type(layer).__name__, type(new).__name__, channels, groups, zero))
 
+    if not replacements and not any(has_norm(layer) for layer in new_layers):
+        warnings.warn(
+            f"the model has no batch norm, group norm or instance norm over images, so norm={norm} replaces nothing.",
+            stacklevel=2,
+        )
     if calibration is not None and not originals:
         raise ConfigError("calibration: the model has no batch norm with running statistics to reproduce.")
 
@@ -170,15 +187,66 @@ def _norm_channels(layer: nn.Module) -> int | None:
     return None
 
 
-def _norm_maker(norm: Norm, num_groups: int, group_size: int | None) -> Callable[[nn.Module, int, str], nn.Module]:
-    """Function from (old layer, channels, name) to the layer that the norm wants there."""
+def standardizable(layers: Mapping[str, nn.Module], *, depthwise: bool = False) -> set[nn.Module]:
+    """Find the convolutions that weight standardization is meant for; see :func:`convert_norm`.
 
-    def groups_of(channels: int, name: str) -> int:
+    Args:
+        layers: The modules of a model by name, in order.
+        depthwise: Take depthwise convolutions, too.
+    """
+    leaves = [layer for layer in layers.values() if not any(True for _ in layer.children()) or has_norm(layer)]
+    found: set[nn.Module] = set()
+    for layer, following in zip(leaves, [*leaves[1:], None], strict=True):
+        if not isinstance(layer, nn.Conv2d) or (1 < layer.groups == layer.in_channels and not depthwise):
+            continue
+        followed = following is not None and _norm_channels(following) == layer.out_channels
+        if layer.bias is None or followed or "StdConv2d" in type(layer).__name__:
+            found.add(layer)
+    return found
+
+
+def has_norm(layer: nn.Module) -> bool:
+    """Say whether a layer is one of the norms that :func:`convert_norm` replaces."""
+    return _norm_channels(layer) is not None
+
+
+def group_counts(module: nn.Module) -> dict[str, int]:
+    """List the number of groups of each group norm by its name."""
+    return {name: layer.num_groups for name, layer in module.named_modules() if isinstance(layer, nn.GroupNorm)}
+
+
+def _is_limit(layer: nn.GroupNorm) -> bool:
+    """Whether a group norm is a layer norm (one group) or an instance norm (a group per channel), but for 32 groups."""
+    return layer.num_groups == 1 or layer.num_groups == layer.num_channels != DEFAULT_GROUPS
+
+
+def _groups_of(
+    norm: Norm, num_groups: int | Mapping[str, int] | None, group_size: int | None, *, calibrated: bool
+) -> GroupsOf:
+    """Choose how the number of groups is found."""
+
+    def groups_of(old: nn.Module, channels: int, name: str) -> int:
         if norm == "ln":
             return 1
         if norm == "in":
             return channels
-        return group_count(channels, num_groups=num_groups, group_size=group_size, layer=name)
+        if isinstance(num_groups, Mapping):
+            if name not in num_groups:
+                raise ConfigError(f"num_groups names no groups for {name}; give those of every norm, or one number.")
+            return group_count(channels, num_groups=num_groups[name], layer=name)
+        if num_groups is None and group_size is None:
+            if isinstance(old, nn.GroupNorm) and not _is_limit(old):
+                return old.num_groups
+            return fitting_group_count(channels, default_groups(calibrated=calibrated))
+        return group_count(channels, num_groups=num_groups or 0, group_size=group_size, layer=name)
+
+    return groups_of
+
+
+def _norm_maker(
+    norm: Norm, groups_of: Callable[[nn.Module, int, str], int]
+) -> Callable[[nn.Module, int, str], nn.Module]:
+    """Function from (old layer, channels, name) to the layer that the norm wants there."""
 
     def make(old: nn.Module, channels: int, name: str) -> nn.Module:
         act, drop = _activation(old)
@@ -189,7 +257,7 @@ def _norm_maker(norm: Norm, num_groups: int, group_size: int | None) -> Callable
         if norm == "none":
             return nn.Sequential(*_without_identities(drop, act)) if has_act else nn.Identity()
         if norm in ("gn", "gn_ws", "ln", "in"):
-            groups = groups_of(channels, name)
+            groups = groups_of(old, channels, name)
             if isinstance(old, GroupNorm) and old.num_groups == groups:
                 return old
             new = (
@@ -252,6 +320,8 @@ def _convert_conv(conv: nn.Conv2d, name: str, standardize: bool) -> nn.Conv2d:
     kind = type(conv)
     if isinstance(conv, StdConv2d):
         return conv if standardize else plain_conv(conv)
+    if kind.__name__ == "Conv2dSame":  # timm's, or ours
+        return StdConv2dSame.from_conv(conv) if standardize and conv.weight[0].numel() > 1 else conv
     if kind.__name__ == "StdConv2d" and hasattr(conv, "eps"):  # timm's
         return StdConv2d.from_conv(conv, eps=float(conv.eps)) if standardize else plain_conv(conv)  # type: ignore[arg-type]
     if kind.forward is nn.Conv2d.forward:
@@ -267,7 +337,8 @@ def _convert_conv(conv: nn.Conv2d, name: str, standardize: bool) -> nn.Conv2d:
 
 def plain_conv(conv: nn.Conv2d) -> nn.Conv2d:
     """Make an ``nn.Conv2d`` of a convolution's geometry and its very parameters, standardized no longer."""
+    kind = Conv2dSame if isinstance(conv, StdConv2dSame) else nn.Conv2d
     with torch.device("meta"):
-        new = nn.Conv2d(*conv_geometry(conv))
+        new = kind(*conv_geometry(conv))
     new.weight, new.bias = conv.weight, conv.bias
     return new.train(conv.training)

@@ -42,6 +42,28 @@ def group_count(channels: int, *, num_groups: int = 32, group_size: int | None =
     return num_groups if group_size is None else channels // group_size
 
 
+def fitting_group_count(channels: int, at_most: int = 32) -> int:
+    """Choose the number of groups of a layer whose channels ``at_most`` may not divide.
+
+    The largest divisor of the channels that is at most ``at_most`` and leaves two channels or more in a group: with
+    one, group norm would be instance norm.
+
+    Args:
+        channels: Channels of the layer.
+        at_most: Groups of a layer that is wide enough.
+
+    Returns:
+        Number of groups, a divisor of ``channels``.
+
+    Example:
+        >>> [fitting_group_count(channels) for channels in (64, 320, 144, 24, 16, 7)]
+        [32, 32, 24, 12, 8, 1]
+    """
+    return max(
+        groups for groups in range(1, at_most + 1) if channels % groups == 0 and (channels // groups > 1 or groups == 1)
+    )
+
+
 def group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:

@@ -23,7 +23,7 @@ from gn_transfer.backbones import (
 )
 from gn_transfer.config import ConfigError
 from gn_transfer.data.progress import working
-from gn_transfer.layers import preferred_memory_format
+from gn_transfer.layers import group_counts, preferred_memory_format
 from gn_transfer.training import checkpoint
 
 CALIBRATION_IMAGES = 256
@@ -73,6 +73,14 @@ class BackboneModule(LightningModule, ABC):
     def norm(self) -> str:
         """The normalization, ``model.norm``."""
         return self.model_config.norm
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of the model's group norms, in narrow layers it may be less; what the configuration says before."""
+        config = self.model_config
+        has_groups = self.model is not None and config.norm.startswith("gn") and config.group_size is None
+        counts = group_counts(self.model) if has_groups else {}  # type: ignore[arg-type]
+        return max(counts.values(), default=config.resolved_num_groups)
 
     @property
     def normalizes_over_batch(self) -> bool:

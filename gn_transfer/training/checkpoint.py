@@ -12,6 +12,7 @@ import torch
 
 from gn_transfer.backbones.model_config import ModelConfig
 from gn_transfer.config import ConfigError
+from gn_transfer.layers import group_counts
 
 if TYPE_CHECKING:
     from gn_transfer.training.backbone_module import BackboneModule
@@ -70,6 +71,7 @@ def describe_task(task: BackboneModule, content: dict[str, Any]) -> None:
         content: The checkpoint, changed in place.
     """
     assert task.report is not None
+    assert task.model is not None
     config = task.model_config
     content.setdefault("gn_transfer", {}).update(
         version=CHECKPOINT_VERSION,
@@ -79,8 +81,9 @@ def describe_task(task: BackboneModule, content: dict[str, Any]) -> None:
             "backbone": config.backbone,
             "architecture": task.report.architecture,
             "norm": config.norm,
-            "num_groups": config.resolved_num_groups,
+            "num_groups": task.num_groups,
             "group_size": config.group_size,
+            **({"groups": group_counts(task.model)} if config.norm.startswith("gn") else {}),
             "head": task.head,
             "num_classes": len(task.classes),
             "in_chans": config.resolved_in_chans,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from rich.table import Table
+from torch import nn
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data import ImageDataModule
@@ -89,12 +90,14 @@ def make_plan(
     seconds = cost.seconds * batches * epochs * steps / max(1, steps_per_epoch * epochs)
 
     config, optimizer, report = task.model_config, task.optimizer_config, task.report
-    size = f"{config.group_size} channels a group" if config.group_size else f"{config.resolved_num_groups} groups"
+    size = f"{config.group_size} channels a group" if config.group_size else f"{task.num_groups} groups"
     groups = f", {size}" if config.norm.startswith("gn") else ""
+    narrow = narrow_layers(task.model) if groups and not config.group_size else ""
     parameters = sum(parameter.numel() for parameter in task.model.parameters()) / 1e6
     rows = [
         *describe_data(data),
         ("model", f"{report.architecture}, norm {config.norm}{groups}, {parameters:.1f} M parameters"),
+        *([("", narrow)] if narrow else []),
         ("weights", report.summary()),
         *([("", f"pretrained on {report.pretrained_on}")] if report.pretrained_on else []),
         *(("", note) for note in report.notes),
@@ -121,6 +124,21 @@ def make_plan(
             f"freezing.epochs={frozen_epochs}, and the run has {epochs}: the backbone never learns. Choose fewer."
         )
     return Plan(rows, warnings, seconds)
+
+
+def narrow_layers(model: nn.Module) -> str:
+    """Say which layers have fewer groups than the others.
+
+    Args:
+        model: A model with group norms.
+
+    Returns:
+        A line for the plan; empty where all layers have the same number.
+    """
+    groups = {layer.num_channels: layer.num_groups for layer in model.modules() if isinstance(layer, nn.GroupNorm)}
+    most = max(groups.values(), default=0)
+    fewer = [f"{count} of {channels}" for channels, count in sorted(groups.items()) if count < most]
+    return f"fewer groups in narrow layers (groups of channels): {', '.join(fewer)}" if fewer else ""
 
 
 def _batches(images: int, batch_size: int, limit: float) -> int:

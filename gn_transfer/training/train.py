@@ -158,7 +158,7 @@ def train(
     best.dirpath, best.monitor = str(run.checkpoints), task.monitor
     find(trainer, LastCheckpoint).directory = run.checkpoints
     hparams = flat_hparams(config)
-    facts = {"num_groups": task.model_config.resolved_num_groups, **(facts or {})}
+    facts = {"num_groups": task.num_groups, **(facts or {})}
     record = RunRecord(
         run.logs / "metrics.json",
         {**hparams, **describe_run(task, data, trainer), "config": config_name, "run": run.name, **facts},

@@ -1,5 +1,6 @@
 """convert_norm on real models: what is replaced, what is carried over, what is refused."""
 
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -11,7 +12,16 @@ from timm.layers import StdConv2d as TimmStdConv2d
 from torch import nn
 
 from gn_transfer.config import NORMS, ConfigError
-from gn_transfer.layers import FrozenBatchNorm2d, GroupNorm, GroupNormAct, StdConv2d, convert_norm
+from gn_transfer.layers import (
+    FrozenBatchNorm2d,
+    GroupNorm,
+    GroupNormAct,
+    StdConv2d,
+    convert_norm,
+    group_counts,
+    standardize_weight,
+)
+from gn_transfer.layers.same_padding import StdConv2dSame
 
 RUNNABLE = [norm for norm in NORMS if norm != "bn_sync"]
 
@@ -152,7 +162,7 @@ def test_a_frozen_parameter_and_the_mode_stay():
 
 
 def test_zero_convolutions_are_drawn_anew_under_weight_standardization():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3))
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, bias=False))
     nn.init.zeros_(model[0].weight)
     convert_norm(model, "gn_ws", report=(report := []))
     assert report[0].reinitialized
@@ -160,14 +170,61 @@ def test_zero_convolutions_are_drawn_anew_under_weight_standardization():
 
 
 def test_one_weight_filters_stay_plain():
-    model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4))
-    assert type(convert_norm(model, "gn_ws")[0]) is nn.Conv2d
+    model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=4, bias=False), nn.BatchNorm2d(4))
+    assert type(convert_norm(model, "gn_ws", depthwise=True)[0]) is nn.Conv2d
+
+
+def test_standardized_are_the_convolutions_that_a_norm_follows():
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, bias=False),  # 0: no bias
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8, bias=False),  # 2: depthwise
+        nn.Conv2d(8, 8, 1),  # 3: a bias, and a norm at once
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 1),  # 5: a bias and no norm, as in squeeze-and-excitation
+        nn.Sigmoid(),
+    )
+    kinds = [type(layer) for layer in convert_norm(deepcopy(model), "gn_ws", num_groups=2)]
+    assert [place for place, kind in enumerate(kinds) if kind is StdConv2d] == [0, 3]
+    kinds = [type(layer) for layer in convert_norm(model, "gn_ws", num_groups=2, depthwise=True)]
+    assert [place for place, kind in enumerate(kinds) if kind is StdConv2d] == [0, 2, 3]
+
+
+def test_narrow_layers_get_fewer_groups():
+    model = nn.Sequential(*map(nn.BatchNorm2d, (16, 24, 64, 7)))
+    assert [layer.num_groups for layer in convert_norm(deepcopy(model), "gn")] == [8, 12, 32, 1]
+    named = {"0": 4, "1": 3, "2": 2, "3": 7}
+    assert group_counts(convert_norm(deepcopy(model), "gn", num_groups=named)) == named
+    with pytest.raises(ConfigError, match="num_groups names no groups for 3"):
+        convert_norm(deepcopy(model), "gn", num_groups={"0": 4, "1": 3, "2": 2})
+    with pytest.raises(ConfigError, match="num_groups=5 does not divide 16 channels of 0"):
+        convert_norm(deepcopy(model), "gn", num_groups={"0": 5, "1": 3, "2": 2, "3": 7})
+
+
+@pytest.mark.parametrize("size", [(9, 9), (8, 11)])
+def test_same_padding_is_kept(size):
+    theirs = timm.layers.Conv2dSame(4, 6, 3, stride=2, bias=False)
+    images = torch.randn(2, 4, *size)
+    ours = convert_norm(nn.Sequential(theirs, nn.BatchNorm2d(6)), "gn_ws", num_groups=2)[0]
+    assert type(ours) is StdConv2dSame
+    assert ours.weight is theirs.weight
+    with torch.no_grad():
+        expected = deepcopy(theirs)
+        expected.weight.copy_(standardize_weight(theirs.weight, ours.eps))
+    torch.testing.assert_close(ours(images), expected(images))
+    back = convert_norm(nn.Sequential(ours, nn.BatchNorm2d(6)), "bn")[0]
+    torch.testing.assert_close(back(images), theirs(images))
+
+
+def test_a_model_without_such_norms_is_not_silent():
+    with pytest.warns(UserWarning, match="norm=gn replaces nothing"):
+        convert_norm(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), "gn")
 
 
 def test_refusals_leave_the_net_as_it_was():
     model = nn.Sequential(nn.BatchNorm2d(64), nn.ModuleDict({"norm": nn.BatchNorm2d(48)}))
     with pytest.raises(ConfigError, match=r"num_groups=32 does not divide 48 channels of 1\.norm; use one of 1, 2, 3,"):
-        convert_norm(model, "gn")
+        convert_norm(model, "gn", num_groups=32)
     assert type(model[0]) is nn.BatchNorm2d
     with pytest.raises(ConfigError, match="group_size=9 does not divide 64 channels of 0"):
         convert_norm(model, "gn", group_size=9)
