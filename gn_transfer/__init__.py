@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gn_transfer.backbones.model_config import ModelConfig
     from gn_transfer.data import Digits, Folder, ImageDataModule, Pets, Sample, TinyImageNet
+    from gn_transfer.data.decode import BadImageError
     from gn_transfer.inference.bundle import Bundle, Prediction, load_bundle
     from gn_transfer.inference.load import load
     from gn_transfer.layers import convert_norm
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 # Names are imported on first use: `gn-transfer --help` and `predict` must not pay for torch.
 _HOMES = {
     "BackboneFreezing": "training.freezing",
+    "BadImageError": "data.decode",
     "BatchNormStatistics": "training.batch_norm_statistics",
     "Bundle": "inference.bundle",
     "Digits": "data",
@@ -45,6 +47,7 @@ _HOMES = {
 
 __all__ = [
     "BackboneFreezing",
+    "BadImageError",
     "BatchNormStatistics",
     "Bundle",
     "Digits",
@@ -70,3 +73,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -102,6 +102,7 @@ def earlier(page: Path, folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 @pytest.mark.filterwarnings("ignore:Importing from|The given NumPy array|You are trying to:UserWarning")
+@pytest.mark.filterwarnings("ignore:.* calibrated norms reproduce:UserWarning")  # of models without pretrained weights
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if any(not b.note.startswith(NOT_RUN) for b in blocks(page))],

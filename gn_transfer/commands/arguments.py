@@ -27,6 +27,7 @@ class Arguments:
         remarks: What was found in the folder that ``fit PATH`` names, and what was chosen for it.
         checkpoint: Path behind ``--ckpt_path``, resolved.
         stored: Content of that checkpoint under ``gn_transfer``.
+        names_images: Whether a path, a configuration, a checkpoint or an option says which images are meant.
     """
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
@@ -36,6 +37,8 @@ class Arguments:
         self.remarks: list[str] = []
         name = self._take("--name")
         root = Path(next((self._get(index) for index in self._values_of("--trainer.default_root_dir")), "."))
+        if path is not None and self.argv and not path.exists() and not self.argv[0].startswith("-"):
+            raise ConfigError(f"{path}: no such folder; put a path with spaces in quotes: '{path} {self.argv[0]}'.")
         if path is not None:
             self._serve(path, root)
         configs = [self._replace(index, find_config) for index in self._values_of("--config", "-c")]
@@ -45,15 +48,19 @@ class Arguments:
         self.checkpoint: Path | None = None
         self.stored: dict[str, Any] | None = None
         has_config = bool(configs)
+        named = has_config or path is not None or name is not None
         for index in self._values_of("--ckpt_path"):
             newest = self._get(index) == "last"
-            self.checkpoint = Path(self._replace(index, lambda value: self._checkpoint(value, root, has_config)))
+            self.checkpoint = Path(self._replace(index, lambda value: self._checkpoint(value, root, named)))
             if command != "fit" and newest:  # the configuration only says whose newest run is meant
                 for name in ("--config", "-c"):
                     self._take(name)
                 configs = []
             self.stored = read_checkpoint(self.checkpoint)["gn_transfer"]
         self.has_config = bool(configs)
+        self.names_images = has_config or bool(
+            self.stored or any(word == "--data" or word.startswith(("--data=", "--data.")) for word in self.argv)
+        )
         if self.stored is not None and not configs and name is None:
             self.config_name = str(self.stored["config_name"])
         if command != "fit" and self.stored is None and not any(a in ("-h", "--help") for a in self.argv):
@@ -70,11 +77,20 @@ class Arguments:
         if self.command != "fit":
             self.argv = ["--ckpt_path", str(find_checkpoint(path, root)), *self.argv]
         elif self._values_of("--config", "-c", "--ckpt_path"):
-            self.argv += ["--data.root", str(path)]
+            self.argv += ["--data.root", str(path.resolve())]
         else:
             recognized = recognize(path)
-            self.argv, self.remarks = [*recognized.options, *self.argv], recognized.remarks
+            chosen, overruled = self._not_given(recognized.options)
+            self.argv, self.remarks = [*chosen, *self.argv], recognized.remarks
+            if overruled:
+                self.remarks.append(f"your options overrule {', '.join(overruled)}")
             self.remarks.append(f"as: gn-transfer {self.command} {shlex.join(self.argv)}")
+
+    def _not_given(self, options: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Leave out what the user gives himself; name that as well."""
+        pairs = list(zip(options[::2], options[1::2], strict=True))
+        overruled = [f"{key} {value}" for key, value in pairs if self._values_of(key)]
+        return [word for pair in pairs if not self._values_of(pair[0]) for word in pair], overruled
 
     def _take(self, option: str) -> str | None:
         """Remove an option that the parser does not know, and give its value."""

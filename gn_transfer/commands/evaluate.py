@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from gn_transfer.commands.training_cli import TrainingCLI, parsed
@@ -42,13 +43,15 @@ def run_parsed(cli: TrainingCLI, stage: str) -> None:
     data.prepare_data()
     data.setup(stage)
     check_classes(stored["classes"], data.classes)
-    for name, text in describe_data(data)[:3]:
-        cli.log.print(f"{name:<9}  {text}")
+    cli.log.print(f"checkpoint {checkpoint}")
+    for name, text in describe_data(data):
+        if name in ("data", "images", "files", "skipped"):
+            cli.log.print(f"{name:<9}  {text}")
     if cli.section.dry_run:
         return
     metrics = evaluate(task, data, cli.build_trainer(), checkpoint, stage, cli.log.print)
     for name, value in metrics.items():
         cli.log.print(f"{name:<20} {value:.4f}")
     run = run_of_checkpoint(checkpoint)
-    if stage == "test" and run is not None and (run.logs / "metrics.json").is_file():
-        cli.log.print(f"recorded in {run.logs / 'metrics.json'}")
+    if run is not None and (run.logs / "metrics.json").is_file():
+        cli.log.print(f"next       gn-transfer report {shlex.quote(str(run.logs))}")

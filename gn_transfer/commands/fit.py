@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning.pytorch import Trainer
 
 from gn_transfer.commands.training_cli import TrainingCLI, parsed
 from gn_transfer.config import ConfigError
+from gn_transfer.data.describe import test_images
 from gn_transfer.training.checkpoint_callbacks import BestCheckpoint
 from gn_transfer.training.plan import Plan, epochs_of, make_plan
 from gn_transfer.training.progress import Throughput
@@ -158,8 +158,7 @@ def summary(cli: TrainingCLI, trainer: Trainer, run: RunFolder) -> list[str]:
         f"gn-transfer fit {shlex.join(_words_without_norm(cli.arguments.typed))} --model.norm "
         f"{'bn_frozen' if cli.task.norm == 'gn_ws' else 'gn_ws'}",
     ]
-    with suppress(ConfigError):  # there are no test images
-        cli.datamodule.list_test()
+    if test_images(cli.datamodule):
         commands.insert(0, f"gn-transfer test --ckpt_path {checkpoint}")
     return [
         *reached,

@@ -35,7 +35,7 @@ def explain(message: str, known_keys: Sequence[str], data_modules: Sequence[str]
 
     Example:
         >>> explain("Unrecognized arguments: --model.nrom gn", ["model.norm", "optimizer.lr"], [])
-        "model.nrom is not a key; did you mean 'model.norm'? Known: model.norm."
+        "model.nrom is not a key; did you mean 'model.norm'? gn-transfer fit --help_all lists all."
     """
     flat = " ".join(message.split())
     if found := re.search(r"""(?:Unrecognized arguments: --?|does not accept option ['"])([\w.-]+)""", flat):
@@ -109,11 +109,14 @@ def _meant(key: str) -> str | None:
     return next((ours for ours, others in _ELSEWHERE.items() if name in others), None)
 
 
+_KINDS = {"NoneType": "null", "int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false"}
+
+
 def _alternatives(kinds: str) -> list[str]:
     """Put the members of a union into words: ``null``, ``a float``, or the values of a Literal."""
     names = []
     for kind, choices in re.findall(r"<class '(\w+)'>|typing\.Literal\[(.+?)\]", kinds):
-        names += _words(choices) if choices else ["null" if kind == "NoneType" else f"a {kind}"]
+        names += _words(choices) if choices else [_KINDS.get(kind, f"a {kind}")]
     return names
 
 
@@ -123,8 +126,9 @@ def _words(choices: str) -> list[str]:
 
 def _unknown_key(key: str, known: Sequence[str]) -> str:
     near = [meant] if (meant := _meant(key)) else difflib.get_close_matches(key, known, n=1)
-    guess = f"did you mean {near[0]!r}? " if near else ""
+    if near:
+        return f"{key} is not a key; did you mean {near[0]!r}? gn-transfer fit --help_all lists all."
     section = key.split(".")[0]
     siblings = [name for name in known if name.split(".")[0] == section]
     allowed = siblings if "." in key and siblings else dict.fromkeys(name.split(".")[0] for name in known)
-    return f"{key} is not a key; {guess}Known: {', '.join(allowed)}."
+    return f"{key} is not a key; known: {', '.join(allowed)}."

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from gn_transfer.config import ConfigError
+from gn_transfer.report.runs import runs_on_images
 
 TEST_FRACTION = 0.2
 """Share of the images that is held out for the test where the folder has no test images of its own."""
@@ -133,18 +132,11 @@ def find_checkpoint(path: Path, root: Path) -> Path:
     for folder in (path, root / "checkpoints" / path.parent.name / path.name):
         if (folder / "best.ckpt").is_file():
             return folder / "best.ckpt"
-    for config in sorted(root.glob("runs/*/*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True):
-        best = root / "checkpoints" / config.parent.parent.name / config.parent.name / "best.ckpt"
-        if best.is_file() and _data_root(config) == path.resolve():
+    for run in runs_on_images(path, root):
+        best = root / "checkpoints" / run.parent.name / run.name / "best.ckpt"
+        if best.is_file():
             return best
     raise ConfigError(f"no run under {root / 'runs'} was trained on {path}; train one: gn-transfer fit {path}")
-
-
-def _data_root(config: Path) -> Path | None:
-    try:
-        return Path(yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["init_args"]["root"]).resolve()
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
-        return None
 
 
 def leading_path(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

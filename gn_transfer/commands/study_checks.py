@@ -117,6 +117,15 @@ def check_values(study: Study, trials: Sequence[Trial]) -> None:
     Raises:
         ConfigError: A value that is not allowed, or no weights for a model and its norm, with the trial that has it.
     """
+    finals = [trial.identity() for trial in trials if trial.stage == "final"]
+    for key, value in study.baseline.items():
+        had = {
+            str(found) for identity in finals for name, found in identity.items() if short_name(name) == short_name(key)
+        }
+        if had and str(value) not in had:
+            raise ConfigError(
+                f"{study.name}: baseline {key}={value}: no trial has it; {did_you_mean(str(value), sorted(had))}."
+            )
     seen: set[tuple[str, ...]] = set()
     for trial in trials:
         pairs: set[tuple[str, ...]] = {

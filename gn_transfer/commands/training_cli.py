@@ -99,7 +99,7 @@ class TrainingCLI(LightningCLI):
         self.log = log or RunLog()
         self.augmentation_changes: list[str] = []
         self._builds = builds
-        strict = {"exit_on_error": False}
+        strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             TransferClassifier,
             ImageDataModule,
@@ -149,6 +149,11 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot be, before anything is built."""
+        if not self.arguments.names_images:
+            raise ConfigError(
+                "no images are named: give their folder, gn-transfer fit PHOTOS (one folder per class in it), or a "
+                "configuration, such as --config sample_gnws.yaml for the sample that comes with the package."
+            )
         trainer = self.section.trainer
         for key, unset, ours in (
             ("precision", None, "mixed_precision.mode"),

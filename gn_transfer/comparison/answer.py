@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from gn_transfer.comparison.comparison import Comparison, Contrast, Group
 
 MOST_CONTRASTS = 6
@@ -22,6 +24,7 @@ def answer(comparison: Comparison) -> list[str]:
     if len(groups) == 1:
         return [f"{best.label} reaches {_reached(best)} ({comparison.metric}, {_seeds(best.n)})."]
     lines = [f"Best: {best.label} with {_reached(best)} ({comparison.metric}, {_seeds(best.n)})."]
+    lines += _no_better_than_guessing(comparison, groups)
     contrasts = sorted(comparison.contrasts, key=lambda contrast: -abs(contrast.difference))
     if not contrasts:
         return [*lines, f"Worst: {groups[-1].label} with {_reached(groups[-1])}."]
@@ -32,11 +35,27 @@ def answer(comparison: Comparison) -> list[str]:
     if powerless:
         fewest = min(contrast.test.pairs for contrast in powerless)
         smallest = max(contrast.test.smallest_p for contrast in powerless)
+        needed = math.ceil(math.log2(2 * len(contrasts) / 0.05))  # the smallest p of n pairs is 2 / 2^n
         lines.append(
             f"With {_seeds(fewest)} the exact paired test cannot give a p-value below {smallest:.2g}, whatever the "
-            "runs reach. Read the intervals, or run at least 6 seeds."
+            f"runs reach, and intervals of so few seeds are too narrow. With {_seeds(needed)} it can reach 0.05"
+            + (f" for all {len(contrasts)} contrasts." if len(contrasts) > 1 else ".")
         )
     return lines
+
+
+def _no_better_than_guessing(comparison: Comparison, groups: list[Group]) -> list[str]:
+    """Name the groups that are not clearly above a model that always names the most frequent class."""
+    guess = comparison.most_frequent_share
+    if guess is None:
+        return []
+    some = [group.label for group in groups if (group.mean if group.low is None else group.low) <= guess]
+    if not some:
+        return []
+    verb = "is" if len(some) == 1 else "are"
+    return [
+        f"{', '.join(some)} {verb} not clearly better than always naming the most frequent class ({100 * guess:.1f} %)."
+    ]
 
 
 def _sentence(contrast: Contrast) -> str:
@@ -47,9 +66,13 @@ def _sentence(contrast: Contrast) -> str:
     interval = f"95 % interval {100 * contrast.low:+.1f} to {100 * contrast.high:+.1f}"
     test = "" if contrast.test.smallest_p > 0.05 else f", p {contrast.test.p:.2g}, after Holm {contrast.p_holm:.2g}"
     shown = "" if contrast.low > 0 or contrast.high < 0 else " This is no clear difference."
+    seeds = contrast.seeds
+    ours, theirs = (100 * sum(group.by_seed[seed] for seed in seeds) / len(seeds) for group in contrast.sides)
+    fewer = len(seeds) < max(group.n for group in contrast.sides)
+    over = f" over the {_seeds(len(seeds))} that both have" if fewer else ""
     return (
         f"{contrast.group.label} is {direction} {contrast.against}: "
-        f"{100 * contrast.group.mean:.1f} % against {100 * contrast.baseline.mean:.1f} % ({interval}{test}).{shown}"
+        f"{ours:.1f} % against {theirs:.1f} %{over} ({interval}{test}).{shown}"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +90,16 @@ class Contrast:
     p_holm: float
 
     @property
+    def sides(self) -> tuple[Group, Group]:
+        """The group and its baseline."""
+        return self.group, self.baseline
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that both have."""
+        return [seed for seed in self.group.by_seed if seed in self.baseline.by_seed]
+
+    @property
     def against(self) -> str:
         """The baseline in words: only that in which it differs from the group."""
         ours, theirs = self.group.settings, self.baseline.settings
@@ -128,6 +138,12 @@ class Comparison:
     def runs(self) -> list[Run]:
         """All runs that are compared."""
         return [run for group in self.groups for run in group.runs]
+
+    @property
+    def most_frequent_share(self) -> float | None:
+        """Share of the most frequent class among the images of the metric; None where no run stored predictions."""
+        targets = next((found.targets for found in self.predictions.values()), None)
+        return None if not targets else max(Counter(targets).values()) / len(targets)
 
     @property
     def exit_code(self) -> int:
@@ -190,7 +206,8 @@ def compare(
     if baseline is None and "norm" in grouping.keys and any(run.settings["norm"] == "bn" for run in runs):
         baseline = {"norm": "bn"}
     pairs = find_baselines(grouping, baseline) if baseline else {}
-    contrasts = _contrasts([(groups[one], groups[other]) for one, other in pairs.items()], resampled)
+    sides = [(groups[one], groups[other]) for one, other in pairs.items()]
+    contrasts = _contrasts(sides, resampled)
     least = min((contrast.test.smallest_p for contrast in contrasts), default=1.0)
     without = [run.name for run in runs if run.folder not in predictions]
     return Comparison(
@@ -205,6 +222,7 @@ def compare(
             *notes,
             *trials,
             *_without_contrast(grouping, pairs, baseline or {}),
+            *_without_common_seed(sides),
             *too_many_contrasts(len(contrasts), least),
             *confounds(grouping, without),
         ],
@@ -237,6 +255,16 @@ def _without_contrast(
     return [
         f"Without a contrast, since no single group with {asked} has otherwise the same settings: {'; '.join(lonely)}. "
         "--where and --baseline choose others."
+    ]
+
+
+def _without_common_seed(sides: Sequence[tuple[Group, Group]]) -> list[str]:
+    """Name the groups that share no seed with what they would be measured against."""
+    return [
+        f"Without a contrast, since they share no seed: {group.label} (seeds {', '.join(map(str, group.by_seed))}) and "
+        f"{baseline.label} (seeds {', '.join(map(str, baseline.by_seed))}). Their splits differ, too."
+        for group, baseline in sides
+        if not set(group.by_seed) & set(baseline.by_seed)
     ]
 
 

@@ -126,7 +126,8 @@ def check_images(
     used = [file for file in report.unreadable if file.split != "unlisted"]
     if used and not skips_bad:
         report.problems.append(
-            f"{len(used)} files cannot be decoded; repair or remove them, or set data.on_bad_image to skip."
+            f"{len(used)} file{'s' * (len(used) != 1)} cannot be decoded; repair or remove, or leave out with "
+            "--data.on_bad_image skip."
         )
     sound = {file.target for file in files if file.split == next(iter(splits)) and not file.error}
     missing = [name for target, name in enumerate(classes) if target not in sound]

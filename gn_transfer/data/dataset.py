@@ -164,4 +164,5 @@ def without_bad_images(
 
 def with_remedy(error: BadImageError) -> BadImageError:
     """Add to the message what the user can do about a bad image."""
-    return BadImageError(error.path, f"{error.reason}. Repair or remove the file, or set data.on_bad_image to skip.")
+    remedy = "Repair or remove the file, or leave it out with --data.on_bad_image skip."
+    return BadImageError(error.path, f"{error.reason}. {remedy}")

@@ -25,7 +25,7 @@ _READS_HEIF = importlib.util.find_spec("pillow_heif") is not None
 _READS_AVIF = bool(features.check("avif"))
 
 SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
     | ({".heic", ".heif"} if _READS_HEIF else set())
     | ({".avif"} if _READS_AVIF else set())
 )
@@ -47,7 +47,7 @@ _JPEG = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _SUFFIX_FORMATS = {
-    ".jpg": "JPEG",
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
     ".jpeg": "JPEG",
     ".png": "PNG",
     ".gif": "GIF",
@@ -95,7 +95,7 @@ class BadImageError(ConfigError):
         return type(self), (self.path, self.reason) if self.path else (self.reason,)
 
 
-def decode_image(path: str | os.PathLike[str], *, least_side: int | None = None) -> npt.NDArray[np.uint8]:
+def decode_image(image: str | os.PathLike[str] | bytes, *, least_side: int | None = None) -> npt.NDArray[np.uint8]:
     """Decode any image to upright 8-bit RGB.
 
     Ordinary JPEGs go through libjpeg-turbo (simplejpeg, or OpenCV where there is EXIF rotation or a fault in the data),
@@ -105,7 +105,7 @@ def decode_image(path: str | os.PathLike[str], *, least_side: int | None = None)
     data *before* the end marker is tolerated as every reader of Pets does (beagle_116, chihuahua_121).
 
     Args:
-        path: The file; its extension is not looked at.
+        image: Path of the file, whose extension is not looked at, or its content.
         least_side: None decodes at full scale. Otherwise a JPEG is decoded at 1/2, 1/4 or 1/8 of its scale where its
             short side still has at least so many pixels.
 
@@ -115,7 +115,8 @@ def decode_image(path: str | os.PathLike[str], *, least_side: int | None = None)
     Raises:
         BadImageError: Missing, empty, truncated, of no known format, or larger than :data:`MAX_PIXELS`.
     """
-    data = _read(path)
+    path = "the image" if isinstance(image, bytes) else image
+    data = _checked(image) if isinstance(image, bytes) else _read(image)
     if data.startswith(_JPEG):
         header = _whole_jpeg_header(data, path)
         if header.components != 4 and header.precision == 8:
@@ -144,7 +145,7 @@ def pillow_to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> npt.NDArr
     try:
         return np.array(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-        raise BadImageError(path, f"cannot be decoded: {error}") from error
+        raise BadImageError(path, f"cannot be decoded: {_flat(error)}") from error
 
 
 def check_image(path: str | os.PathLike[str]) -> None:
@@ -195,7 +196,7 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         with Image.open(path, formats=_known_formats()) as image:
             return image.height, image.width
     except Exception as error:  # a corrupt header surfaces as whatever its parser ran into
-        raise BadImageError(path, f"cannot be opened: {error}") from error
+        raise BadImageError(path, f"cannot be opened: {_flat(error)}") from error
 
 
 class FileKind(NamedTuple):
@@ -257,6 +258,22 @@ def _read(path: str | os.PathLike[str]) -> bytes:
     return data
 
 
+def _checked(data: bytes) -> bytes:
+    """Refuse content that no file could have, as :func:`_read` does."""
+    if not data:
+        raise BadImageError("the image", "empty (0 bytes)")
+    if kind := video_kind(data[:16]):
+        raise BadImageError("the image", f"{kind} video, not an image; extract its frames first")
+    if len(data) > MAX_BYTES:
+        raise BadImageError("the image", f"larger than {MAX_BYTES / 2**20:.0f} MiB")
+    return data
+
+
+def _flat(error: Exception) -> str:
+    """A library's message on one line."""
+    return " ".join(str(error).split())
+
+
 def _os_reason(error: OSError) -> str:
     return "no such file" if isinstance(error, FileNotFoundError) else error.strerror or type(error).__name__
 
@@ -295,14 +312,16 @@ def _open_with_pillow(data: bytes, path: str | os.PathLike[str]) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_known_formats())
     except UnidentifiedImageError as error:
-        kind = ".avif" if data[8:12] in (b"avif", b"avis") else ".heic"
-        if data[4:8] == b"ftyp" and kind in OPTIONAL_SUFFIXES:
-            raise BadImageError(path, f"a HEIC or AVIF image; {OPTIONAL_SUFFIXES[kind]}") from error
-        raise BadImageError(path, f"not an image: starts with {data[:8]!r}") from error
+        if data[4:8] == b"ftyp":
+            kind = ".avif" if data[8:12] in (b"avif", b"avis") else ".heic"
+            name = kind.removeprefix(".").upper()
+            why = OPTIONAL_SUFFIXES.get(kind, f"{len(data):,} bytes, truncated or corrupt")
+            raise BadImageError(path, f"{'an' if kind == '.avif' else 'a'} {name} image; {why}") from error
+        raise BadImageError(path, f"not an image: its first bytes are {data[:8].hex(' ')}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError(path, f"more than {MAX_PIXELS / 1e6:.0f} megapixels: {error}") from error
     except Exception as error:  # a corrupt header surfaces as whatever its parser ran into
-        raise BadImageError(path, f"cannot be opened: {error}") from error
+        raise BadImageError(path, f"cannot be opened: {_flat(error)}") from error
     _check_size(*image.size, path)  # before a pixel is decoded
     return image
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from gn_transfer.config import ConfigError
 from gn_transfer.data.datamodule import ImageDataModule
+from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.data.folder import Folder
 from gn_transfer.data.workers import core_count
 
@@ -20,12 +22,15 @@ def describe_data(data: ImageDataModule) -> list[tuple[str, str]]:
     """
     counts = class_counts(data)
     images = ", ".join(f"{split} {sum(per_class.values()):,}" for split, per_class in counts.items())
+    trains = "train" in counts
+    if trains and (held := len(test_images(data))):
+        images += f", test {held:,} (held back)"
     crops = "" if data.min_crop_scale is None else f", crops from {data.min_crop_scale:.0%} of the area"
     recipe = f"recipe {data.recipe}{crops}" if data.augmentation is None else f"augmentation {data.augmentation}"
     per_class = counts.get("train", next(iter(counts.values())))
     rows = [
         ("data", f"{type(data).__name__} in {data.root}"),
-        ("images", f"{images}; {data.img_size} px, {recipe}"),
+        ("images", f"{images}; {data.img_size} px{f', {recipe}' if trains else ''}"),
         *([("files", data.count_files().describe())] if isinstance(data, Folder) else []),
         ("classes", f"{data.num_classes}: {_shortened(data.classes)}"),
         ("class balance", f"{_balance(per_class)}; class weights {data.class_weights}"),
@@ -36,6 +41,14 @@ def describe_data(data: ImageDataModule) -> list[tuple[str, str]]:
         names = _shortened([f"{path} ({reason})" for path, reason in data.bad_images], most=3)
         rows.append(("skipped", f"{len(data.bad_images)} that cannot be decoded: {names}"))
     return rows
+
+
+def test_images(data: ImageDataModule) -> list[LabeledImage]:
+    """List the test images; none where the data have no test split."""
+    try:
+        return data.list_test()
+    except ConfigError:
+        return []
 
 
 def class_counts(data: ImageDataModule) -> dict[str, dict[str, int]]:

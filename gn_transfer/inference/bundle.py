@@ -41,7 +41,7 @@ GRAPH = "model.onnx"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
 
-ImageSource = str | os.PathLike[str] | npt.NDArray[np.uint8] | Image.Image
+ImageSource = str | os.PathLike[str] | bytes | npt.NDArray[np.uint8] | Image.Image
 
 _REQUIRED = ("classes", "img_size", "crop_fraction", "norm", "backbone", "weights", "files")
 
@@ -51,7 +51,7 @@ class Prediction:
     """What a bundle says about one image.
 
     Attributes:
-        path: The image's file; None for pixels.
+        path: The image's file; None for pixels and contents of files.
         top: The likeliest classes with their probabilities, the likeliest first.
         logits: Of every class, shape ``(classes,)``, float32.
     """
@@ -59,6 +59,9 @@ class Prediction:
     path: str | None
     top: tuple[tuple[str, float], ...]
     logits: npt.NDArray[np.float32] = field(repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        return f"Prediction(label={self.label!r}, prob={self.prob:.4f}, path={self.path!r}, top={self.top})"
 
     @property
     def label(self) -> str:
@@ -97,7 +100,8 @@ class Bundle:
         """Classify images.
 
         Args:
-            images: A list of paths, uint8 RGB arrays ``(H, W, 3)`` of any size, or Pillow images, mixed as you like.
+            images: A list of paths, contents of image files (bytes), uint8 RGB arrays ``(H, W, 3)`` of any size, or
+                Pillow images, mixed as you like.
             top_k: How many classes to name per image, at least 1.
             batch_size: Images per run of the graph; no result depends on it but by rounding.
 
@@ -131,8 +135,8 @@ class Bundle:
         Raises:
             ConfigError: See :meth:`predict`.
         """
-        if isinstance(images, str | os.PathLike | Image.Image):
-            raise ConfigError("predict takes several images: give a list, if of one.")
+        if isinstance(images, str | os.PathLike | Image.Image | bytes):
+            raise ConfigError("predict takes a list of images; for a single image give a list of one: [image].")
         for name, value in (("top_k", top_k), ("batch_size", batch_size)):
             if value < 1:
                 raise ConfigError(f"{name}={value} is out of range; give an integer of at least 1.")
@@ -151,14 +155,14 @@ class Bundle:
         """Decode an image and cut the square that the graph takes, as training's evaluation does.
 
         Args:
-            image: A path, a uint8 RGB array ``(H, W, 3)``, or a Pillow image.
+            image: A path, the content of an image file, a uint8 RGB array ``(H, W, 3)``, or a Pillow image.
 
         Returns:
             Pixels, shape ``(img_size, img_size, 3)``, RGB.
 
         Raises:
             BadImageError: It cannot be decoded.
-            ConfigError: An array of another shape or type.
+            ConfigError: An array of another shape or type, or something else.
         """
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
@@ -169,8 +173,13 @@ class Bundle:
             pixels = image
         elif isinstance(image, Image.Image):
             pixels = pillow_to_rgb(image, getattr(image, "filename", "") or "the image")
-        else:
+        elif isinstance(image, str | os.PathLike | bytes):
             pixels = decode_image(image)
+        else:
+            raise ConfigError(
+                f"{type(image).__name__} is not an image; give a path, the content of an image file as bytes, a uint8 "
+                "RGB array or a Pillow image."
+            )
         return preprocess_image(pixels, self.img_size)
 
     def logits_and_probs(
@@ -205,7 +214,7 @@ class Bundle:
                 continue
             logits, probs = next(scores)
             order = np.argsort(-logits, kind="stable")[:top_k]
-            path = None if isinstance(image, np.ndarray | Image.Image) else os.fspath(image)
+            path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
             yield Prediction(path, tuple((self.classes[i], float(probs[i])) for i in order), logits)
 
 

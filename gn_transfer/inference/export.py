@@ -32,6 +32,7 @@ from gn_transfer.inference.bundle import (
 from gn_transfer.inference.model_card import confused_pairs, model_card
 from gn_transfer.inference.onnx_graph import OPSET, InferenceModel, write_onnx
 from gn_transfer.inference.parity import Parity, ParityError, compare_with_checkpoint
+from gn_transfer.report.runs import runs_on_images
 from gn_transfer.training.checkpoint import check_classes, read_checkpoint, rebuild_task
 from gn_transfer.training.classification import TransferClassifier
 from gn_transfer.training.ema import AS_TRAINED
@@ -43,7 +44,8 @@ def find_checkpoint(path: Path) -> Path:
     """Find the checkpoint that is meant.
 
     Args:
-        path: A .ckpt file, a folder ``checkpoints/CONFIG/RUN`` or ``runs/CONFIG/RUN``.
+        path: A .ckpt file, a folder ``checkpoints/CONFIG/RUN`` or ``runs/CONFIG/RUN``, or the folder of images that a
+            run was trained on: the newest such run.
 
     Returns:
         The file; of a folder best.ckpt, or last.ckpt where no epoch was validated.
@@ -61,6 +63,10 @@ def find_checkpoint(path: Path) -> Path:
         for name in ("best.ckpt", "last.ckpt"):
             if (folder / name).is_file():
                 return folder / name
+    for run in runs_on_images(path, Path()) if path.is_dir() else []:
+        best = Path("checkpoints", run.parent.name, run.name, "best.ckpt")
+        if best.is_file():
+            return best
     what = "has no best.ckpt or last.ckpt" if path.is_dir() else "no such file or folder"
     raise ConfigError(f"{path}: {what}; give a checkpoint, such as checkpoints/pets_gnws/RUN/best.ckpt, or its folder.")
 

@@ -84,7 +84,7 @@ def corrected_momentum(batch_size: int, momentum: float = 0.1, reference: int = 
     return momentum if batch_size == reference else 1.0 - (1.0 - momentum) ** (batch_size / reference)
 
 
-def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
+def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
     r"""Set running means and variances of batch norms to those of whole images, pooled over all batches.
 
     .. math:: \mu = E[x], \qquad \sigma^2 = E[x^2] - E[x]^2
@@ -96,7 +96,8 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
 
     Args:
         model: A model with batch norms of torch or of this package.
-        batches: Inputs of the model, shape ``(B, C, H, W)``, of the size that it trains with.
+        batches: Inputs of the model, shape ``(B, C, H, W)``, of the size that it trains with; also with targets behind
+            them, as data loaders give them.
 
     Returns:
         Number of layers that were set.
@@ -110,7 +111,7 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
     try:
         with torch.no_grad():
             for batch in batches:
-                model(batch)
+                model(batch[0] if isinstance(batch, list | tuple) and isinstance(batch[0], Tensor) else batch)
     finally:
         for each in moments:
             del each.layer.forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gn_transfer.config import ConfigError
+
+_FEWEST_IMAGES = 8  # of fewer the fit says nothing about other images
+_LOST = 0.1  # below this share of the variance a layer is as good as lost
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,10 @@ def calibrate(
     try:
         with torch.no_grad():
             for batch in batches:
-                images = _without_targets(batch)
+                images = inputs_of(batch)
                 for fit in fits.values():
                     fit.images = len(images)
+                    fit.seen += len(images)
                 module(torch.cat([images] * 2) if isinstance(images, Tensor) else [*images, *images])
     finally:
         for norm in fits:
@@ -99,10 +104,20 @@ def calibrate(
         raise ConfigError("the calibration reached no norm; give a few hundred images as batches of the model's input.")
     if bad := [value for value in r2.values() if value != value]:
         raise ConfigError(f"{len(bad)} norms met activations that are not finite; calibrate on other images.")
+    if (seen := sum(fit.seen for fit in fits.values()) // len(fits)) < _FEWEST_IMAGES:
+        warnings.warn(
+            f"calibrated on {seen} images, which fits them and not the data; give a few hundred.", stacklevel=3
+        )
+    if lost := sum(value < _LOST for value in r2.values()):
+        warnings.warn(
+            f"{lost} of {len(r2)} calibrated norms reproduce less than {_LOST:.0%} of their batch norm's variance. "
+            "Were its running statistics ever trained? An untrained model needs no calibration.",
+            stacklevel=3,
+        )
     return r2
 
 
-def _without_targets(batch: Any) -> Any:
+def inputs_of(batch: Any) -> Any:
     """Take the inputs from a data loader's ``(inputs, targets)``; a list of images is inputs itself."""
     if isinstance(batch, list | tuple) and batch:
         first = batch[0]
@@ -122,7 +137,7 @@ class _Fit:
     def __init__(self, layer: nn.GroupNorm, original: BatchNormFunction) -> None:
         self.layer, self.original = layer, original
         self.plain_forward = layer.forward
-        self.images = 0
+        self.images = self.seen = 0
         self.r2: float | None = None
         self._sums: Tensor | None = None
         layer.forward = self.forward  # type: ignore[method-assign]

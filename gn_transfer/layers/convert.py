@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -119,13 +120,17 @@ def convert_norm(
     if norm == "bn_sync" and not cuda_available():
         raise ConfigError("model.norm=bn_sync needs CUDA and none was found; use bn on one device.")
     layers = dict(module.named_modules(remove_duplicate=False))
-    if missing := sorted(set(skip) - set(layers)):
-        raise ConfigError(
-            f"skip names {missing}, which the model lacks; {did_you_mean(missing[0], filter(None, layers))}."
-        )
+    skip = {skip} if isinstance(skip, str) else set(skip)
+    if missing := sorted(skip - set(layers), key=str):
+        last = [name for name in layers if name.rpartition(".")[2] == str(missing[0]).rpartition(".")[2]]
+        near = last or difflib.get_close_matches(str(missing[0]), layers, n=3)
+        guess = f"; did you mean {' or '.join(near[:3])}?" if near else "; see model.named_modules() for its layers."
+        raise ConfigError(f"skip names {missing[0]}, which the model lacks{guess}")
 
     if calibration is not None and norm not in ("gn", "ln", "in"):
-        raise ConfigError(f"calibration leads from batch norm to gn, ln or in, not to model.norm={norm}.")
+        raise ConfigError(
+            f"calibration leads from batch norm to gn, ln or in, not to norm={norm}; leave it out, or choose gn."
+        )
 
     make = _norm_maker(norm, _groups_of(norm, num_groups, group_size, calibrated=calibration is not None))
     standardized = standardizable(layers, depthwise=depthwise) if uses_weight_standardization(norm) else set()
@@ -151,6 +156,18 @@ def convert_norm(
             groups = new.num_groups if isinstance(new, nn.GroupNorm) else None
             replacements.append(Replacement(name, type(layer).__name__, type(new).__name__, channels, groups, zero))
 
+    kept = [
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm3d)
+        and not any(name == s or name.startswith(f"{s}.") for s in skip)
+    ]
+    if kept and norm not in ("bn", "bn_ws"):
+        warnings.warn(
+            f"{len(kept)} norms over sequences or volumes stay as they are and look at the batch: {', '.join(kept[:3])}"
+            f"{', ...' if len(kept) > 3 else ''}. Only norms over images are replaced.",
+            stacklevel=2,
+        )
     if not replacements and not any(has_norm(layer) for layer in new_layers):
         warnings.warn(
             f"the model has no batch norm, group norm or instance norm over images, so norm={norm} replaces nothing.",

@@ -105,6 +105,9 @@ def _curve(
 
 
 def _finish(axes: Axes) -> None:
+    first, last = axes.get_xlim()
+    if last - first < 1:  # a single epoch
+        axes.set_xlim(first - 0.5, last + 0.5)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()

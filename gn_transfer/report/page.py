@@ -27,7 +27,15 @@ from gn_transfer.report.evaluation import (
 )
 from gn_transfer.report.figures import create_figures
 from gn_transfer.report.images import as_address, find_image, thumbnail
-from gn_transfer.report.runs import Predictions, Run, UnusableRunError, find_run_folders, read_mapping, read_run
+from gn_transfer.report.runs import (
+    Predictions,
+    Run,
+    UnusableRunError,
+    find_run_folders,
+    read_mapping,
+    read_run,
+    runs_on_images,
+)
 
 MOST_IMAGES = 12
 """Errors of a kind that the page shows."""
@@ -65,20 +73,23 @@ def choose_run_folder(source: Path) -> Path:
     """Find the run that is meant.
 
     Args:
-        source: A run's folder, or a folder that holds some.
+        source: A run's folder, a folder that holds some, or the folder of images that runs below ``runs/`` were
+            trained on.
 
     Returns:
-        The run; of several the newest.
+        The run; of several the one that started last.
 
     Raises:
         ConfigError: There is none.
     """
-    return max(find_run_folders([source]), key=_last_written)
+    if trained := runs_on_images(source, Path()):
+        return trained[0]
+    return max(find_run_folders([source]), key=_started)
 
 
-def _last_written(folder: Path) -> float:
-    record = folder / "metrics.json"
-    return record.stat().st_mtime if record.is_file() else 0.0
+def _started(folder: Path) -> float:
+    config = folder / "config.yaml"
+    return config.stat().st_mtime if config.is_file() else 0.0
 
 
 def write_page(folder: Path, output: Path) -> Path:
@@ -174,10 +185,11 @@ def answer(
     """
     metrics = run.metrics
     accuracy = float(metrics.get(_VALIDATION, metrics["val/acc1"]))
-    epoch = metrics.get("best/epoch")
+    epoch, planned = metrics.get("best/epoch"), run.settings.get("trainer.max_epochs")
+    epochs = metrics.get("epochs") if metrics["status"] == "finished" or not planned else planned
     lines = [
         f"{_share(accuracy, validation)} of the validation images are right"
-        + (f" after epoch {epoch} of {metrics.get('epochs')}" if epoch is not None else "")
+        + (f" after epoch {epoch} of {epochs}" if epoch is not None else "")
         + (f", and {_share(float(metrics[_TEST]), test)} of the test images." if _TEST in metrics else ".")
     ]
     if _TEST in metrics:
@@ -302,7 +314,7 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
-        else:
+        elif value is not None:
             yield f"{prefix}{key}", str(value)
 
 

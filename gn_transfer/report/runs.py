@@ -166,6 +166,24 @@ def find_run_folders(sources: Sequence[Path]) -> list[Path]:
     return list(found.values())
 
 
+def runs_on_images(images: Path, root: Path) -> list[Path]:
+    """Find the runs that were trained on a folder of images, the one that started last first.
+
+    Args:
+        images: The folder.
+        root: Folder that contains ``runs/``.
+    """
+    configs = sorted(root.glob("runs/*/*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True)
+    return [config.parent for config in configs if _data_root(config) == images.resolve()]
+
+
+def _data_root(config: Path) -> Path | None:
+    try:
+        return Path(str(read_mapping(config)["data"]["init_args"]["root"])).resolve()
+    except (UnusableRunError, KeyError, TypeError):
+        return None
+
+
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Problem]]:
     """Read what can be read.
 

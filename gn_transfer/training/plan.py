@@ -86,7 +86,17 @@ def make_plan(
     steps_per_epoch = -(-batches // micro_batches)
     epochs = max_epochs if max_epochs >= 0 else max(1, -(-max_steps // max(steps_per_epoch, 1)))
     steps = steps_per_epoch * epochs if max_steps < 0 else min(steps_per_epoch * epochs, max_steps)
-    cost = measure_step(task, accumulation.cache_weights, data.batch_size, data.img_size, precision, device)
+    if epochs == 0:
+        raise ConfigError("trainer.max_epochs=0: nothing would be trained; use 1 or more.")
+    try:
+        cost = measure_step(task, accumulation.cache_weights, data.batch_size, data.img_size, precision, device)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("allocate", "out of memory")):
+            raise
+        raise ConfigError(
+            f"data.batch_size={data.batch_size} images of data.img_size={data.img_size} do not fit into memory; choose "
+            "a smaller data.img_size, a smaller data.batch_size, or set model.gradient_checkpointing=true."
+        ) from error
     seconds = cost.seconds * batches * epochs * steps / max(1, steps_per_epoch * epochs)
 
     config, optimizer, report = task.model_config, task.optimizer_config, task.report

@@ -59,8 +59,10 @@ class Throughput(Callback):
 
     @property
     def images_per_sec(self) -> float:
-        """Images trained per second over the whole run, without validation and without the first optimizer step."""
-        return self.images / self.seconds if self.seconds else 0.0
+        """Images trained per second over the whole run, without validation; without the first optimizer step where more
+        followed.
+        """
+        return self.images / self.seconds if self.seconds else self.recent_images_per_sec
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the timer."""
@@ -320,6 +322,8 @@ def _figures(trainer: Trainer) -> str:
     throughput = find_throughput(trainer)
     scores = [getattr(callback, "best_model_score", None) for callback in trainer.checkpoint_callbacks]
     best = [score for score in scores if score is not None]
+    if throughput.recent_loss != throughput.recent_loss:  # no optimizer step yet
+        return "first optimizer step"
     return f"loss {throughput.recent_loss:.3f}  {throughput.recent_images_per_sec:.1f} images/s" + (
         f"  best {float(best[0]):.3f}" if best else ""
     )

@@ -226,13 +226,29 @@ def evaluate(
         [metrics] = run_stage(task, datamodule=data, ckpt_path=str(checkpoint), verbose=False)
     run = run_of_checkpoint(checkpoint)
     record = None if run is None else run.logs / "metrics.json"
-    if stage == "test" and record is not None and record.is_file():
+    if stage == "test" and record is not None and record.is_file() and _is_own_data(task, data):
+        before = read_json(record)
+        if "test/acc1" in before:
+            say(
+                f"note       this run was tested before (test/acc1 {before['test/acc1']:.4f}). A choice made from a "
+                "test figure makes the next one too high."
+            )
         images = data.test_dataset.images
         digest = split_digest(data.test_dataset.paths)
         find(trainer, ImagePredictions).write(record.with_name("predictions_test.csv"), images, data.classes)
-        write_json(record, {**read_json(record), **metrics, "test/checkpoint": checkpoint.name, "test_split": digest})
+        write_json(record, {**before, **metrics, "test/checkpoint": checkpoint.name, "test_split": digest})
+        say(f"recorded   in {record}")
+    elif stage == "test" and record is not None:
+        say("note       these are other images than the run's own, so the run keeps its record as it is")
     found: dict[str, float] = metrics
     return found
+
+
+def _is_own_data(task: TransferTask, data: ImageDataModule) -> bool:
+    """Whether images come from the folder that the checkpoint was trained on, or from where that was moved."""
+    arguments = task.run_config.get("config", {}).get("data", {}).get("init_args", {})
+    trained_in = Path(str(arguments.get("root"))).resolve()
+    return trained_in == Path(data.root).resolve() or not trained_in.exists()  # moved
 
 
 def find(trainer: Trainer, kind: type[Found]) -> Found:

@@ -48,7 +48,7 @@ def test_check_exits_with_2_and_lists(capsys: Any, pets_root: Path) -> None:
         "oxford-iiit-pet/images/Abyssinian_3.jpg",
         "oxford-iiit-pet/images/stray.jpg",
     ]
-    assert facts["problems"][0].startswith("1 files cannot be decoded")
+    assert facts["problems"][0].startswith("1 file cannot be decoded")
     assert [file["split"] for file in facts["in_several_splits"][0]] == ["trainval", "test"]
     assert "trainval: 10 images of Abyssinian, officially 100" in facts["warnings"]
     printed = run(capsys, "check", *pets(pets_root), "--data.on_bad_image", "skip")

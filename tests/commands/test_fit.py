@@ -128,6 +128,8 @@ def test_fit_validate_test(pets_root, capsys, norm):
     assert noted.items() >= metrics.items()
     rows = read_csv(run / "predictions_test.csv")
     assert noted["test_split"] == split_digest(row["path"] for row in rows)
+    assert main(["test", "--ckpt_path", str(checkpoint)]) == 0
+    assert "this run was tested before" in capsys.readouterr().out
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     for said in ("Training images as the model saw them", "<h2>Calibration", "effective batch 4", "of the test images"):
@@ -226,7 +228,7 @@ def test_a_run_goes_on_with_milder_crops_and_says_so(pets_root, capsys):
         (["--data.img_sze", "32"], "did you mean 'data.img_size'"),
         (["--optimizer.lr", "-1"], "optimizer.lr=-1.0 is out of range"),
         (["--optimizer.lr", "fast"], "optimizer.lr=fast is not of type float"),
-        (["--batch_norm.momentum", "fast"], "batch_norm.momentum=fast is not allowed; use null, a float, corrected"),
+        (["--batch_norm.momentum", "fast"], "batch_norm.momentum=fast is not allowed; use null, a number, corrected"),
         (["--trainer.gradient_clip_val", "1"], "set optimizer.clip_norm"),
         (["--ema.decay", "1.0"], "ema.decay=1.0 is out of range"),
         (["--accumulation.effective_batch_size", "3", "--data.batch_size", "2"], "effective_batch_size=3 is not"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -97,10 +98,39 @@ def test_from_a_folder_to_a_tested_model(tmp_path, capsys):
     command = next(line for line in output.splitlines() if "as: gn-transfer" in line).partition("as: ")[2]
     words = shlex.split(command)[1:]
     assert main([*words, "--dry_run"]) == 0  # what it prints can be pasted
+    assert "your options overrule --model.backbone" not in output
+    assert "your options overrule --data.img_size 64, --trainer.max_epochs 30" in output
+    assert "test 4 (held back)" in output
     assert "next       gn-transfer test --ckpt_path checkpoints/my_photos/gn_ws-bs1-seed0/best.ckpt" in output
     for target in ("my photos", "runs/my_photos/gn_ws-bs1-seed0", "checkpoints/my_photos/gn_ws-bs1-seed0"):
         assert main(["test", target]) == 0
     assert main(["validate", "checkpoints/my_photos/gn_ws-bs1-seed0/last.ckpt"]) == 0
+    assert main(["report", "my photos"]) == 0
+    assert Path("runs/my_photos/gn_ws-bs1-seed0/report.html").is_file()
+    assert main(["export", "my photos", "--output", "bundle"]) == 0
+    assert main(["fit", "my photos", "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
+    assert re.search(r"continuing \S*runs/my_photos/gn_ws-bs1-seed0\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fit"], "no images are named: give their folder, gn-transfer fit PHOTOS"),
+        (["data", "check"], "no images are named"),
+        (["fit", "my", "photos"], "put a path with spaces in quotes: 'my photos'"),
+        (["fit", "PHOTOS", "--trainer.max_epoch", "3"], "did you mean 'trainer.max_epochs'?"),
+        (["fit", "PHOTOS", "--trainer.max_epochs", "0"], "nothing would be trained"),
+        (["fit", "PHOTOS", "--data.img_size", "5000000", "--data.cache", "none"], "do not fit into memory"),
+        (["fit", "PHOTOS", "--trainer.max_epochs", "three"], "use null, a whole number"),
+    ],
+)
+def test_what_beginners_type(tmp_path, capsys, words, said):
+    images(tmp_path, "photos/cat", "photos/dog")
+    words = ["photos" if word == "PHOTOS" else word for word in words]
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "data_sample").exists()
 
 
 def test_a_name_for_the_runs(tmp_path):

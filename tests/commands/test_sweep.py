@@ -170,6 +170,11 @@ def test_dry_run_prints_trials_and_time_and_leaves_nothing(pets_root, capsys):
             ["--optimizer.lrr", "1"],
             "optimizer.lrr is not a key; did you mean 'optimizer.lr'",
         ),
+        (
+            "grid: {model.norm: [bn, gn_ws]}\nbaseline: {norm: bn_forzen}",
+            [],
+            "baseline norm=bn_forzen: no trial has it; Allowed: bn, gn_ws",
+        ),
         ("grid: {model.norm: [bn, gnws]}", [], "trial gnws-seed0: model.norm=gnws is not allowed"),
         ("grid: {model.norm: []}", [], "is empty"),
         ("grid: {seed_everything: [1]}", [], "use seeds of the study"),
@@ -253,6 +258,7 @@ def test_asked_to_end_it_says_how_to_go_on(pets_root):
     path = study_file(pets_root, "seeds: 40\ngrid: {model.norm: [bn]}")
     words = [sys.executable, "-u", "-m", "gn_transfer", "sweep", "--config", str(path)]
     command = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert command.stdout.readline().startswith("plan")
     assert command.stdout.readline().startswith("1/40")
     command.terminate()
     said, _ = command.communicate(timeout=120)

@@ -403,6 +403,38 @@ def test_the_answer_comes_first_and_says_what_few_seeds_cannot_show(tmp_path):
     assert page.index(best.replace("+", "+")) < page.index("<h2>Result</h2>")
 
 
+def test_sentences_use_the_means_of_the_seeds_that_both_have(tmp_path):
+    fabricate(tmp_path, "bn", 1, 0, 0.5)
+    fabricate(tmp_path, "bn", 1, 1, 0.2)
+    fabricate(tmp_path, "gn_ws", 1, 0, 0.6)
+    found = answer(compare([tmp_path]))
+    assert any("10.0 points above bn: 60.0 % against 50.0 % over the 1 seed that both have" in line for line in found)
+
+
+def test_groups_without_a_common_seed_are_named(tmp_path):
+    fabricate(tmp_path, "bn", 1, 0, 0.5)
+    fabricate(tmp_path, "gn_ws", 1, 1, 0.6)
+    report = compare([tmp_path])
+    assert report.contrasts == []
+    assert any("they share no seed: gn_ws (seeds 1) and bn (seeds 0)" in note for note in report.notes)
+
+
+def test_a_group_that_only_guesses_is_named(tmp_path):
+    for seed in range(3):
+        fabricate(tmp_path, "bn", 1, seed, 0.25)
+        fabricate(tmp_path, "gn_ws", 1, seed, 0.75)
+    said = "bn is not clearly better than always naming the most frequent class (25.0 %)."
+    assert said in answer(compare([tmp_path]))
+
+
+@pytest.mark.parametrize(("contrasts", "seeds"), [(1, 6), (2, 7)])
+def test_how_many_seeds_could_show_something(tmp_path, contrasts, seeds):
+    for norm in ["bn", "gn_ws", "gn"][: contrasts + 1]:
+        for seed in range(2):
+            fabricate(tmp_path, norm, 1, seed, 0.25 if norm == "bn" else 0.75)
+    assert f"With {seeds} seeds it can reach 0.05" in answer(compare([tmp_path]))[-1]
+
+
 def test_a_curve_of_one_point_is_left_out(tmp_path):
     for folder in two_norms(tmp_path / "runs", seeds=2).iterdir():
         lines = (folder / "epochs.csv").read_text().splitlines()

@@ -74,7 +74,9 @@ def test_damage_that_stops_a_training(root: Path, kind: str, split: str) -> None
     [found] = report.unreadable
     assert (found.path, found.split) == (victim.name, split)
     assert found.error
-    assert report.problems == ["1 files cannot be decoded; repair or remove them, or set data.on_bad_image to skip."]
+    assert report.problems == [
+        "1 file cannot be decoded; repair or remove, or leave out with --data.on_bad_image skip."
+    ]
     assert check(root, names(0, 1, 2, 3), names(4, 5), skips_bad=True).problems == []
 
 

@@ -135,7 +135,7 @@ def test_fit_never_opens_a_test_image(pets_root: Path) -> None:
 
 def test_truncated_image_stops_setup_with_its_path(pets_root: Path) -> None:
     cut_short(pets_root / "oxford-iiit-pet" / "images" / "Abyssinian_3.jpg")
-    with pytest.raises(BadImageError, match=r"Abyssinian_3\.jpg: truncated JPEG.*set data\.on_bad_image to skip"):
+    with pytest.raises(BadImageError, match=r"Abyssinian_3\.jpg: truncated JPEG.*with --data\.on_bad_image skip"):
         pets(pets_root)
 
 
@@ -149,7 +149,7 @@ def test_undecodable_image_stops_the_loader_with_one_clear_line(pets_root: Path,
         list(loader)
     message = str(raised.value)
     assert message.startswith(f"{path}: cannot be decoded")
-    assert message.endswith("set data.on_bad_image to skip.")
+    assert message.endswith("leave it out with --data.on_bad_image skip.")
     assert "\n" not in message
 
 
@@ -213,7 +213,7 @@ def test_validate_sets_up_the_same_validation_images_only(pets_root: Path) -> No
 
 def test_plan(pets_root: Path) -> None:
     rows = dict(describe_data(pets(pets_root, num_workers=None)))
-    assert rows["images"] == "train 24, val 6; 32 px, recipe crop_flip"
+    assert rows["images"] == "train 24, val 6, test 6 (held back); 32 px, recipe crop_flip"
     assert rows["classes"] == "3: Abyssinian, american_bulldog, Maine_Coon"
     assert rows["class balance"] == "8 images each; class weights none"
     assert "compute" in rows["threads"]

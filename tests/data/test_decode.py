@@ -162,7 +162,7 @@ def test_bytes_behind_the_end_marker_are_tolerated(tmp_path: Path, gradient: Ima
     ("content", "reason"),
     [
         (b"", "empty file"),
-        (b"<html>500 Internal Server Error</html>", "not an image: starts with b'<html>50'"),
+        (b"<html>500 Internal Server Error</html>", "not an image: its first bytes are 3c 68 74 6d 6c 3e 35 30"),
         (b"\xff\xd8\xff\xe0", "corrupt JPEG: 4 bytes"),
         (b"GIF89a", "GIF|not an image|cannot be"),
     ],

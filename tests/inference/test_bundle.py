@@ -29,8 +29,10 @@ def test_paths_arrays_and_pillow_images_give_the_same(bundle_dir, tmp_path):
     pixels = flat((10, 60, 20))
     Image.fromarray(pixels).save(tmp_path / "green.png")
     bundle = load_bundle(bundle_dir)
-    found = bundle.predict([tmp_path / "green.png", pixels, Image.fromarray(pixels)], top_k=2)
-    assert [prediction.path for prediction in found] == [str(tmp_path / "green.png"), None, None]
+    content = (tmp_path / "green.png").read_bytes()
+    found = bundle.predict([tmp_path / "green.png", pixels, Image.fromarray(pixels), content], top_k=2)
+    assert [prediction.path for prediction in found] == [str(tmp_path / "green.png"), None, None, None]
+    assert repr(found[0]).startswith("Prediction(label='green', prob=0.9")
     for prediction in found:
         assert (prediction.label, [name for name, _ in prediction.top]) == ("green", ["green", "blue"])
         assert prediction.logits == pytest.approx([1.0, 6.0, 2.0])
@@ -86,7 +88,26 @@ def test_arrays_that_are_no_images(bundle_dir, array):
         load_bundle(bundle_dir).predict([array])
 
 
-@pytest.mark.parametrize("one", ["cat.jpg", Path("cat.jpg"), Image.new("RGB", (4, 4))])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", r"the image: empty \(0 bytes\)"),
+        (b"no image", "the image: not an image: its first bytes are 6e 6f"),
+        (b"\xff\xd8\xff\xe0", "the image: corrupt JPEG"),
+        (b"\x00\x00\x00\x18ftypavif", "an AVIF image; 12 bytes, truncated or corrupt"),
+    ],
+)
+def test_every_bad_upload_raises_the_same_error(bundle_dir, content, reason):
+    with pytest.raises(BadImageError, match=reason):
+        load_bundle(bundle_dir).predict([content])
+
+
+def test_what_is_no_image_at_all(bundle_dir):
+    with pytest.raises(ConfigError, match="NoneType is not an image; give a path, the content"):
+        load_bundle(bundle_dir).predict([None])
+
+
+@pytest.mark.parametrize("one", [b"JPEG", "cat.jpg", Path("cat.jpg"), Image.new("RGB", (4, 4))])
 def test_one_image_is_given_as_a_list(bundle_dir, one):
     with pytest.raises(ConfigError, match="give a list"):
         load_bundle(bundle_dir).predict(one)

@@ -91,7 +91,7 @@ def test_reestimating_on_one_batch_gives_what_training_on_it_computes(kind):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), filled(kind(4)), nn.Conv2d(4, 4, 3), filled(kind(4))).eval()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     x = torch.randn(6, 3, 12, 12)
-    reestimate_statistics(model, [x])
+    reestimate_statistics(model, [(x, torch.zeros(6))])  # as a data loader gives it
     first = nn.functional.conv2d(x, model[0].weight, model[0].bias)
     torch.testing.assert_close(model[1].running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model[1].running_var, first.var((0, 2, 3)) * 1, rtol=1e-4, atol=1e-5)

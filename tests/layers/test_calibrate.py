@@ -12,6 +12,8 @@ from gn_transfer.config import ConfigError
 from gn_transfer.layers import GroupNorm, convert_norm
 from gn_transfer.layers.calibrate import BatchNormFunction, solve_affine
 
+pytestmark = pytest.mark.filterwarnings("ignore:calibrated on . images")  # few, so that tests are quick
+
 
 def settle(model: nn.Module) -> nn.Module:
     """Give batch norms statistics and an affine that are not those of a new model."""

@@ -216,6 +216,13 @@ def test_same_padding_is_kept(size):
     torch.testing.assert_close(back(images), theirs(images))
 
 
+def test_norms_over_sequences_stay_and_are_named():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(4))
+    with pytest.warns(UserWarning, match="1 norms over sequences or volumes stay as they are and look at the batch: 2"):
+        convert_norm(model, "bn_frozen")
+    assert type(convert_norm(model, "bn")[2]) is nn.BatchNorm1d
+
+
 def test_a_model_without_such_norms_is_not_silent():
     with pytest.warns(UserWarning, match="norm=gn replaces nothing"):
         convert_norm(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), "gn")
@@ -230,8 +237,10 @@ def test_refusals_leave_the_net_as_it_was():
         convert_norm(model, "gn", group_size=9)
     with pytest.raises(ConfigError, match="did you mean 'gn_ws'"):
         convert_norm(model, "gnws")
-    with pytest.raises(ConfigError, match="haed"):
-        convert_norm(model, "gn", skip=["haed"])
+    with pytest.raises(ConfigError, match=r"skip names nrom, which the model lacks; did you mean 1\.norm"):
+        convert_norm(model, "gn", skip=["nrom"])
+    with pytest.raises(ConfigError, match=r"skip names norm, which the model lacks; did you mean 1\.norm\?"):
+        convert_norm(model, "gn", skip="norm")
     with pytest.raises(ConfigError, match="ScaledStdConv2d"):
         convert_norm(nn.Sequential(timm.layers.ScaledStdConv2d(4, 4, 3)), "bn")
 
