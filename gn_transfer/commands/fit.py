@@ -10,10 +10,12 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from gn_transfer.backbones import auto_table
 from gn_transfer.commands.training_cli import TrainingCLI, parsed
 from gn_transfer.config import ConfigError
 from gn_transfer.data.describe import test_images
 from gn_transfer.training.checkpoint_callbacks import BestCheckpoint
+from gn_transfer.training.classification import TransferClassifier
 from gn_transfer.training.plan import Plan, epochs_of, make_plan
 from gn_transfer.training.progress import Throughput
 from gn_transfer.training.run_folder import RunFolder, claim_run, run_of_checkpoint
@@ -155,11 +157,10 @@ def summary(cli: TrainingCLI, trainer: Trainer, run: RunFolder) -> list[str]:
         f"gn-transfer export {checkpoint} --output bundle",
         f"gn-transfer report {shlex.quote(str(run.logs))}",
         f"tensorboard --logdir {logs}",
-        f"gn-transfer fit {shlex.join(_words_without_norm(cli.arguments.typed))} --model.norm "
-        f"{'bn_frozen' if cli.task.norm == 'gn_ws' else 'gn_ws'}",
+        f"gn-transfer fit {shlex.join(_words_without_norm(cli.arguments.typed))} {_other_norm(cli.task)}",
     ]
     if test_images(cli.datamodule):
-        commands.insert(0, f"gn-transfer test --ckpt_path {checkpoint}")
+        commands.insert(0, f"gn-transfer test {checkpoint}")
     return [
         *reached,
         f"best       {best}",
@@ -171,6 +172,17 @@ def summary(cli: TrainingCLI, trainer: Trainer, run: RunFolder) -> list[str]:
 def _continues(cli: TrainingCLI, run: RunFolder) -> bool:
     checkpoint = cli.arguments.checkpoint
     return checkpoint is not None and checkpoint.resolve().parent == run.checkpoints.resolve()
+
+
+def _other_norm(task: TransferClassifier) -> str:
+    """The norm that is worth comparing, as options that work with the weights that there are."""
+    config = task.model_config
+    if config.norm == "gn_ws":
+        return "--model.norm bn_frozen"
+    scratch = config.pretrained is None
+    if scratch or any((backbone, norm) == (config.backbone, "gn_ws") for backbone, norm, _ in auto_table()):
+        return "--model.norm gn_ws"
+    return "--model.norm gn --model.conversion calibrated"
 
 
 def _words_without_norm(typed: Sequence[str]) -> list[str]:

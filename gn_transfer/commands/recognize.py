@@ -16,6 +16,11 @@ TEST_FRACTION = 0.2
 _SAMPLES = 4_000  # images to train on, with repetitions, for a small folder
 _FEW = 200  # below this number of training images, an optimizer step takes half as many
 _GROUPED = 5_000  # up to this number of images, all are decoded to find near-duplicates before the split
+# Frozen BN bears a third of the learning rate of GN+WS, or less; a new head learns faster.
+_OF_THE_PACKAGE = (
+    *("--model.backbone", "tf_efficientnet_lite0", "--model.norm", "bn_frozen", "--data.img_size", "224"),
+    *("--optimizer.lr", "0.0003", "--optimizer.head_lr", "0.003"),
+)
 _OXFORD = Path("annotations", "trainval.txt")
 
 
@@ -88,6 +93,7 @@ def _folder(path: Path, hub_answers: bool | None) -> Recognized:
 def _choose_weights(hub_answers: bool | None) -> tuple[list[str], str]:
     """Choose pretrained weights that can be had, and say why."""
     from gn_transfer.backbones import hub
+    from gn_transfer.backbones.packages import find_file
     from gn_transfer.backbones.pretrained import resolve_pretrained
 
     large = resolve_pretrained("resnetv2_50", "gn_ws", "auto")
@@ -97,10 +103,15 @@ def _choose_weights(hub_answers: bool | None) -> tuple[list[str], str]:
     if cached or (hub.answers() if hub_answers is None else hub_answers):
         place = "in the cache of the Hugging Face hub" if cached else "90 MB from the Hugging Face hub"
         return [], f"ResNetV2-50 with GN+WS at 224 px, pretrained on ImageNet-21k ({place})"
+    if find_file("tf_efficientnet_lite0") is not None:
+        return list(_OF_THE_PACKAGE), (
+            "EfficientNet-Lite0 with frozen BN at 224 px, pretrained on ImageNet-1k (from the package of "
+            "gn-transfer[imagenet]), because the Hugging Face hub does not answer"
+        )
     options = ["--model.backbone", "resnetv2_18", "--data.img_size", "64", "--optimizer.lr", "0.01"]
     return options, (
         "ResNetV2-18 with GN+WS at 64 px, the small weights that come with gn-transfer (Tiny-ImageNet), because the "
-        "Hugging Face hub does not answer; with a network, ResNetV2-50 at 224 px is far better"
+        "Hugging Face hub does not answer; far better: a network, or pip install 'gn-transfer[imagenet]'"
     )
 
 

@@ -89,7 +89,7 @@ def test_fit_validate_test(pets_root, capsys, norm):
     assert main(["fit", *command]) == 0
     printed = capsys.readouterr().out
     assert "effective batch 4" in printed
-    assert "gn-transfer test --ckpt_path" in printed
+    assert "gn-transfer test checkpoints" in printed
     assert "gn-transfer export " in printed
     assert ("Accumulation does not help BN" in printed) == (norm == "bn")
 

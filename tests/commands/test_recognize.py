@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from gn_transfer.__main__ import main
-from gn_transfer.backbones import hub
+from gn_transfer.backbones import hub, packages
 from gn_transfer.commands.arguments import Arguments
 from gn_transfer.commands.recognize import recognize
 from gn_transfer.config import ConfigError
@@ -31,6 +31,7 @@ def without_a_network(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "answers", lambda: False)
     monkeypatch.setattr(hub, "in_cache", lambda repository: False)
+    monkeypatch.setattr(packages, "find_file", lambda architecture: None)
 
 
 def value(options: list[str], key: str) -> str | None:
@@ -60,6 +61,17 @@ def test_the_larger_weights_where_they_can_be_had(tmp_path, monkeypatch):
     assert "90 MB from the Hugging Face hub" in found.remarks[2]
     monkeypatch.setattr(hub, "in_cache", lambda repository: True)
     assert "in the cache" in recognize(tmp_path, hub_answers=False).remarks[2]
+
+
+def test_imagenet_weights_from_a_package_where_there_is_no_hub(tmp_path, monkeypatch):
+    images(tmp_path, "photos/cat", "photos/dog")
+    monkeypatch.setattr(packages, "find_file", Path)
+    found = recognize(Path("photos"))
+    assert value(found.options, "--model.backbone") == "tf_efficientnet_lite0"
+    assert value(found.options, "--model.norm") == "bn_frozen"
+    assert value(found.options, "--data.img_size") == "224"
+    assert "gn-transfer[imagenet]" in found.remarks[2]
+    assert value(recognize(Path("photos"), hub_answers=True).options, "--model.backbone") is None
 
 
 def test_oxford_pets(pets_root):
@@ -101,7 +113,7 @@ def test_from_a_folder_to_a_tested_model(tmp_path, capsys):
     assert "your options overrule --model.backbone" not in output
     assert "your options overrule --data.img_size 64, --trainer.max_epochs 30" in output
     assert "test 4 (held back)" in output
-    assert "next       gn-transfer test --ckpt_path checkpoints/my_photos/gn_ws-bs1-seed0/best.ckpt" in output
+    assert "next       gn-transfer test checkpoints/my_photos/gn_ws-bs1-seed0/best.ckpt" in output
     for target in ("my photos", "runs/my_photos/gn_ws-bs1-seed0", "checkpoints/my_photos/gn_ws-bs1-seed0"):
         assert main(["test", target]) == 0
     assert main(["validate", "checkpoints/my_photos/gn_ws-bs1-seed0/last.ckpt"]) == 0
