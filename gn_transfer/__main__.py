@@ -71,11 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(
                 f"{command!r} is not a command; {did_you_mean(command, COMMANDS)}. See gn-transfer --help."
             )
-        if command in ("fit", "validate", "test") and {"-h", "--help"} & set(rest):
+        asked = {"-h", "--help"} & set(rest[:1] if command == "data" else rest)
+        if command in ("fit", "validate", "test", "data") and (asked or [command, *rest] == ["data"]):
             from gn_transfer.commands.short_help import short_help
 
             print(short_help(command))
-            return 0
+            return 0 if asked else 2
         if command in _LOADS_TORCH and sys.stderr.isatty():  # imports take seconds; the terminal must not stay blank
             print(f"gn-transfer {__version__} {command}: loading", file=sys.stderr, flush=True)
         if command in ("validate", "test"):

@@ -11,6 +11,7 @@ from docstring_parser import parse
 
 from gn_transfer.__main__ import COMMANDS
 from gn_transfer.commands import backbones, compare, data, export, predict, report, sweep
+from gn_transfer.commands.short_help import DATA_COMMANDS
 from gn_transfer.commands.training_cli import CALLBACKS, CONFIGS, DATA
 from gn_transfer.data import ImageDataModule
 
@@ -65,7 +66,7 @@ def commands() -> str:
     training = {"fit", "validate", "test"}
     parsers = {
         "sweep": [sweep.create_parser()],
-        "data": [data.create_parser(name) for name in data.COMMANDS],
+        "data": [data.create_parser(name) for name in DATA_COMMANDS],
         "export": [export.create_parser()],
         "predict": [predict.create_parser()],
         "report": [report.create_parser()],

@@ -66,6 +66,11 @@ class TransferReport:
         if self.source == "from scratch":
             return self.source
         counts = [f"{len(self.loaded)} tensors loaded"]
+        if self.reinitialized and set(self.dropped) <= set(self.reinitialized):  # the last layer, and nothing else
+            counts.append(f"a new last layer for your classes ({', '.join(self.reinitialized)})")
+            return f"{self.source}: " + "; ".join(
+                [*counts, *([f"{len(self.converted)} converted"] if self.converted else [])]
+            )
         for label in ("dropped", "reinitialized", "converted"):
             keys = getattr(self, label)
             if keys:

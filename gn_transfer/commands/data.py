@@ -12,6 +12,7 @@ from rich import get_console
 from rich.table import Table
 
 from gn_transfer.commands.parsing import Parser
+from gn_transfer.commands.short_help import DATA_COMMANDS
 from gn_transfer.commands.training_cli import parsed
 from gn_transfer.config import ConfigError, did_you_mean
 from gn_transfer.data import Folder, ImageDataModule, Pets
@@ -24,21 +25,6 @@ from gn_transfer.data.sample import write_sample
 from gn_transfer.data.workers import core_count
 from gn_transfer.training.classification import TransferClassifier
 from gn_transfer.training.tensorboard import training_contact_sheet
-
-COMMANDS = {
-    "check": "decode everything; report corruption, duplicates, the same image in two splits, counts",
-    "sample": "write the embedded sample: gn-transfer data sample --root data_sample",
-    "cache": "decode everything into the disk cache ahead of training",
-    "show": "write a contact sheet of what the model sees: gn-transfer data show --config X --output sheet.png",
-}
-
-_HELP = """\
-usage: gn-transfer data COMMAND [options]
-
-{commands}
-
-check, cache and show take --config and every other option of fit (gn-transfer fit --help), such as --data Folder
---data.root PATH; gn-transfer data COMMAND --help lists what each has besides."""
 
 _SHOWN = 10
 
@@ -57,14 +43,10 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: The user's mistake.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
-        width = max(map(len, COMMANDS))
-        print(_HELP.format(commands="\n".join(f"  {command:<{width}}  {text}" for command, text in COMMANDS.items())))
-        return 0 if arguments else 2
     command, *rest = arguments
-    if command not in COMMANDS:
+    if command not in DATA_COMMANDS:
         raise ConfigError(
-            f"data {command}: not a command; {did_you_mean(command, COMMANDS)}. See gn-transfer data --help."
+            f"data {command}: not a command; {did_you_mean(command, DATA_COMMANDS)}. See gn-transfer data --help."
         )
     try:
         options, others = create_parser(command).parse_known_args(rest)
@@ -180,13 +162,16 @@ def _table(report: CheckResult, notes: Sequence[str], data: ImageDataModule) -> 
     _rows(table, "same pixels", [" = ".join(map(_name, group)) for group in report.duplicates])
     _rows(
         table,
-        "near_duplicates",
-        [f"{_name(one)} ~ {_name(other)} ({apart:.1f})" for one, other, apart in report.near_duplicates],
+        "near-duplicates",  # those of different splits first: they make a test too easy
+        [
+            f"{_name(one)} ~ {_name(other)}, {apart:.1f} of 255 grey levels apart"
+            for one, other, apart in sorted(report.near_duplicates, key=lambda pair: pair[0].split == pair[1].split)
+        ],
     )
     for name, lines in (("note", notes), ("warning", report.warnings), ("problem", report.problems)):
         for line in lines:
             table.add_row(name, line)
-    table.add_row("result", "something would stop a training" if report.problems else "nothing would stop a training")
+    table.add_row("result", "not ready: see the problems" if report.problems else "ready to train")
     return table
 
 
@@ -203,7 +188,12 @@ def _rows(table: Table, name: str, lines: Sequence[str]) -> None:
 
 def create_parser(command: str) -> Parser:
     """Create the parser of a command of ``data``."""
-    parser = Parser(prog=f"gn-transfer data {command}", description=COMMANDS[command])
+    also = "Takes PATH, the folder of images, and the options of fit that are about data, too."
+    parser = Parser(
+        prog=f"gn-transfer data {command}",
+        description=DATA_COMMANDS[command],
+        epilog=None if command == "sample" else also,
+    )
     if command == "check":
         parser.add_argument("--format", choices=["table", "json"], default="table", help="what to print")
     elif command == "show":

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from gn_transfer.commands.training_cli import TrainingCLI, parsed
 from gn_transfer.data.describe import describe_data
+from gn_transfer.report.evaluation import wilson_interval
 from gn_transfer.training.checkpoint import check_classes
 from gn_transfer.training.run_folder import run_of_checkpoint
 from gn_transfer.training.run_log import RunLog
@@ -52,6 +53,11 @@ def run_parsed(cli: TrainingCLI, stage: str) -> None:
     metrics = evaluate(task, data, cli.build_trainer(), checkpoint, stage, cli.log.print)
     for name, value in metrics.items():
         cli.log.print(f"{name:<20} {value:.4f}")
+    prefix, split = ("test", "test_dataset") if stage == "test" else ("val", "val_dataset")
+    images = len(getattr(data, split))
+    right = round(metrics[f"{prefix}/acc1"] * images)
+    low, high = wilson_interval(right, images)
+    cli.log.print(f"{right:,} of {images:,} images are right: {right / images:.1%} [{100 * low:.1f}, {100 * high:.1f}]")
     run = run_of_checkpoint(checkpoint)
     if run is not None and (run.logs / "metrics.json").is_file():
         cli.log.print(f"next       gn-transfer report {shlex.quote(str(run.logs))}")

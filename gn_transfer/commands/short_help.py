@@ -1,4 +1,4 @@
-"""``gn-transfer fit --help``: one screen with what people set. ``--help_all`` lists every option."""
+"""Help that appears at once, without the imports of a training: one screen with what people set."""
 
 from __future__ import annotations
 
@@ -46,10 +46,28 @@ Example: gn-transfer {command} checkpoints/photos/gn_ws-bs1-seed0/best.ckpt
 """
 
 
+DATA_COMMANDS = {
+    "check": "decode everything; report corruption, duplicates, the same image in two splits, counts",
+    "sample": "write the embedded sample: gn-transfer data sample --root data_sample",
+    "cache": "decode everything into the disk cache ahead of training",
+    "show": "write a contact sheet of what the model sees: gn-transfer data show --config X --output sheet.png",
+}
+
+DATA = """\
+usage: gn-transfer data COMMAND PATH [options]
+
+{commands}
+
+check, cache and show take the folder of images, or --config and every other option of fit (gn-transfer fit --help),
+such as --data.test_fraction 0.2; gn-transfer data COMMAND --help lists what each has besides.
+"""
+
+
 def short_help(command: str) -> str:
-    """Compose the help of ``fit``, ``validate`` or ``test``."""
-    return (
-        FIT
-        if command == "fit"
-        else EVALUATE.format(command=command, split="validation" if command == "validate" else "test")
-    )
+    """Compose the help of ``fit``, ``validate``, ``test`` or ``data``."""
+    if command == "fit":
+        return FIT
+    if command == "data":
+        width = max(map(len, DATA_COMMANDS))
+        return DATA.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in DATA_COMMANDS.items()))
+    return EVALUATE.format(command=command, split="validation" if command == "validate" else "test")

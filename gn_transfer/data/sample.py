@@ -40,7 +40,7 @@ class Sample(Pets):
     """
 
     def __init__(self, root: Path | str = "data_sample", **options: Any) -> None:
-        super().__init__(root, download=False, **options)
+        super().__init__(root, **{**options, "download": False})  # the configuration of a run names all keys of Pets
 
     def prepare_data(self) -> None:
         """Write the images unless they are there; Lightning calls it once per machine."""

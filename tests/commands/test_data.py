@@ -34,7 +34,7 @@ def pets(root: Path) -> list[str]:
 def test_check_prints_and_leaves_nothing(capsys: Any, pets_root: Path) -> None:
     printed = run(capsys, "check", *pets(pets_root))
     assert "trainval    30 images, 3 classes, 10 to 10 per class" in printed
-    assert "nothing would stop a training" in printed
+    assert "ready to train" in printed
     assert not Path("runs").exists()
 
 
@@ -156,7 +156,7 @@ def test_check_finds_what_fit_would_refuse(capsys: Any, tmp_path: Path) -> None:
         for index in range(number):
             Image.new("RGB", (70, 70), (60 * index, 9, 9)).save(tmp_path / "photos" / name / f"{index}.png")
     printed = run(capsys, "check", "--data", "Folder", "--data.root", "photos", code=2)
-    assert "something would stop a training" in printed
+    assert "not ready: see the problems" in printed
     assert "has 1 image" in " ".join(printed.split())
     assert main(["fit", "photos", "--data.test_fraction", "0"]) == 2
     assert "has 1 image" in capsys.readouterr().err

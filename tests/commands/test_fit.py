@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import time
@@ -124,7 +125,9 @@ def test_fit_validate_test(pets_root, capsys, norm):
     assert "test/acc1" not in metrics
     assert main(["test", "--ckpt_path", str(checkpoint)]) == 0
     noted = json.loads((run / "metrics.json").read_text())
-    assert f"test/acc1            {noted['test/acc1']:.4f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"test/acc1            {noted['test/acc1']:.4f}" in printed
+    assert re.search(r"\d of 6 images are right: \d+\.\d% \[\d+\.\d, \d+\.\d\]", printed)
     assert noted.items() >= metrics.items()
     rows = read_csv(run / "predictions_test.csv")
     assert noted["test_split"] == split_digest(row["path"] for row in rows)

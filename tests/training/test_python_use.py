@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gn_transfer as gnt
 from gn_transfer.config import ConfigError
+from gn_transfer.inference.export import export_bundle
 from gn_transfer.training.run_folder import claim_run
 from gn_transfer.training.train import create_trainer, prepare, train
 
@@ -103,3 +104,14 @@ def test_a_script_leaves_what_the_command_leaves(
     assert main(["export", str(best), "--output", "bundle"]) == 0
     assert main(["fit", "--ckpt_path", str(run.checkpoints / "last.ckpt"), "--trainer.max_epochs", "2"]) == 0
     assert main(["compare", str(run.logs)]) == 0
+
+
+def test_a_script_on_the_sample_can_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = task()
+    data = gnt.Sample("sample", img_size=64, num_workers=0, shots_per_class=2, val_fraction=0.02, cache="none")
+    trainer = create_trainer(max_epochs=1, limit_train_batches=2, figures=False, log_every_n_steps=1)
+    prepare(module, data)
+    run = claim_run(Path(), "sample", module.norm, data.batch_size, data.seed)
+    train(module, data, trainer, run, loggers=None)
+    assert export_bundle(run.checkpoints / "best.ckpt", Path("bundle")).holds
