@@ -86,7 +86,7 @@ def print_plan(console: Console, study: Study, trials: Sequence[Trial], workers:
     console.print(
         f"{len(trials)} trials ({', '.join(f'{count} {stage}' for stage, count in stages.items())}); about "
         f"{duration(total / workers)} of training steps with {workers} worker{'s' * (workers > 1)}; start, validation "
-        "and test come on top, a second or two for each trial."
+        "and test come on top, some seconds for each trial. Measured now: a busy machine is slower."
     )
     for block in study.arms:
         if (select := block.select) is not None:

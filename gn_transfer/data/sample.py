@@ -39,8 +39,11 @@ class Sample(Pets):
         **options: Those of :class:`gn_transfer.data.ImageDataModule`; the images (80 px) do not depend on the seed.
     """
 
+    NOT_OPTIONS = frozenset({"download"})
+    """Arguments of the base that are not for the user to set."""
+
     def __init__(self, root: Path | str = "data_sample", **options: Any) -> None:
-        super().__init__(root, **{**options, "download": False})  # the configuration of a run names all keys of Pets
+        super().__init__(root, download=False, **options)
 
     def prepare_data(self) -> None:
         """Write the images unless they are there; Lightning calls it once per machine."""

@@ -59,10 +59,10 @@ class Choice:
 
     def __str__(self) -> str:
         tried = ", ".join(
-            f"{value:g}: {'failed' if mean is None else f'{mean:.3f}'}" for value, mean in self.scores.items()
+            f"{value:g} {'failed' if mean is None else f'{mean:.1%}'}" for value, mean in self.scores.items()
         )
-        edge = "; at the edge of what was tried: the best may lie beyond" if self.at_edge else ""
-        return f"{self.group}: {self.key} {self.value:g} ({tried}){edge}"
+        edge = "; at the edge of what was tried: the best may lie beyond, so give more values" if self.at_edge else ""
+        return f"{self.group}: {self.key} {self.value:g}, chosen by mean val/acc1 ({tried}){edge}"
 
 
 @dataclass

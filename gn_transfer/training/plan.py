@@ -126,7 +126,7 @@ def make_plan(
             f"{cost.state_mib:,.0f} of weights, gradients and optimizer, the rest of "
             + ("working copies" if device.type == "cuda" else "the program and working copies"),
         ),
-        ("time", f"about {duration(seconds)} of training steps"),
+        ("time", f"about {duration(seconds)} of training steps, measured now"),
     ]
     warnings = advice(task, data.batch_size, micro_batches)
     if frozen_epochs >= epochs > 0:

@@ -281,7 +281,7 @@ def config_of(task: Any, data: ImageDataModule, trainer: Trainer) -> dict[str, A
         for kind in type(data).__mro__
         if issubclass(kind, ImageDataModule)
         for name, parameter in inspect.signature(kind).parameters.items()
-        if name != "seed" and parameter.kind is not parameter.VAR_KEYWORD
+        if name not in {"seed", *getattr(data, "NOT_OPTIONS", ())} and parameter.kind is not parameter.VAR_KEYWORD
     ]
     given = {name: getattr(data, name, None) for name in dict.fromkeys(parameters)}
     return {

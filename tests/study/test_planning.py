@@ -132,7 +132,9 @@ def test_the_best_on_average_goes_on(study):
     finals = [trial for trial in planned.trials if trial.stage == "final"]
     assert [trial.name for trial in finals][:2] == ["bn-lr0.2-seed0", "gn_ws-lr0.2-seed0"]
     assert len(finals) == 2 * 3
-    assert str(planned.choices[0]) == "norm=bn: optimizer.lr 0.2 (0.1: 0.700, 0.2: 0.800, 0.4: 0.000)"
+    assert str(planned.choices[0]) == (
+        "norm=bn: optimizer.lr 0.2, chosen by mean val/acc1 (0.1 70.0%, 0.2 80.0%, 0.4 0.0%)"
+    )
 
 
 def test_one_group_does_not_wait_for_the_other(study):
