@@ -128,10 +128,12 @@ def _print(rows: list[dict[str, Any]], norm: Norm | None) -> None:
             highlight=False,
         )
         return
+    # Wider than a narrow terminal, which then breaks a line itself: a name that is cut in two cannot be copied.
+    console = Console(width=max(console.width, 110))
     table = Table(box=None, pad_edge=False, show_edge=False)
     for column in ("backbone", "norm", "where"):
         table.add_column(column, no_wrap=True)
-    table.add_column("weights, what they pretrained_on, pixels (mean / std, trained at)", overflow="fold")
+    table.add_column("weights, pretrained on, pixels (mean / std, trained at)", overflow="fold")
     for row in rows:
         lines = [row["weights"]]
         if row["mean"] is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,6 +74,9 @@ def fit(
     run = run or choose_run(cli, trainer)
     if trainer.is_global_zero:
         log.print(f"{'continuing' if _continues(cli, run) else 'run':<10} {run.logs}")
+        first = run.logs.with_name(re.sub(r"-\d+$", "", run.logs.name))
+        if first != run.logs and first.is_dir() and not _continues(cli, run):
+            log.print(f"note       there is a run {first.name} already; --ckpt_path last would continue the newest")
         if cli.augmentation_changes:
             log.print(f"augmentation changes from here on: {', '.join(cli.augmentation_changes)}")
     try:

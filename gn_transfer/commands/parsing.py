@@ -46,7 +46,9 @@ def explain(message: str, known_keys: Sequence[str], data_modules: Sequence[str]
     section = "data." if "Problem with given class_path" in flat else ""
     if found := re.search(r"""Parser key "([\w.]+)": Expected a typing\.Literal\[(.+?)\]\. Got value: (.*)""", flat):
         key, choices, value = found.groups()
-        return f"{section}{key}={value} is not allowed; {did_you_mean(value, _words(choices))}."
+        norm = _NORM_NAMES.get(re.sub(r"[\W_]|norm(2d|ation)?$", "", value.lower()))
+        meant = norm if norm in _words(choices) else value
+        return f"{section}{key}={value} is not allowed; {did_you_mean(meant, _words(choices))}."
     if found := re.search(r"""Parser key "data":.*Given value: (\w+)$""", flat):
         return f"data={found[1]} is not a data module; {did_you_mean(found[1], data_modules)}."
     if found := re.search(r"""Parser key "([\w.]+)": Expected an? <class '(\w+)'>\. Got value: (.*)""", flat):
@@ -109,6 +111,14 @@ def _meant(key: str) -> str | None:
     return next((ours for ours, others in _ELSEWHERE.items() if name in others), None)
 
 
+_NORM_NAMES = {
+    "batch": "bn",
+    "group": "gn",
+    "layer": "ln",
+    "instance": "in",
+    "frozenbatch": "bn_frozen",
+    "syncbatch": "bn_sync",
+}
 _KINDS = {"NoneType": "null", "int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false"}
 
 

@@ -146,7 +146,7 @@ def check_images(
         group for group in report.duplicates if len({file.target for file in group if file.split != "unlisted"}) > 1
     ]
     if conflicting:
-        report.warnings.append(f"{len(conflicting)} images are there under more than one class.")
+        report.warnings.append(f"{len(conflicting)} image{'s' * (len(conflicting) != 1)} under more than one class.")
     if report.leaks:
         report.warnings.append(
             f"{len(report.leaks)} images are on both sides of a split, exactly or nearly: its figures flatter."

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -281,7 +282,10 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     path = folder / METADATA
     if not path.is_file():
         what = "no such folder" if not folder.exists() else f"not a bundle, it has no {METADATA}"
-        raise ConfigError(f"{folder}: {what}; make one with gn-transfer export CHECKPOINT --output DIR.")
+        raise ConfigError(
+            f"{folder}: {what}; make one with gn-transfer export "
+            f"{shlex.quote(str(folder)) if folder.exists() else 'CHECKPOINT'} --output DIR."
+        )
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also UnicodeDecodeError

@@ -46,8 +46,8 @@ def read_checkpoint(path: str | Path, argument: str = "--ckpt_path") -> dict[str
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever a corrupt file leads it to
         raise ConfigError(
-            f"{argument} {path} cannot be read ({type(error).__name__}); it is corrupt or holds more than plain "
-            "values and tensors. Use another checkpoint of the run, such as best.ckpt."
+            f"{argument} {path} cannot be read as a checkpoint ({type(error).__name__}): it is none, it is corrupt, or "
+            "it holds more than plain values and tensors. Use another checkpoint of the run, such as best.ckpt."
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("gn_transfer"), dict):
         raise ConfigError(

@@ -134,6 +134,9 @@ def test_from_a_folder_to_a_tested_model(tmp_path, capsys):
         (["fit", "PHOTOS", "--trainer.max_epochs", "0"], "nothing would be trained"),
         (["fit", "PHOTOS", "--data.img_size", "5000000", "--data.cache", "none"], "do not fit into memory"),
         (["fit", "PHOTOS", "--trainer.max_epochs", "three"], "use null, a whole number"),
+        (["fit", "PHOTOS", "--model.norm", "GroupNorm"], "did you mean 'gn'?"),
+        (["fit", "PHOTOS", "--model.norm", "batch_norm"], "did you mean 'bn'?"),
+        (["test", "photos/cat/0.png"], "cannot be read as a checkpoint"),
     ],
 )
 def test_what_beginners_type(tmp_path, capsys, words, said):
