@@ -31,7 +31,7 @@ from gn_transfer.backbones.transfer import (
 )
 from gn_transfer.backbones.weights import Weights, read_weights
 from gn_transfer.config import ConfigError, Norm
-from gn_transfer.layers import Replacement, convert_norm, default_groups, has_norm
+from gn_transfer.layers import Replacement, convert_norm, default_groups, is_norm
 
 CALIBRATION_BATCH = 64
 """Images that a calibration holds at a time; the memory is that of twice as many."""
@@ -182,19 +182,19 @@ def replace_norms(
 
 def _check_norms(model: nn.Module, norm: Norm) -> None:
     """Refuse a model whose norms ``model.norm`` cannot replace."""
-    kinds = {type(layer).__name__: name for name, layer in model.named_modules() if "Norm" in type(layer).__name__}
-    name = type(model).__name__
-    if not any(has_norm(layer) for layer in model.modules()):
+    model_name = type(model).__name__
+    if not any(is_norm(layer) for layer in model.modules()):
+        kinds = sorted({type(layer).__name__ for layer in model.modules() if "Norm" in type(layer).__name__})
         found = f"its norms are {', '.join(kinds)}" if kinds else "it has no norms"
         raise ConfigError(
-            f"model.backbone: {name} has no BatchNorm or GroupNorm for model.norm to replace ({found}); choose a "
-            "convolutional model with BatchNorm. gn-transfer backbones lists models that were tried."
+            f"model.backbone: {model_name} has no BatchNorm or GroupNorm for model.norm to replace ({found}); choose a "
+            "convolutional model with BatchNorm, such as resnet50 or efficientnet_b0."
         )
     flat = [name for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm3d)]
     if flat and norm != "bn":
         raise ConfigError(
-            f"model.backbone: {name} has {len(flat)} norms of another kind than BatchNorm2d ({flat[0]} and others), "
-            f"which model.norm={norm} cannot replace; choose model.norm=bn or another backbone."
+            f"model.backbone: {model_name} has {len(flat)} norms of another kind than BatchNorm2d ({flat[0]} and "
+            f"others), which model.norm={norm} cannot replace; choose model.norm=bn or another backbone."
         )
 
 

@@ -9,9 +9,10 @@ from gn_transfer.commands.training_cli import TrainingCLI, parsed
 from gn_transfer.data.describe import describe_data
 from gn_transfer.report.evaluation import wilson_interval
 from gn_transfer.training.checkpoint import check_classes
+from gn_transfer.training.predictions import ImagePredictions
 from gn_transfer.training.run_folder import run_of_checkpoint
 from gn_transfer.training.run_log import RunLog
-from gn_transfer.training.train import evaluate
+from gn_transfer.training.train import evaluate, find
 
 
 def run(stage: str, arguments: Sequence[str], log: RunLog | None = None) -> int:
@@ -50,11 +51,12 @@ def run_parsed(cli: TrainingCLI, stage: str) -> None:
             cli.log.print(f"{name:<9}  {text}")
     if cli.section.dry_run:
         return
-    metrics = evaluate(task, data, cli.build_trainer(), checkpoint, stage, cli.log.print)
+    trainer = cli.build_trainer()
+    metrics = evaluate(task, data, trainer, checkpoint, stage, cli.log.print)
     for name, value in metrics.items():
         cli.log.print(f"{name:<20} {value:.4f}")
     prefix, split = ("test", "test_dataset") if stage == "test" else ("val", "val_dataset")
-    images = len(getattr(data, split))
+    images = min(len(getattr(data, split)), len(find(trainer, ImagePredictions).predicted))  # limit_val_batches
     right = round(metrics[f"{prefix}/acc1"] * images)
     low, high = wilson_interval(right, images)
     cli.log.print(f"{right:,} of {images:,} images are right: {right / images:.1%} [{100 * low:.1f}, {100 * high:.1f}]")

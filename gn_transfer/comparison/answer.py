@@ -52,9 +52,9 @@ def _no_better_than_guessing(comparison: Comparison, groups: list[Group]) -> lis
     some = [group.label for group in groups if (group.mean if group.low is None else group.low) <= guess]
     if not some:
         return []
-    verb = "is" if len(some) == 1 else "are"
     return [
-        f"{', '.join(some)} {verb} not clearly better than always naming the most frequent class ({100 * guess:.1f} %)."
+        f"{', '.join(some)} {'is' if len(some) == 1 else 'are'} not clearly better than always naming the most "
+        f"frequent class ({100 * guess:.1f} %)."
     ]
 
 

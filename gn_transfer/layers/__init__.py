@@ -15,7 +15,7 @@ from gn_transfer.layers.convert import (
     convert_norm,
     default_groups,
     group_counts,
-    has_norm,
+    is_norm,
     plain_conv,
     uses_weight_standardization,
 )
@@ -40,7 +40,7 @@ __all__ = [
     "fitting_group_count",
     "group_count",
     "group_counts",
-    "has_norm",
+    "is_norm",
     "plain_conv",
     "preferred_memory_format",
     "reestimate_statistics",

@@ -111,7 +111,7 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
     try:
         with torch.no_grad():
             for batch in batches:
-                model(batch[0] if isinstance(batch, list | tuple) and isinstance(batch[0], Tensor) else batch)
+                model(inputs_of(batch))
     finally:
         for each in moments:
             del each.layer.forward
@@ -122,6 +122,15 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
     for each in moments:
         each.write()
     return len(moments)
+
+
+def inputs_of(batch: Any) -> Any:
+    """Take the inputs from a data loader's ``(inputs, targets)``; a list of images is inputs itself."""
+    if isinstance(batch, list | tuple) and batch:
+        first = batch[0]
+        if isinstance(first, list | tuple) or (isinstance(first, Tensor) and first.ndim == 4):
+            return first
+    return batch
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gn_transfer.config import ConfigError
+from gn_transfer.layers.batch_norm import inputs_of
 
 _FEWEST_IMAGES = 8  # of fewer the fit says nothing about other images
 _LOST = 0.1  # below this share of the variance a layer is as good as lost
@@ -115,15 +116,6 @@ def calibrate(
             stacklevel=3,
         )
     return r2
-
-
-def inputs_of(batch: Any) -> Any:
-    """Take the inputs from a data loader's ``(inputs, targets)``; a list of images is inputs itself."""
-    if isinstance(batch, list | tuple) and batch:
-        first = batch[0]
-        if isinstance(first, list | tuple) or (isinstance(first, Tensor) and first.ndim == 4):
-            return first
-    return batch
 
 
 class _Fit:

@@ -80,15 +80,15 @@ def convert_norm(
 
     Replaced are ``nn.BatchNorm2d``, ``nn.SyncBatchNorm``, ``nn.GroupNorm``, ``nn.InstanceNorm2d``, the frozen batch
     norms of torchvision and timm, each also with timm's activation inside, and ``nn.Conv2d`` for :class:`StdConv2d` or
-    back. A layer that already is what is wanted stays. Weight standardization
-    takes the convolutions that a norm can follow: those without bias, and those with one that a norm follows at once
-    (VGG); not the convolutions of squeeze-and-excitation or of a detector's heads, and no depthwise ones, whose filters
-    have a handful of weights. Parameters and buffers of equal meaning are carried over as the
-    same objects: ``weight`` and ``bias`` always (from BN to GN they fit in shape, not in function), running statistics
-    among batch norms, eps always. With ``none`` the activation of a norm+activation layer stays; convolutions without
-    bias stay without. A convolution of zeros (timm's zero-initialized last convolution of a pre-activation block)
-    under weight standardization would have its gradient multiplied by ``1 / sqrt(eps)``: it is initialized anew, He
-    normal over the fan-out.
+    back. A layer that already is what is wanted stays. Weight standardization takes the convolutions that a norm can
+    follow: those without bias, and those with one that a norm follows at once (VGG). It leaves those of
+    squeeze-and-excitation and of a detector's heads, and depthwise ones, whose filters have a handful of weights.
+
+    Parameters and buffers of equal meaning are carried over as the same objects: ``weight`` and ``bias`` always (from
+    BN to GN they fit in shape, not in function), running statistics among batch norms, eps always. With ``none`` the
+    activation of a norm+activation layer stays; convolutions without bias stay without. A convolution of zeros (timm's
+    zero-initialized last convolution of a pre-activation block) under weight standardization would have its gradient
+    multiplied by ``1 / sqrt(eps)``: it is initialized anew, He normal over the fan-out.
 
     A trained batch-norm model whose affine is merely carried over to group norms is far from what it was. With
     ``calibration`` images the affine of each group norm is set in closed form to reproduce the original's
@@ -168,7 +168,7 @@ def convert_norm(
             f"{', ...' if len(kept) > 3 else ''}. Only norms over images are replaced.",
             stacklevel=2,
         )
-    if not replacements and not any(has_norm(layer) for layer in new_layers):
+    if not replacements and not any(is_norm(layer) for layer in new_layers):
         warnings.warn(
             f"the model has no batch norm, group norm or instance norm over images, so norm={norm} replaces nothing.",
             stacklevel=2,
@@ -210,8 +210,11 @@ def standardizable(layers: Mapping[str, nn.Module], *, depthwise: bool = False) 
     Args:
         layers: The modules of a model by name, in order.
         depthwise: Take depthwise convolutions, too.
+
+    Returns:
+        Those that are to be standardized, or are already.
     """
-    leaves = [layer for layer in layers.values() if not any(True for _ in layer.children()) or has_norm(layer)]
+    leaves = [layer for layer in layers.values() if not any(True for _ in layer.children()) or is_norm(layer)]
     found: set[nn.Module] = set()
     for layer, following in zip(leaves, [*leaves[1:], None], strict=True):
         if not isinstance(layer, nn.Conv2d) or (1 < layer.groups == layer.in_channels and not depthwise):
@@ -222,7 +225,7 @@ def standardizable(layers: Mapping[str, nn.Module], *, depthwise: bool = False) 
     return found
 
 
-def has_norm(layer: nn.Module) -> bool:
+def is_norm(layer: nn.Module) -> bool:
     """Say whether a layer is one of the norms that :func:`convert_norm` replaces."""
     return _norm_channels(layer) is not None
 
