@@ -33,8 +33,7 @@ from gn_transfer.backbones.weights import Weights, read_weights
 from gn_transfer.config import ConfigError, Norm
 from gn_transfer.layers import Replacement, convert_norm, default_groups, is_norm
 
-CALIBRATION_BATCH = 64
-"""Images that a calibration holds at a time; the memory is that of twice as many."""
+_CALIBRATION_PIXELS = 32 * 64 * 64  # at a time: few large blocks of memory, which cost more than what is computed
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def create_backbone(
         pretrained: ``None`` for none, ``"auto"`` for the weights that fit (name, norm), a timm tag (``a1h_in1k`` or
             ``resnetv2_50.a1h_in1k``), released weights (``resnetv2_18.bn.tinyimagenet``), or a local file
             (.safetensors, .pth, .bin, .ckpt, BiT .npz) or folder.
-        num_groups: GroupNorm's number of groups; ignored where ``group_size`` is given. None takes 32, or 4 with
+        num_groups: GroupNorm's number of groups; not beside ``group_size``. None takes 32, or 4 with
             ``calibrated``, and less in narrow layers; see :func:`gn_transfer.layers.convert_norm`.
         group_size: Channels per group instead of a number of groups.
         conversion: ``error`` weights of another norm, ``copy`` their parameters unchanged, or set the affine of
@@ -153,7 +152,8 @@ def rebuild(
         norm: The normalization.
         num_classes: Width of the head.
         head: Name of the classifier module.
-        num_groups: See :func:`create_backbone`; or the groups of each layer by name.
+        num_groups: See :func:`create_backbone`; or the groups of each layer by name. A number, which every checkpoint
+            has, means nothing beside ``group_size``.
         group_size: See :func:`create_backbone`.
         in_chans: Channels of the images.
 
@@ -161,7 +161,8 @@ def rebuild(
         Freshly initialized model, ready for ``load_state_dict``.
     """
     model = _build(architecture, num_classes=num_classes, in_chans=in_chans)
-    replace_norms(model, norm, head=head, num_groups=num_groups, group_size=group_size)
+    groups = None if group_size is not None and isinstance(num_groups, int) else num_groups
+    replace_norms(model, norm, head=head, num_groups=groups, group_size=group_size)
     return model
 
 
@@ -255,7 +256,7 @@ def _calibration_batches(images: Tensor | None, mean: Sequence[float], std: Sequ
     if images is None:
         raise ConfigError("model.conversion=calibrated needs training images; none were given.")
     shape = (1, -1, 1, 1)
-    for part in torch.split(images, CALIBRATION_BATCH):
+    for part in torch.split(images, max(1, _CALIBRATION_PIXELS // images[0, 0].numel())):
         yield (part.float() / 255.0 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
 
 

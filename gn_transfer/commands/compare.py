@@ -29,13 +29,17 @@ def run(arguments: Sequence[str]) -> int:
 
     from gn_transfer.comparison import compare, write_report
     from gn_transfer.comparison.tables import as_dict, as_text, group_records
+    from gn_transfer.report.runs import read_study
+
+    title, notes = read_study(options.runs) or ("Comparison of runs", [])
 
     report = compare(
         options.runs,
         baseline=None if options.baseline is None else parse_settings("--baseline", options.baseline),
         where=None if options.where is None else parse_settings("--where", options.where),
         metric=options.metric,
-        title=options.title,
+        title=options.title or title,
+        notes=notes,
         force=options.force,
     )
     if options.format == "json":
@@ -79,7 +83,7 @@ def create_parser() -> Parser:
     parser.add_argument(
         "--metric", metavar="NAME", help="test/acc1, val/acc1 or best/val/acc1 (default: test where all runs have it)"
     )
-    parser.add_argument("--title", default="Comparison of runs", help="heading of the page")
+    parser.add_argument("--title", help="heading of the page (default: that of the study)")
     parser.add_argument("--force", action="store_true", help="compare what is not comparable, and say so on the page")
     return parser
 

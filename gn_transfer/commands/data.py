@@ -148,7 +148,8 @@ def _table(report: CheckResult, notes: Sequence[str], data: ImageDataModule) -> 
     facts = report.as_dict()
     table.add_row("data", f"{type(data).__name__} in {data.root}")
     if isinstance(data, Folder):
-        table.add_row("files", data.count_files().describe())
+        broken = f"; {len(report.unreadable):,} of those used cannot be decoded" if report.unreadable else ""
+        table.add_row("files", f"{data.count_files().describe()}{broken}")
     for split, counts in report.class_counts.items():
         spread = f"{min(counts.values())} to {max(counts.values())} per class"
         table.add_row(split, f"{sum(counts.values()):,} images, {len(counts)} classes, {spread}")

@@ -97,7 +97,9 @@ def fit(
                 log.print(line)
     except SystemExit:  # Lightning's way out after Ctrl-C
         saved = run.checkpoints / "last.ckpt"
-        if saved.is_file():
+        if facts and "study" in facts:
+            log.print(f"stopped    continue with the command that runs the study {facts['study']}")
+        elif saved.is_file():
             log.print(f"stopped    continue with: gn-transfer fit --ckpt_path {shlex.quote(str(saved))}")
         raise
     finally:

@@ -14,6 +14,7 @@ import cv2
 from gn_transfer.commands.parsing import Parser
 from gn_transfer.config import ConfigError, check_range
 from gn_transfer.data.decode import BadImageError
+from gn_transfer.data.layout import describe_ignored
 from gn_transfer.data.progress import progress_bar
 from gn_transfer.files import whole_file
 from gn_transfer.inference.bundle import Bundle, Prediction, load_bundle
@@ -66,6 +67,9 @@ def run(arguments: Sequence[str]) -> int:
     if options.figure is not None:
         write_figure(bundle, first, options.figure)
         print(f"figure {options.figure}", file=sys.stderr)
+    for folder in (Path(source) for source in options.images):
+        if folder.is_dir() and (ignored := describe_ignored(folder)):
+            print(f"ignored in {shown(str(folder))}: {ignored}", file=sys.stderr)
     if failed:
         print(f"{len(failed):,} of {len(paths):,} images could not be read:", file=sys.stderr)
         for path, reason in failed.items():

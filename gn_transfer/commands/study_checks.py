@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from rich.console import Console
@@ -19,6 +19,7 @@ from gn_transfer.report.runs import short_name
 from gn_transfer.study.definition import Study
 from gn_transfer.study.runner import share_threads
 from gn_transfer.study.trials import Trial
+from gn_transfer.training.plan import Plan
 from gn_transfer.training.progress import duration
 from gn_transfer.training.run_log import RunLog
 
@@ -58,7 +59,9 @@ def check_keys(study: Study) -> None:
             raise ConfigError(f"{study.name}: {key} is not a key; {did_you_mean(key, section or known)}.")
 
 
-def print_plan(console: Console, study: Study, trials: Sequence[Trial], workers: int) -> None:
+def print_plan(
+    console: Console, study: Study, trials: Sequence[Trial], workers: int, ended: Collection[str] = ()
+) -> None:
     """Print the trials and how long they will take.
 
     Args:
@@ -66,6 +69,7 @@ def print_plan(console: Console, study: Study, trials: Sequence[Trial], workers:
         study: The study.
         trials: All that it will have.
         workers: Processes that share them.
+        ended: Names of those that an earlier call has run.
     """
     groups: dict[tuple[str, str], list[Trial]] = {}
     for trial in trials:
@@ -73,18 +77,21 @@ def print_plan(console: Console, study: Study, trials: Sequence[Trial], workers:
             groups.setdefault((trial.stage, trial.name.rpartition("-seed")[0]), []).append(trial)
     table = Table("stage", "trials", "seeds", "each", box=None, pad_edge=False)
     table.columns[1].overflow = "fold"
-    total, measured = 0.0, dict[str, float]()
+    total, plans = 0.0, dict[str, Plan]()
     with share_threads(core_count() // workers) as threads:
         torch.set_num_threads(threads)  # a trial is timed with the threads that it will have
         for (stage, name), some in groups.items():
-            each = _seconds(study, some[0], measured)
-            total += each * len(some)
+            each = _plan(study, some[0], plans).seconds
+            total += each * sum(trial.name not in ended for trial in some)
             seeds = " ".join(str(trial.overrides["seed_everything"]) for trial in some)
             table.add_row(stage, name, seeds, duration(each))
     console.print(table)
+    for line in _common(list(plans.values())):
+        console.print(line, soft_wrap=True, markup=False)
     stages = Counter(trial.stage for trial in trials)
+    done = f"; {len(ended):,} have ended already" if ended else ""
     console.print(
-        f"{len(trials)} trials ({', '.join(f'{count} {stage}' for stage, count in stages.items())}); about "
+        f"{len(trials)} trials ({', '.join(f'{count} {stage}' for stage, count in stages.items())}){done}; about "
         f"{duration(total / workers)} of training steps with {workers} worker{'s' * (workers > 1)}; start, validation "
         "and test come on top, some seconds for each trial. Measured now: a busy machine is slower."
     )
@@ -97,14 +104,24 @@ def print_plan(console: Console, study: Study, trials: Sequence[Trial], workers:
             )
 
 
-def _seconds(study: Study, trial: Trial, measured: dict[str, float]) -> float:
-    """Measure how long a trial trains, once for all that differ in seed or learning rate only."""
+def _common(plans: Sequence[Plan]) -> list[str]:
+    """Say what the plans of all trials have in common, and the warnings of any."""
+    shown = ("images", "weights", "batch", "steps")
+    rows = [{name: text for name, text in plan.rows if name in shown} for plan in plans]
+    lines = [f"{name:<8} {rows[0][name]}" for name in shown if len({row.get(name) for row in rows}) == 1]
+    different = [name for name in shown if len({row.get(name) for row in rows}) > 1]
+    lines += [f"{name:<8} {text}" for name in different for text in dict.fromkeys(row[name] for row in rows)]
+    return lines + [f"warning: {warning}" for warning in dict.fromkeys(w for plan in plans for w in plan.warnings)]
+
+
+def _plan(study: Study, trial: Trial, plans: dict[str, Plan]) -> Plan:
+    """Plan a trial and measure its time, once for all that differ in seed or learning rate only."""
     skipped = ("seed_everything", "optimizer.lr", "optimizer.head_lr")
     key = str({name: value for name, value in trial.identity().items() if name not in skipped})
-    if key not in measured:
+    if key not in plans:
         with parsed("fit", ["--config", str(study.base), *trial.arguments(), "--dry_run"], quiet_log()) as cli:
-            measured[key] = fit(cli).seconds
-    return measured[key]
+            plans[key] = fit(cli)
+    return plans[key]
 
 
 def check_values(study: Study, trials: Sequence[Trial]) -> None:

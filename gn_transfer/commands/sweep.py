@@ -18,7 +18,9 @@ from gn_transfer.commands.study_checks import check_keys, check_values, print_pl
 from gn_transfer.commands.training_cli import parsed
 from gn_transfer.config import ConfigError, find_config
 from gn_transfer.data.workers import core_count
-from gn_transfer.study.definition import parse_value, read_study
+from gn_transfer.files import write_json
+from gn_transfer.report.runs import STUDY
+from gn_transfer.study.definition import Study, parse_value, read_study
 from gn_transfer.study.planning import Outcome, Planned, foresee
 from gn_transfer.study.runner import StudyRunner
 from gn_transfer.study.store import Store
@@ -45,13 +47,14 @@ def run(arguments: Sequence[str]) -> int:
     foreseen = foresee(study)
     check_values(study, foreseen.trials)
     console = Console(highlight=False)
-    if options.dry_run:
-        print_plan(console, study, foreseen.trials, options.workers)
-        return 0
     known = {**study.settings, **overrides}
     context = StudyContext(study, Path(known.get("trainer.default_root_dir") or "."), train_trial, test_trial)
     folder = context.root / "runs" / study.name
     url = options.storage or f"sqlite:///{folder / 'study.db'}"
+    if options.dry_run:
+        ended = ended_trials(url, study) if options.storage or (folder / "study.db").is_file() else set()
+        print_plan(console, study, foreseen.trials, options.workers, ended)
+        return 0
     store = Store(url, study.name)
     if not store.knows_study() and (found := next(folder.glob("*/metrics.json"), None)):
         raise ConfigError(
@@ -67,6 +70,18 @@ def run(arguments: Sequence[str]) -> int:
         signal.signal(signal.SIGTERM, before)
         store.close()
     return _conclude(console, context, planned, outcomes)
+
+
+def ended_trials(url: str, study: Study) -> set[str]:
+    """Name the trials of a study that have ended already."""
+    store = Store(url, study.name)
+    try:
+        if not store.knows_study():
+            return set()
+        store.begin(study.shared_settings())
+        return {name for name, outcome in store.outcomes().items() if outcome.ended}
+    finally:
+        store.close()
 
 
 def train_trial(arguments: Sequence[str], run: RunFolder, facts: Mapping[str, Any]) -> None:
@@ -131,9 +146,9 @@ def _conclude(console: Console, context: StudyContext, planned: Planned, outcome
         for trial in planned.trials
         if trial.stage == "final" and outcomes[trial.name].state == "complete" and (folder / trial.name).is_dir()
     ]
-    choices = [str(choice) for choice in planned.choices]
+    notes = [*study.notes, *map(str, planned.choices)]
+    write_json(folder / STUDY, {"title": study.title, "notes": notes})
     if runs:
-        notes = [*study.notes, *choices]
         try:
             report = write_report(runs, folder / "report", study.baseline, study.title, notes)
         except ConfigError as error:

@@ -22,6 +22,10 @@ from gn_transfer.report.page import environment
 from gn_transfer.report.svg import PageFigure
 
 _MOST_RUNS = 300
+_PROVENANCE = (
+    *("data", "classes", "train_images", "val_images", "test_images", "architecture", "weights"),
+    *("weights_pretrained_on", "device", "threads", "git_commit"),
+)
 _HINTS = {
     "n": "Number of seeds.",
     "sd": "Standard deviation over seeds, in percentage points.",
@@ -96,7 +100,7 @@ def standalone(figure: PageFigure) -> str:
 def _provenance(comparison: Comparison) -> dict[str, str]:
     """List where the figures come from, each value once."""
     found: dict[str, str] = {}
-    for name in ("device", "threads", "git_commit", "data", "architecture", "weights", "weights_pretrained_on"):
+    for name in _PROVENANCE:
         values = sorted({str(run.metrics[name]) for run in comparison.runs if run.metrics.get(name) not in (None, "")})
         if values:
             found[name] = "; ".join(values)

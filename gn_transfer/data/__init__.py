@@ -1,4 +1,5 @@
-"""From a folder of images to batches. Read in the order: base, pets, folder, sample | decode, splits, transforms.
+"""From a folder of images to batches. Read in the order: datamodule, folder, pets, sample | decode, splits,
+augmentation.
 
 Names are imported on first use: ``decode`` and ``preprocess`` serve ``predict``, which must not pay for lightning.
 """

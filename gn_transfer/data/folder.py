@@ -14,10 +14,10 @@ from gn_transfer.data.layout import (
     FileCount,
     Layout,
     count_files,
+    describe_ignored,
     find_layout,
     image_files,
     subfolders,
-    what_is_there,
 )
 
 
@@ -78,7 +78,7 @@ class Folder(ImageDataModule):
             if not found:
                 raise ConfigError(
                     f"{split_root / name}: no images ({', '.join(sorted(SUFFIXES))}); there: "
-                    f"{what_is_there(split_root / name)}. Add images or remove the folder."
+                    f"{describe_ignored(split_root / name) or 'it is empty'}. Add images or remove the folder."
                 )
             images += [LabeledImage(path.relative_to(Path(self.root)).as_posix(), target) for path in found]
         return images

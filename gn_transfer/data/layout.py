@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,8 +174,9 @@ def count_files(layout: Layout) -> FileCount:
         elif reason := _ignored(path, root):
             counted.ignored[reason].append(name)
         elif not class_roots & set(path.parents[1:]):
+            beside = path.parent in {root, *class_roots}
             where = (
-                "beside the class folders" if path.parent in {root, *class_roots} else "in a folder beside the splits"
+                "beside the class folders" if beside else f"in {path.relative_to(root).parts[0]}/, which is no split"
             )
             counted.ignored[where].append(name)
         else:
@@ -183,13 +184,10 @@ def count_files(layout: Layout) -> FileCount:
     return counted
 
 
-def what_is_there(folder: Path) -> str:
-    """Describe a folder in which no image was found, for a message."""
-    reasons: dict[str, int] = defaultdict(int)
-    for path in folder.rglob("*"):
-        if path.is_file() and (reason := _ignored(path, folder)):
-            reasons[reason] += 1
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "it is empty"
+def describe_ignored(folder: Path) -> str:
+    """Say how many files below a folder are no images of ours, by reason; empty where there are none."""
+    reasons = Counter(_ignored(path, folder) for path in folder.rglob("*") if path.is_file())
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items(), key=str) if reason is not None)
 
 
 def subfolders(root: Path) -> list[Path]:

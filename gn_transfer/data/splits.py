@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -132,6 +133,37 @@ def file_identities(root: Path, paths: Iterable[str]) -> dict[str, int]:
         except OSError:
             sizes[path] = -1
     return sizes
+
+
+def find_copies(root: Path, paths: Iterable[str], other_root: Path, others: Iterable[str]) -> dict[str, str]:
+    """Find files that are copies, byte for byte, of files of another list. Reads only files of equal size.
+
+    Args:
+        root: What ``paths`` are relative to.
+        paths: The files.
+        other_root: What ``others`` are relative to.
+        others: The other list.
+
+    Returns:
+        The first file of the other list with the same bytes, by path.
+    """
+    by_size: dict[int, list[str]] = {}
+    for path, size in file_identities(other_root, others).items():
+        by_size.setdefault(size, []).append(path)
+    copies = {}
+    for path, size in file_identities(root, paths).items():
+        if size > 0:
+            same = (other for other in by_size.get(size, []) if _equal(root / path, other_root / other))
+            if (found := next(same, None)) is not None:
+                copies[path] = found
+    return copies
+
+
+def _equal(one: Path, other: Path) -> bool:
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except OSError:
+        return False
 
 
 def balanced_weights(targets: Sequence[int], num_classes: int) -> list[float]:

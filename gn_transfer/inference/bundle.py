@@ -25,13 +25,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 from PIL import Image
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.decode import BadImageError, decode_image, pillow_to_rgb
 from gn_transfer.data.preprocess import CROP_FRACTION, preprocess_image
 from gn_transfer.files import sha256
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it writes an identifier of the machine into the user's cache
+import onnxruntime
 
 FORMAT = "gn_transfer bundle"
 FORMAT_VERSION = 1
@@ -222,6 +224,8 @@ class Bundle:
 def load_bundle(folder: str | os.PathLike[str], *, threads: int | None = None) -> Bundle:
     """Verify a bundle and make it ready to run. No code of the bundle is run, only its graph.
 
+    ``model.safetensors``, which training needs and this does not, may have been left out of a copy.
+
     Args:
         folder: The bundle's folder.
         threads: Compute threads; None takes ``OMP_NUM_THREADS`` where it is set, else every core given to us.
@@ -235,7 +239,8 @@ def load_bundle(folder: str | os.PathLike[str], *, threads: int | None = None) -
     """
     folder = Path(folder)
     metadata = read_metadata(folder)
-    verify_files(folder, metadata["files"])
+    needed = {name: digest for name, digest in metadata["files"].items() if name != WEIGHTS or (folder / name).exists()}
+    verify_files(folder, needed)
     if metadata["crop_fraction"] != CROP_FRACTION:
         raise ConfigError(
             f"{folder} wants a crop of {metadata['crop_fraction']} of the short side, this gn-transfer cuts "

@@ -82,7 +82,7 @@ def calibrate(
         batch has reached (auxiliary heads) are left out.
 
     Raises:
-        ConfigError: No batch, or activations that are not finite.
+        ConfigError: No batch, one that the model cannot compute, or activations that are not finite.
     """
     modes = {layer: layer.training for layer in module.modules()}
     fits = {layer: _Fit(layer, original) for layer, original in originals.items()}
@@ -94,7 +94,15 @@ def calibrate(
                 for fit in fits.values():
                     fit.images = len(images)
                     fit.seen += len(images)
-                module(torch.cat([images] * 2) if isinstance(images, Tensor) else [*images, *images])
+                doubled = torch.cat([images] * 2) if isinstance(images, Tensor) else [*images, *images]
+                try:
+                    module(doubled)
+                except (RuntimeError, TypeError, ValueError) as error:
+                    shape = f"shape {tuple(images.shape)}, {images.dtype}" if isinstance(images, Tensor) else "a list"
+                    raise ConfigError(
+                        f"the model cannot compute a batch of the calibration ({shape}): {error}. Give batches of the "
+                        "model's input, preprocessed as in evaluation."
+                    ) from error
     finally:
         for norm in fits:
             del norm.forward

@@ -127,6 +127,8 @@ def convert_norm(
         guess = f"; did you mean {' or '.join(near[:3])}?" if near else "; see model.named_modules() for its layers."
         raise ConfigError(f"skip names {missing[0]}, which the model lacks{guess}")
 
+    if isinstance(num_groups, int) and group_size is not None:
+        raise ConfigError(f"num_groups={num_groups} and group_size={group_size} exclude each other; give one of them.")
     if calibration is not None and norm not in ("gn", "ln", "in"):
         raise ConfigError(
             f"calibration leads from batch norm to gn, ln or in, not to norm={norm}; leave it out, or choose gn."

@@ -20,11 +20,15 @@ import numpy.typing as npt
 import yaml
 
 from gn_transfer.config import ConfigError
+from gn_transfer.files import read_json
 
 Setting: TypeAlias = bool | int | float | str | None
 
 FORMAT_VERSION = 1
 """The newest ``format_version`` of metrics.json that is understood here."""
+
+STUDY = "study.json"
+"""Title and notes of a study, in the folder of its runs."""
 
 PREDICTIONS = {
     "test/acc1": "predictions_test.csv",
@@ -164,6 +168,22 @@ def find_run_folders(sources: Sequence[Path]) -> list[Path]:
         said = ", ".join(map(str, sources)) or "nothing"
         raise ConfigError(f"{said}: no run in there; gn-transfer fit writes them to runs/CONFIG/RUN.")
     return list(found.values())
+
+
+def read_study(sources: Sequence[Path]) -> tuple[str, list[str]] | None:
+    """Read what a study says about its own runs.
+
+    Args:
+        sources: What the user wants to compare: the folder of a study, or runs in it.
+
+    Returns:
+        Its title and its notes; None where the sources do not all belong to one study.
+    """
+    folders = {next((f for f in (source, *source.parents[:1]) if (f / STUDY).is_file()), None) for source in sources}
+    if len(folders) != 1 or (folder := folders.pop()) is None:
+        return None
+    record = read_json(folder / STUDY)
+    return str(record.get("title", folder.name)), [str(note) for note in record.get("notes", ())]
 
 
 def runs_on_images(images: Path, root: Path) -> list[Path]:

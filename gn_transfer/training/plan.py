@@ -15,6 +15,7 @@ from gn_transfer.training.accumulation import GradientAccumulation, micro_batche
 from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
 from gn_transfer.training.progress import duration
 from gn_transfer.training.schedules import bit_samples
+from gn_transfer.training.split_check import check_own_splits
 from gn_transfer.training.step_cost import measure_step
 from gn_transfer.training.task import TransferTask
 
@@ -128,7 +129,7 @@ def make_plan(
         ),
         ("time", f"about {duration(seconds)} of training steps, measured now"),
     ]
-    warnings = advice(task, data.batch_size, micro_batches)
+    warnings = [*check_own_splits(data), *advice(task, data.batch_size, micro_batches)]
     if frozen_epochs >= epochs > 0:
         warnings.append(
             f"freezing.epochs={frozen_epochs}, and the run has {epochs}: the backbone never learns. Choose fewer."

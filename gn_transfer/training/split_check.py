@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gn_transfer.config import ConfigError
-from gn_transfer.data import ImageDataModule
-from gn_transfer.data.splits import file_identities
+from gn_transfer.data import Folder, ImageDataModule
+from gn_transfer.data.splits import file_identities, find_copies
 
 Split = Mapping[str, Mapping[str, int]]
 """Size in bytes by path, for ``train`` and ``val``: what a checkpoint stores."""
@@ -41,7 +41,7 @@ def check_split(run_config: Mapping[str, Any], data: ImageDataModule, stage: str
     stored: Split | None = run_config.get("split")
     if not stored or "train" not in stored or "val" not in stored:
         return ["the checkpoint does not say which images it was trained on, so overlap cannot be ruled out"]
-    part = "test" if stage == "test" else "val"
+    part: Literal["val", "test"] = "test" if stage == "test" else "val"
     here = file_identities(Path(data.root), data.split()[part])
     trained, validated = (len(here.items() & stored[split].items()) for split in ("train", "val"))
     why = _differences(run_config.get("config", {}), data)
@@ -52,7 +52,7 @@ def check_split(run_config: Mapping[str, Any], data: ImageDataModule, stage: str
             + f", so the figure would flatter. {why}"
         )
     if stage == "test":
-        return []
+        return copies_of_training_images(data, part, _root_of(run_config, data), stored["train"])
     if validated == len(here) == len(stored["val"]):
         return []
     if validated or stage == "fit":
@@ -61,6 +61,56 @@ def check_split(run_config: Mapping[str, Any], data: ImageDataModule, stage: str
             f"{len(stored['val']):,} there, {validated:,} of them the same. {why}"
         )
     return ["other images than the run was validated on; none of them was trained on"]
+
+
+def check_own_splits(data: ImageDataModule) -> list[str]:
+    """Look for what spoils the validation of a run before it starts.
+
+    Args:
+        data: The data, set up for fitting.
+
+    Returns:
+        Warnings, a sentence each.
+    """
+    found = copies_of_training_images(data, "val", Path(data.root), data.split()["train"])
+    if data.group_duplicates and isinstance(data, Folder) and {"val", "test"} <= set(data.layout.splits):
+        found.append(
+            "data.group_duplicates changes nothing: validation and test are folders of yours. gn-transfer data check "
+            "lists the images that are in two of them."
+        )
+    return found
+
+
+def copies_of_training_images(
+    data: ImageDataModule, part: Literal["val", "test"], root: Path, trained: Iterable[str]
+) -> list[str]:
+    """Say how many images of a split are copies of images that were trained on, under other names.
+
+    Args:
+        data: The data, with this split set up.
+        part: The split.
+        root: What the paths of the training images are relative to.
+        trained: The training images.
+
+    Returns:
+        A sentence, or none.
+    """
+    here = data.split()[part]
+    copies = find_copies(Path(data.root), here, root, trained)
+    if not copies:
+        return []
+    name, original = next(iter(copies.items()))
+    are = "is an exact copy of a training image" if len(copies) == 1 else "are exact copies of training images"
+    return [
+        f"{len(copies):,} of the {len(here):,} {part} images {are} ({name} = {original}), so the figure is too "
+        "high. Remove them from one side; gn-transfer data check lists copies and near-duplicates."
+    ]
+
+
+def _root_of(run_config: Mapping[str, Any], data: ImageDataModule) -> Path:
+    """Give the folder that a run was trained on; where that was moved, the folder of this call."""
+    root = Path(str(run_config.get("config", {}).get("data", {}).get("init_args", {}).get("root")))
+    return root if root.is_dir() else Path(data.root)
 
 
 def _differences(config: Mapping[str, Any], data: ImageDataModule) -> str:

@@ -234,9 +234,13 @@ def evaluate(
                 "test figure makes the next one too high."
             )
         images = data.test_dataset.images
-        digest = split_digest(data.test_dataset.paths)
+        facts = {
+            "test/checkpoint": checkpoint.name,
+            "test_split": split_digest(data.test_dataset.paths),
+            "test_images": len(images),
+        }
         find(trainer, ImagePredictions).write(record.with_name("predictions_test.csv"), images, data.classes)
-        write_json(record, {**before, **metrics, "test/checkpoint": checkpoint.name, "test_split": digest})
+        write_json(record, {**before, **metrics, **facts})
         say(f"recorded   in {record}")
     elif stage == "test" and record is not None:
         say("note       these are other images than the run's own, so the run keeps its record as it is")
@@ -266,6 +270,8 @@ def describe_run(task: TransferTask, data: ImageDataModule, trainer: Trainer) ->
         "data": type(data).__name__,
         "data_root": str(Path(data.root).resolve()),
         **{f"{name}_split": split_digest(paths) for name, paths in data.split().items()},
+        "classes": data.num_classes,
+        **{f"{name}_images": len(paths) for name, paths in data.split().items()},
         "architecture": task.report.architecture,
         "weights": task.report.source,
         "weights_pretrained_on": task.report.pretrained_on,

@@ -92,6 +92,12 @@ test: last
     assert not any("test/acc1" in one for one in chosen)
     assert not list(Path("checkpoints").rglob("*.ckpt"))
 
+    assert main(["compare", "runs/sweep_small", "--output", "again"]) == 0  # by hand, with what the study says
+    assert "chosen by mean val/acc1" in Path("again/index.html").read_text()
+    capsys.readouterr()
+    assert main(["sweep", "--config", str(path), "--dry_run"]) == 0
+    assert "5 have ended already" in " ".join(capsys.readouterr().out.split())
+
     stamps = {path: path.stat().st_mtime for path in Path("runs").rglob("metrics.json")}
     assert main(["sweep", "--config", str(path)]) == 0  # nothing is left to do but the report
     assert {path: path.stat().st_mtime for path in Path("runs").rglob("metrics.json")} == stamps
@@ -158,6 +164,8 @@ def test_dry_run_prints_trials_and_time_and_leaves_nothing(pets_root, capsys):
     printed = capsys.readouterr().out
     assert "gn_ws" in printed
     assert "4 trials (4 final); about" in printed
+    assert "batch    batch 4 = effective batch 4" in printed
+    assert "steps    1 epochs x 6 optimizer steps = 6" in printed
     assert not Path("runs").exists()
 
 

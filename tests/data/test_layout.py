@@ -138,7 +138,7 @@ def test_every_file_is_accounted_for(tmp_path):
         "broken link": 1,
         "link to a folder, not followed": 1,
         "beside the class folders": 1,
-        "in a folder beside the splits": 1,
+        "in extra/, which is no split": 1,
         "not an image (.md)": 1,
         "not an image (.txt)": 1,
         "not an image (.mp4)": 1,

@@ -119,6 +119,12 @@ def test_numbers_out_of_range(bundle_dir, key):
         load_bundle(bundle_dir).predict([flat((1, 1, 1))], **{key: 0})
 
 
+def test_a_missing_graph_is_not_ignored(bundle_dir):
+    (bundle_dir / GRAPH).unlink()
+    with pytest.raises(ConfigError, match="is missing; copy the bundle again"):
+        load_bundle(bundle_dir)
+
+
 @pytest.mark.parametrize("name", [GRAPH, "README.md"])
 def test_a_changed_byte(bundle_dir, name):
     data = bytearray((bundle_dir / name).read_bytes())

@@ -85,6 +85,18 @@ def test_a_bundle_holds_what_was_promised(bundle):
     assert str(bundle.parent) not in (bundle / "bundle.json").read_text()
 
 
+def test_a_copy_that_only_predicts_needs_no_weights_for_training(bundle, tmp_path):
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    (copy / "model.safetensors").unlink()
+    images = np.zeros((1, SIZE, SIZE, 3), np.uint8)
+    assert np.array_equal(
+        load_bundle(copy).logits_and_probs(images)[1], load_bundle(bundle).logits_and_probs(images)[1]
+    )
+    (copy / "model.safetensors").write_bytes(b"changed")
+    with pytest.raises(ConfigError, match="is not the file that was exported"):
+        load_bundle(copy)
+
+
 def test_the_graph_has_plain_convolutions_and_no_trace_of_this_machine(bundle):
     graph = onnx.load(bundle / "model.onnx")
     onnx.checker.check_model(graph, full_check=True)

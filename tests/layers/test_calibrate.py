@@ -165,6 +165,12 @@ def test_detection_net_with_frozen_norms_and_norms_in_the_region_heads():
         (nn.Sequential(nn.GroupNorm(4, 32)), "gn", [torch.ones(2, 32, 4, 4)], "no batch norm with running statistics"),
         (nn.Sequential(nn.BatchNorm2d(32)), "gn", [], "reached no norm"),
         (nn.Sequential(nn.BatchNorm2d(32)), "gn", [torch.full((2, 32, 4, 4), torch.inf)], "not finite"),
+        (
+            nn.Sequential(nn.Conv2d(3, 32, 1), nn.BatchNorm2d(32)),
+            "gn",
+            [torch.ones(2, 4, 8, 8)],
+            r"cannot compute a batch of the calibration \(shape \(2, 4, 8, 8\), torch.float32\)",
+        ),
     ],
 )
 def test_refusals(model, norm, batches, message):

@@ -235,6 +235,8 @@ def test_refusals_leave_the_net_as_it_was():
     assert type(model[0]) is nn.BatchNorm2d
     with pytest.raises(ConfigError, match="group_size=9 does not divide 64 channels of 0"):
         convert_norm(model, "gn", group_size=9)
+    with pytest.raises(ConfigError, match="num_groups=4 and group_size=8 exclude each other; give one of them"):
+        convert_norm(model, "gn", num_groups=4, group_size=8)
     with pytest.raises(ConfigError, match="did you mean 'gn_ws'"):
         convert_norm(model, "gnws")
     with pytest.raises(ConfigError, match=r"skip names nrom, which the model lacks; did you mean 1\.norm"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -75,3 +76,33 @@ def test_a_resumed_run_keeps_its_split(trained, capsys):
     assert "files were added, moved or changed since" in error
     Path("photos/cat/00.png").unlink()
     assert main(["fit", "--ckpt_path", last, "--trainer.max_epochs", "2"]) == 0
+
+
+def test_copies_of_training_images_under_other_names_are_reported(trained, capsys):
+    write_images("more", seed=2, side=30)
+    for name in ("cat", "dog"):
+        for number in range(8):
+            Path(f"more/{name}/{number}.png").unlink()
+    copied = next(iter(json.loads(Path("runs/default/gn_ws-bs1-seed0/split.json").read_text())["train"]))
+    shutil.copy(Path("photos", copied), "more/dog/renamed.png")
+    Path("both/train").mkdir(parents=True)
+    shutil.copytree("more", "both/train", dirs_exist_ok=True)
+    shutil.copytree("more", "both/test")
+    capsys.readouterr()
+    assert main(["test", "--ckpt_path", BEST, "--data.root", "both"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"1 of the 5 test images is an exact copy of a training image (test/dog/renamed.png = {copied})" in said
+
+
+def test_a_copy_in_validation_is_reported_before_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_images("photos/train", seed=0, side=20)
+    write_images("photos/val", seed=1, side=20)
+    write_images("photos/test", seed=2, side=20)
+    shutil.copy("photos/train/cat/3.png", "photos/val/dog/7.png")
+    arguments = ["fit", "--data", "Folder", "--data.root", "photos", "--data.img_size", "16", "--data.cache", "none"]
+    arguments += ["--model.backbone", "resnetv2_18", "--data.group_duplicates", "true", "--dry_run"]
+    assert main(arguments) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of the 20 val images is an exact copy of a training image (val/dog/7.png = train/cat/3.png)" in said
+    assert "data.group_duplicates changes nothing: validation and test are folders of yours" in said
