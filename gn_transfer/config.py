@@ -38,7 +38,7 @@ def did_you_mean(value: str, allowed: Iterable[str]) -> str:
     names = list(allowed)
     lower = {name.lower(): name for name in names}
     near = [lower[name] for name in difflib.get_close_matches(value.lower(), lower, n=1)]
-    return (f"did you mean {near[0]!r}? " if near else "") + f"Allowed: {', '.join(names)}"
+    return f"did you mean {near[0]!r}? Allowed: {', '.join(names)}" if near else f"allowed: {', '.join(names)}"
 
 
 def builtin_configs() -> dict[str, Path]:

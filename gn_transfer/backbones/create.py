@@ -7,11 +7,10 @@ re-initialized and converted.
 
 from __future__ import annotations
 
-import statistics
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -19,9 +18,11 @@ import torch
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
+from gn_transfer.backbones.fitting import ProgressBar, TrainingImages, fit_norms, no_progress
 from gn_transfer.backbones.pretrained import ALIASES, OWN, resolve_pretrained
 from gn_transfer.backbones.transfer import (
     BN_FAMILY,
+    FITTED,
     Conversion,
     TransferReport,
     check_norm,
@@ -31,9 +32,7 @@ from gn_transfer.backbones.transfer import (
 )
 from gn_transfer.backbones.weights import Weights, read_weights
 from gn_transfer.config import ConfigError, Norm
-from gn_transfer.layers import Replacement, convert_norm, default_groups, is_norm
-
-_CALIBRATION_PIXELS = 32 * 64 * 64  # at a time: few large blocks of memory, which cost more than what is computed
+from gn_transfer.layers import convert_norm, default_groups, is_norm
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ def create_backbone(
     conversion: Conversion = "error",
     calibration: Tensor | None = None,
     in_chans: int = 3,
+    progress: ProgressBar = no_progress,
 ) -> Backbone:
     """Build a timm model under a norm, with or without pretrained weights.
 
@@ -87,9 +87,12 @@ def create_backbone(
             ``calibrated``, and less in narrow layers; see :func:`gn_transfer.layers.convert_norm`.
         group_size: Channels per group instead of a number of groups.
         conversion: ``error`` weights of another norm, ``copy`` their parameters unchanged, or set the affine of
-            each group norm in closed form to reproduce a BN model (``calibrated``).
-        calibration: Training images for ``calibrated``, uint8 ``(N, in_chans, H, W)``, preprocessed as in evaluation.
+            each group norm in closed form to reproduce a BN model (``calibrated``), and train the model to give the BN
+            model's features (``distilled``).
+        calibration: Training images for these two, uint8 ``(N, in_chans, H, W)``, preprocessed as in evaluation; the
+            first 256 calibrate, all of them distill.
         in_chans: Channels of the images.
+        progress: Shows how far a conversion is; :func:`gn_transfer.data.progress.progress_bar` or one like it.
 
     Returns:
         The model with its pixel statistics, head name and transfer report.
@@ -121,17 +124,16 @@ def create_backbone(
     state = _read_npz(weights) if weights.file is not None and weights.file.suffix == ".npz" else read_weights(weights)
     wanted = default_groups(calibrated=False) if num_groups is None else num_groups
     check_norm(weights, state, norm, conversion, num_groups=wanted, group_size=group_size)
-    calibrated = conversion == "calibrated" and norm not in BN_FAMILY and has_batch_norm(state)
-    replace_norms(model, "bn" if calibrated else norm, head=head, **groups)
+    fitted = conversion in FITTED and norm not in BN_FAMILY and has_batch_norm(state)
+    replace_norms(model, "bn" if fitted else norm, head=head, **groups)
     if norm == "none":
         _zero_last_convolutions(model)
     report = transfer(state, model, weights=weights, norm=norm, head=head)
-    if calibrated:
-        pixels = _calibration_batches(calibration, mean, std)
-        replacements: list[Replacement] = []
-        convert_norm(model, norm, **groups, skip={head}, calibration=pixels, report=replacements)
-        r2 = {found.name: round(found.r2, 4) for found in replacements if found.r2 is not None}
-        report = replace(report, r2=r2, notes=(*report.notes, _quality(r2)))
+    if fitted:
+        if calibration is None:
+            raise ConfigError(f"model.conversion={conversion} needs training images; none were given.")
+        images = TrainingImages(calibration, mean, std)
+        report = fit_norms(model, norm, images, report, head=head, groups=groups, conversion=conversion, show=progress)
     return Backbone(model, mean, std, head, report)
 
 
@@ -250,23 +252,6 @@ def _zero_last_convolutions(model: nn.Module) -> None:
 
 def _per_channel(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
     return tuple(values) if len(values) == in_chans else tuple(values[:1]) * in_chans
-
-
-def _calibration_batches(images: Tensor | None, mean: Sequence[float], std: Sequence[float]) -> Iterator[Tensor]:
-    if images is None:
-        raise ConfigError("model.conversion=calibrated needs training images; none were given.")
-    shape = (1, -1, 1, 1)
-    for part in torch.split(images, max(1, _CALIBRATION_PIXELS // images[0, 0].numel())):
-        yield (part.float() / 255.0 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
-
-
-def _quality(r2: Mapping[str, float]) -> str:
-    worst = min(r2, key=r2.__getitem__)
-    middle = statistics.median(r2.values())
-    return (
-        f"calibrated: {len(r2)} norms reproduce {middle:.0%} of their BN layer's variance in the median, "
-        f"{r2[worst]:.0%} in the worst ({worst})"
-    )
 
 
 def _read_npz(weights: Weights) -> Mapping[str, Tensor]:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from gn_transfer.backbones.create import Backbone, create_backbone, default_channels, rebuild
-from gn_transfer.backbones.transfer import Conversion, TransferReport
+from gn_transfer.backbones.fitting import ProgressBar, no_progress
+from gn_transfer.backbones.transfer import FITTED, Conversion, TransferReport
 from gn_transfer.config import Norm
 from gn_transfer.layers import default_groups
 
@@ -22,14 +23,15 @@ class ModelConfig:
         backbone: timm's name of the model, without a weights tag: resnet18, resnetv2_50, ...
         norm: The normalization: bn, bn_frozen, bn_sync, gn, gn_ws (GroupNorm + Weight Standardization), bn_ws, ln, in,
             none.
-        num_groups: Number of groups of GroupNorm. null means 32, or 4 with conversion calibrated, and less in narrow
-            layers: the largest divisor of the channels that leaves two channels or more in a group.
+        num_groups: Number of groups of GroupNorm. null means 32, or 4 with conversion calibrated or distilled, and less
+            in narrow layers: the largest divisor of the channels that leaves two channels or more in a group.
         group_size: Channels per group, instead of num_groups.
         pretrained: null trains from scratch. auto takes the weights that fit backbone and norm. A timm tag or a local
             file is also allowed.
         conversion: What happens when the weights were trained with BN and the norm is another one. error refuses
             them. copy keeps their scale and shift. calibrated sets scale and shift of each norm (gn, ln, in) in closed
-            form on a few hundred training images, so that the model starts near the BN model.
+            form on a few hundred training images, so that the model starts near the BN model. distilled trains the
+            calibrated model on 1,024 training images, without their labels, to give the features of the BN model.
         in_chans: Channels of the images, 3 or 1 (grey). null means 1 for cnn_mnist, else 3.
         channels_last: Memory format of images and activations. auto takes the format that measured faster.
         compile: Compile the model with torch.compile.
@@ -51,9 +53,7 @@ class ModelConfig:
     @property
     def resolved_num_groups(self) -> int:
         """Number of groups, with the default filled in."""
-        return (
-            default_groups(calibrated=self.conversion == "calibrated") if self.num_groups is None else self.num_groups
-        )
+        return default_groups(calibrated=self.conversion in FITTED) if self.num_groups is None else self.num_groups
 
     @property
     def resolved_in_chans(self) -> int:
@@ -61,7 +61,13 @@ class ModelConfig:
         return default_channels(self.backbone) if self.in_chans is None else self.in_chans
 
 
-def build_backbone(config: ModelConfig, num_classes: int, *, calibration: Tensor | None = None) -> Backbone:
+def build_backbone(
+    config: ModelConfig,
+    num_classes: int,
+    *,
+    calibration: Tensor | None = None,
+    progress: ProgressBar = no_progress,
+) -> Backbone:
     """Build the model of a configuration; see :func:`gn_transfer.backbones.create_backbone`."""
     return create_backbone(
         config.backbone,
@@ -72,6 +78,7 @@ def build_backbone(config: ModelConfig, num_classes: int, *, calibration: Tensor
         group_size=config.group_size,
         conversion=config.conversion,
         calibration=calibration,
+        progress=progress,
         in_chans=config.resolved_in_chans,
     )
 

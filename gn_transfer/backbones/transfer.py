@@ -12,7 +12,10 @@ from gn_transfer.backbones.released import TrainedNorm
 from gn_transfer.backbones.weights import Weights
 from gn_transfer.config import ConfigError, Norm
 
-Conversion = Literal["error", "copy", "calibrated"]
+Conversion = Literal["error", "copy", "calibrated", "distilled"]
+
+FITTED: tuple[Conversion, ...] = ("calibrated", "distilled")
+"""Conversions that look at training images."""
 
 BN_FAMILY: frozenset[Norm] = frozenset({"bn", "bn_frozen", "bn_sync", "bn_ws"})
 """Norms that keep running statistics, so that weights trained with BN fit them."""
@@ -29,7 +32,8 @@ class TransferReport:
         loaded: Keys copied unchanged.
         dropped: Keys of the source without a place in the model, with the reason in :attr:`notes`.
         reinitialized: Keys of the model that the source did not fill.
-        converted: Keys that were trained under another norm, copied as they are or calibrated (``model.conversion``).
+        converted: Keys that were trained under another norm, copied as they are or fitted
+            (``model.conversion``).
         notes: What a reader must know beside the comparison.
         pretrained_on: The images that the weights were trained on.
         r2: Share of the BN layer's output variance that each calibrated norm reproduces.
@@ -107,9 +111,9 @@ def check_norm(
             f"model.pretrained={weights.name} was trained without BatchNorm (it has no running statistics), but "
             f"model.norm={norm} needs them; choose model.norm=gn or gn_ws, or weights trained with BN."
         )
-    if conversion == "calibrated" and has_statistics and norm not in (*BN_FAMILY, "gn", "ln", "in"):
+    if conversion in FITTED and has_statistics and norm not in (*BN_FAMILY, "gn", "ln", "in"):
         raise ConfigError(
-            f"model.conversion=calibrated leads from BN to gn, ln or in, not to model.norm={norm}; choose one of "
+            f"model.conversion={conversion} leads from BN to gn, ln or in, not to model.norm={norm}; choose one of "
             "these, weights trained with that norm, or model.conversion=copy."
         )
     if conversion != "error":
@@ -118,8 +122,8 @@ def check_norm(
         raise ConfigError(
             f"model.pretrained={weights.name} was trained with BatchNorm and model.norm={norm} computes something "
             "else, so these weights would start far below their accuracy; choose model.norm=bn or bn_frozen, weights "
-            "trained with this norm, or ask for a conversion by name: model.conversion=calibrated (to gn, ln, in) or "
-            "model.conversion=copy."
+            "trained with this norm, or ask for a conversion by name: model.conversion=calibrated or "
+            "distilled (to gn, ln, in), or model.conversion=copy."
         )
     theirs = weights.norm
     if theirs is None:

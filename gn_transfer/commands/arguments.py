@@ -83,8 +83,9 @@ class Arguments:
             chosen, overruled = self._not_given(recognized.options)
             self.argv, self.remarks = [*chosen, *self.argv], recognized.remarks
             if overruled:
-                self.remarks.append(f"your options overrule {', '.join(overruled)}")
-            self.remarks.append(f"as: gn-transfer {self.command} {shlex.join(self.argv)}")
+                self.remarks.append(f"your own options count instead of {', '.join(overruled)}")
+            words = shlex.join(word for word in self.argv if word != "--dry_run")
+            self.remarks.append(f"as: gn-transfer {self.command} {words}")
 
     def _not_given(self, options: Sequence[str]) -> tuple[list[str], list[str]]:
         """Leave out what the user gives himself; name that as well."""

@@ -86,7 +86,8 @@ def check(data: ImageDataModule, task: TransferClassifier, options: argparse.Nam
     if options.format == "json":
         print(json.dumps({**report.as_dict(), "notes": notes}, indent=2, ensure_ascii=False))
     else:
-        get_console().print(_table(report, notes, data))
+        console = get_console()
+        console.print(_table(report, notes, data), width=None if console.is_terminal else 400, crop=False)
     return 2 if report.problems else 0
 
 
@@ -148,10 +149,11 @@ def _table(report: CheckResult, notes: Sequence[str], data: ImageDataModule) -> 
     facts = report.as_dict()
     table.add_row("data", f"{type(data).__name__} in {data.root}")
     if isinstance(data, Folder):
-        broken = f"; {len(report.unreadable):,} of those used cannot be decoded" if report.unreadable else ""
+        broken = f"; {len(report.unreadable):,} of the image files cannot be decoded" if report.unreadable else ""
         table.add_row("files", f"{data.count_files().describe()}{broken}")
     for split, counts in report.class_counts.items():
-        spread = f"{min(counts.values())} to {max(counts.values())} per class"
+        least, most = min(counts.values()), max(counts.values())
+        spread = f"{least} per class" if least == most else f"{least} to {most} per class"
         table.add_row(split, f"{sum(counts.values()):,} images, {len(counts)} classes, {spread}")
     for name in ("formats", "modes"):
         table.add_row(name, ", ".join(f"{key} {count:,}" for key, count in facts[name].items()))
@@ -172,7 +174,8 @@ def _table(report: CheckResult, notes: Sequence[str], data: ImageDataModule) -> 
     for name, lines in (("note", notes), ("warning", report.warnings), ("problem", report.problems)):
         for line in lines:
             table.add_row(name, line)
-    table.add_row("result", "not ready: see the problems" if report.problems else "ready to train")
+    ready = "ready to train; see the warning about two splits" if report.leaks else "ready to train"
+    table.add_row("result", "not ready: see the problems" if report.problems else ready)
     return table
 
 

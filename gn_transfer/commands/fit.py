@@ -163,7 +163,8 @@ def summary(cli: TrainingCLI, trainer: Trainer, run: RunFolder) -> list[str]:
         f"gn-transfer export {checkpoint} --output bundle",
         f"gn-transfer report {shlex.quote(str(run.logs))}",
         f"tensorboard --logdir {logs}",
-        f"gn-transfer fit {shlex.join(_words_without_norm(cli.arguments.typed))} {_other_norm(cli.task)}",
+        f"gn-transfer fit {shlex.join(_words_without_norm(cli.arguments.typed))} {_other_norm(cli.task)}"
+        "  # another norm, to compare",
     ]
     if test_images(cli.datamodule):
         commands.insert(0, f"gn-transfer test {checkpoint}")

@@ -56,7 +56,7 @@ def explain(message: str, known_keys: Sequence[str], data_modules: Sequence[str]
     union = r"""Parser key "([\w.]+)": Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors:"""
     if found := re.search(union + r".*Given value: (.*)$", flat):
         key, kinds, value = found.groups()
-        return f"{section}{key}={value} is not allowed; use {', '.join(_alternatives(kinds))}."
+        return f"{section}{key}={value} is not allowed; use {' or '.join(_alternatives(kinds))}."
     return flat
 
 

@@ -81,13 +81,16 @@ def _folder(path: Path, hub_answers: bool | None) -> Recognized:
     if held_out:
         remarks.append(f"held out, stratified by class: {', '.join(held_out)}")
         if images <= _GROUPED:
-            options += ["--data.group_duplicates", "true"]
             remarks[-1] += "; images that show the same stay on one side"
+    if images <= _GROUPED:
+        options += ["--data.group_duplicates", "true"]
     weights, why = _choose_weights(hub_answers)
     epochs = min(30, max(3, round(_SAMPLES / max(images, 1))))
     batch = 16 if images >= _FEW else 8
     options += [*weights, "--trainer.max_epochs", str(epochs), "--accumulation.effective_batch_size", str(batch)]
-    return Recognized(options, [*remarks, why, f"{epochs} epochs and effective batch {batch} for {images:,} images"])
+    return Recognized(
+        options, [*remarks, why, f"{epochs} epochs and effective batch {batch} for about {images:,} images"]
+    )
 
 
 def _choose_weights(hub_answers: bool | None) -> tuple[list[str], str]:

@@ -14,6 +14,7 @@ from gn_transfer.backbones import resolve_pretrained
 from gn_transfer.commands.fit import fit
 from gn_transfer.commands.training_cli import known_keys, parsed
 from gn_transfer.config import ConfigError, did_you_mean
+from gn_transfer.data import Folder
 from gn_transfer.data.workers import core_count
 from gn_transfer.report.runs import short_name
 from gn_transfer.study.definition import Study
@@ -158,5 +159,7 @@ def check_values(study: Study, trials: Sequence[Trial]) -> None:
                 section.batch_norm.check(section.model.norm)
                 model = section.model
                 resolve_pretrained(model.backbone, model.norm, model.pretrained, model.conversion)
+                if type(section.data) is Folder:
+                    section.data.list_fit()
         except ConfigError as error:
             raise ConfigError(f"{study.name}: trial {trial.name}: {error}") from error

@@ -24,6 +24,7 @@ from gn_transfer.study.definition import Study, parse_value, read_study
 from gn_transfer.study.planning import Outcome, Planned, foresee
 from gn_transfer.study.runner import StudyRunner
 from gn_transfer.study.store import Store
+from gn_transfer.study.trials import Trial
 from gn_transfer.study.worker import StudyContext
 from gn_transfer.training.run_folder import RunFolder
 
@@ -52,7 +53,8 @@ def run(arguments: Sequence[str]) -> int:
     folder = context.root / "runs" / study.name
     url = options.storage or f"sqlite:///{folder / 'study.db'}"
     if options.dry_run:
-        ended = ended_trials(url, study) if options.storage or (folder / "study.db").is_file() else set()
+        known_before = options.storage or (folder / "study.db").is_file()
+        ended = ended_trials(url, study, foreseen.trials) if known_before else set()
         print_plan(console, study, foreseen.trials, options.workers, ended)
         return 0
     store = Store(url, study.name)
@@ -72,13 +74,18 @@ def run(arguments: Sequence[str]) -> int:
     return _conclude(console, context, planned, outcomes)
 
 
-def ended_trials(url: str, study: Study) -> set[str]:
-    """Name the trials of a study that have ended already."""
+def ended_trials(url: str, study: Study, trials: Sequence[Trial]) -> set[str]:
+    """Name the trials of a study that have ended already.
+
+    Raises:
+        ConfigError: The study was begun with other settings, or a trial was.
+    """
     store = Store(url, study.name)
     try:
         if not store.knows_study():
             return set()
         store.begin(study.shared_settings())
+        store.check(trials)
         return {name for name, outcome in store.outcomes().items() if outcome.ended}
     finally:
         store.close()

@@ -17,13 +17,21 @@ def answer(comparison: Comparison) -> list[str]:
         comparison: The comparison.
 
     Returns:
-        First the best group, then a sentence for each of the largest contrasts, then what the number of seeds allows.
+        First the best group, and whether the second is clearly below it, then a sentence for each of the largest
+        contrasts, then what the number of seeds allows.
     """
     groups = sorted(comparison.groups, key=lambda group: -group.mean)
     best = groups[0]
     if len(groups) == 1:
         return [f"{best.label} reaches {_reached(best)} ({comparison.metric}, {_seeds(best.n)})."]
     lines = [f"Best: {best.label} with {_reached(best)} ({comparison.metric}, {_seeds(best.n)})."]
+    second = comparison.runner_up
+    if second is not None and second.high >= 0:
+        lines = [
+            f"No clear winner: {best.label} with {_reached(best)} is {-100 * second.difference:.1f} points above "
+            f"{second.group.label} with {_reached(second.group)} (95 % interval {-100 * second.high:+.1f} to "
+            f"{-100 * second.low:+.1f}; {comparison.metric}, {_seeds(best.n)})."
+        ]
     lines += _no_better_than_guessing(comparison, groups)
     contrasts = sorted(comparison.contrasts, key=lambda contrast: -abs(contrast.difference))
     if not contrasts:

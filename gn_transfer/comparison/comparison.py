@@ -121,6 +121,7 @@ class Comparison:
         notes: The caller's, then what differs beside the settings.
         problems: Folders that could not be used.
         predictions: Of each run that has them.
+        runner_up: The second best group against the best; None without a second, or without a common seed.
     """
 
     title: str
@@ -133,6 +134,7 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     predictions: dict[Path, Predictions] = field(default_factory=dict)
+    runner_up: Contrast | None = None
 
     @property
     def runs(self) -> list[Run]:
@@ -210,6 +212,8 @@ def compare(
     contrasts = _contrasts(sides, resampled)
     least = min((contrast.test.smallest_p for contrast in contrasts), default=1.0)
     without = [run.name for run in runs if run.folder not in predictions]
+    best, *others = sorted(groups.values(), key=lambda group: -group.mean)
+    runner_up = _contrasts([(others[0], best)], resampled) if others else []
     return Comparison(
         title=title,
         metric=metric,
@@ -228,6 +232,7 @@ def compare(
         ],
         problems=problems,
         predictions=predictions,
+        runner_up=runner_up[0] if runner_up else None,
     )
 
 

@@ -30,7 +30,7 @@ _HINTS = {
     "n": "Number of seeds.",
     "sd": "Standard deviation over seeds, in percentage points.",
     "95 % interval": "Bootstrap over seeds, and over images where predictions are stored.",
-    "images/s": "Training images per second, evaluation left out.",
+    "images/s": "Training images per second, evaluation left out. Other programs on the machine slow it.",
     "peak MiB": "Greatest memory of the training process.",
     "pairs": "Seeds that both groups have.",
     "difference": "Mean of group less against, in percentage points.",
@@ -82,6 +82,7 @@ def write_files(comparison: Comparison, output: Path) -> None:
             more_runs=max(0, len(runs) - _MOST_RUNS),
             equal={key: shown(value) for key, value in comparison.grouping.equal.items()},
             provenance=_provenance(comparison),
+            images=_images(comparison),
             version=version("gn-transfer"),
         ),
     )
@@ -95,6 +96,24 @@ def standalone(figure: PageFigure) -> str:
     """Give a figure as a file of its own: dark ink on white."""
     end = figure.svg.index(">") + 1
     return f"{figure.svg[:end]}{_STANDALONE}{figure.svg[end:]}\n"
+
+
+def _images(comparison: Comparison) -> str:
+    """Say in a line which images the runs are about; what differs between runs is left out."""
+
+    def same(name: str) -> Any:
+        values = {str(run.metrics.get(name)): run.metrics.get(name) for run in comparison.runs}
+        return next(iter(values.values())) if len(values) == 1 else None
+
+    split = "test" if comparison.metric.startswith("test") else "val"
+    words = {"test": "test images", "val": "validation images"}
+    root, classes, images = same("data_root"), same("classes"), same(f"{split}_images")
+    parts = [f"{same('data') or ''} {'' if root is None else Path(root).name}".strip()]
+    parts += [f"{classes} classes"] if classes else []
+    parts += [f"{images} {words[split]}"] if images else []
+    sizes = {run.settings.get("img_size") for run in comparison.runs}
+    parts += [f"{sizes.pop()} px"] if len(sizes) == 1 else []
+    return ", ".join(filter(None, parts))
 
 
 def _provenance(comparison: Comparison) -> dict[str, str]:

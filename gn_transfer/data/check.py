@@ -126,8 +126,7 @@ def check_images(
     used = [file for file in report.unreadable if file.split != "unlisted"]
     if used and not skips_bad:
         report.problems.append(
-            f"{len(used)} file{'s' * (len(used) != 1)} cannot be decoded; repair or remove, or leave out with "
-            "--data.on_bad_image skip."
+            f"{_files(len(used))} cannot be decoded; repair or remove, or leave out with --data.on_bad_image skip."
         )
     sound = {file.target for file in files if file.split == next(iter(splits)) and not file.error}
     missing = [name for target, name in enumerate(classes) if target not in sound]
@@ -138,20 +137,27 @@ def check_images(
         names = ", ".join(image.path for image in beside[:3]) + (", ..." if len(beside) > 3 else "")
         report.warnings.append(f"{len(beside)} images are in no split: {names}.")
     if report.suspicious:
-        report.warnings.append(f"{len(report.suspicious)} files decode, but are not what they seem.")
+        report.warnings.append(f"{_files(len(report.suspicious))} can be decoded, but should be looked at: see above.")
     if report.duplicates:
         more = sum(len(group) - 1 for group in report.duplicates)
-        report.warnings.append(f"{more} files repeat the pixels of another.")
+        report.warnings.append(f"{_files(more)} with the same pixels as another one.")
     conflicting = [
         group for group in report.duplicates if len({file.target for file in group if file.split != "unlisted"}) > 1
     ]
     if conflicting:
         report.warnings.append(f"{len(conflicting)} image{'s' * (len(conflicting) != 1)} under more than one class.")
     if report.leaks:
+        pairs = Counter(" and ".join(sorted({file.split for file in group} - {"unlisted"})) for group in report.leaks)
+        where = ", ".join(f"{count} in {splits}" for splits, count in pairs.items())
         report.warnings.append(
-            f"{len(report.leaks)} images are on both sides of a split, exactly or nearly: its figures flatter."
+            f"{len(report.leaks)} images are in two splits, exactly or nearly ({where}): the accuracy measured there "
+            "is too high. Remove them from one of the two."
         )
     return report
+
+
+def _files(number: int) -> str:
+    return f"{number:,} file{'s' * (number != 1)}"
 
 
 def list_all(data: ImageDataModule) -> tuple[dict[str, list[LabeledImage]], list[str]]:

@@ -52,7 +52,8 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         val_fraction: Fraction of the training images that is held out for validation, stratified by class, where the
             data has no validation split of its own.
         group_duplicates: Keep images that show the same, exactly or nearly, on one side where validation or test are
-            cut from the rest. All images are decoded for it.
+            cut from the rest. Of splits that are folders of yours, fit and test say how many images are in two. All
+            images are decoded for it.
         recipe: Augmentation of the training images: none, light (resize, flip, cutout), crop_flip (random resized crop
             and flip), bit (resize, random crop, flip) or strong (crop_flip, color jitter, cutout).
         min_crop_scale: Smallest fraction of the area that a random crop keeps. null means 0.35 for crop_flip and 0.25
@@ -163,13 +164,13 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         """List, verify and split the images; Lightning calls it in every process.
 
         Args:
-            stage: ``fit``, ``validate`` or ``test``. ``fit`` opens no test image.
+            stage: ``fit``, ``validate``, ``test`` or ``predict`` (on the test images). ``fit`` opens no test image.
 
         Raises:
             ConfigError: The images are not there, or not as they should be.
             BadImageError: With ``on_bad_image="raise"``, an image is missing, empty, truncated or none at all.
         """
-        if stage == "test":
+        if stage in ("test", "predict"):
             self.classes, _, _ = self.list_fit()
             self.test_dataset = self._eval_dataset(self._without_bad_images(self.list_test()))
             self.decoded_cache.plan_for([self.test_dataset])
@@ -210,6 +211,8 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
     def test_dataloader(self) -> ImageLoader:
         """Batches of the test split, in order, of :data:`EVAL_BATCH_SIZE` or more unless figures depend on it."""
         return self._eval_loader(self.test_dataset)
+
+    predict_dataloader = test_dataloader
 
     @property
     def num_classes(self) -> int:

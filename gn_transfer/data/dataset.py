@@ -164,5 +164,5 @@ def without_bad_images(
 
 def with_remedy(error: BadImageError) -> BadImageError:
     """Add to the message what the user can do about a bad image."""
-    remedy = "Repair or remove the file, or leave it out with --data.on_bad_image skip."
+    remedy = "Repair or remove the file, or leave it out with on_bad_image skip (--data.on_bad_image skip)."
     return BadImageError(error.path, f"{error.reason}. {remedy}")

@@ -137,7 +137,8 @@ def classsubfolders(root: Path) -> list[str]:
     if len(names) < 2:
         found = f"only one class folder ({names[0]})" if names else "no class folders"
         inner = subfolders(root / names[0]) if names else []
-        hint = f" Its own folders look like classes: give {root / names[0]}." if len(inner) > 1 else ""
+        kind = "splits" if any(split_of(folder.name) for folder in inner) else "classes"
+        hint = f" Its own folders look like {kind}: give {root / names[0]}." if len(inner) > 1 else ""
         raise ConfigError(
             f"{root}: {found}. A classifier needs at least 2 classes: one folder per class with its images in it.{hint}"
         )

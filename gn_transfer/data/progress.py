@@ -1,15 +1,19 @@
-"""Bars for what goes through many images, a clock for what does not; nothing where standard error is no terminal."""
+"""Bars for what goes through many images, a clock for what does not; lines where standard error is no terminal."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+SILENCE_SECONDS = 30.0
+"""Without a terminal, a line says at least so often how far a job is."""
 
 
 @contextmanager
 def progress_bar(what: str, total: int, fewest: int = 1) -> Iterator[Callable[[], None]]:
-    """Show how far a job is.
+    """Show how far a job is; without a terminal, a line every 30 seconds says it.
 
     Args:
         what: What is being done.
@@ -19,8 +23,11 @@ def progress_bar(what: str, total: int, fewest: int = 1) -> Iterator[Callable[[]
     Yields:
         Call it after every step, from any thread.
     """
-    if total < fewest or not sys.stderr.isatty():
+    if total < fewest:
         yield lambda: None
+        return
+    if not sys.stderr.isatty():
+        yield _Lines(what, total).advance
         return
     try:
         from rich.console import Console
@@ -32,6 +39,20 @@ def progress_bar(what: str, total: int, fewest: int = 1) -> Iterator[Callable[[]
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda: progress.advance(task)
+
+
+class _Lines:
+    """Counts steps, and prints a line now and then."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done, self.spoken = what, total, 0, time.monotonic()
+
+    def advance(self) -> None:
+        """Count a step."""
+        self.done += 1
+        if time.monotonic() - self.spoken > SILENCE_SECONDS:
+            self.spoken = time.monotonic()
+            print(f"{self.what} {self.done:,}/{self.total:,}", file=sys.stderr, flush=True)
 
 
 @contextmanager

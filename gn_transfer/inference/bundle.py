@@ -44,7 +44,7 @@ GRAPH = "model.onnx"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
 
-ImageSource = str | os.PathLike[str] | bytes | npt.NDArray[np.uint8] | Image.Image
+ImageSource = str | os.PathLike[str] | bytes | bytearray | npt.NDArray[np.uint8] | Image.Image
 
 _REQUIRED = ("classes", "img_size", "crop_fraction", "norm", "backbone", "weights", "files")
 
@@ -138,7 +138,7 @@ class Bundle:
         Raises:
             ConfigError: See :meth:`predict`.
         """
-        if isinstance(images, str | os.PathLike | Image.Image | bytes):
+        if isinstance(images, str | os.PathLike | Image.Image | bytes | bytearray):
             raise ConfigError("predict takes a list of images; for a single image give a list of one: [image].")
         for name, value in (("top_k", top_k), ("batch_size", batch_size)):
             if value < 1:
@@ -176,8 +176,8 @@ class Bundle:
             pixels = image
         elif isinstance(image, Image.Image):
             pixels = pillow_to_rgb(image, getattr(image, "filename", "") or "the image")
-        elif isinstance(image, str | os.PathLike | bytes):
-            pixels = decode_image(image)
+        elif isinstance(image, str | os.PathLike | bytes | bytearray):
+            pixels = decode_image(bytes(image) if isinstance(image, bytearray) else image)
         else:
             raise ConfigError(
                 f"{type(image).__name__} is not an image; give a path, the content of an image file as bytes, a uint8 "

@@ -78,7 +78,7 @@ def export_bundle(
 
     Args:
         checkpoint: A .ckpt file of ours.
-        output: Folder to write; an older bundle there is replaced.
+        output: Folder to write; an older bundle of the same run is replaced.
         data_root: Where the run's images lie; None takes the path that the checkpoint knows.
         say: Prints a line of progress.
 
@@ -89,7 +89,7 @@ def export_bundle(
         ConfigError: A checkpoint, images or an output folder that do not fit.
         ParityError: The bundle does not compute what was trained; none is left.
     """
-    check_output(output)
+    check_output(output, checkpoint)
     content = read_checkpoint(checkpoint, argument="export")
     stored = content["gn_transfer"]
     _check_exportable(stored, checkpoint)
@@ -162,19 +162,21 @@ def describe_bundle(content: Mapping[str, Any], checkpoint: Path, img_size: int)
         "architecture": architecture,
         "weights": stored.get("weights", AS_TRAINED),
         "metrics": metrics_of(checkpoint),
+        "evaluated_images": evaluated_images(checkpoint),
         "provenance": provenance(content, checkpoint),
         "versions": {**environment()["versions"], **{name: version(name) for name in ("onnx", "onnxruntime")}},
     }
 
 
-def check_output(output: Path) -> None:
-    """Refuse to write over anything but a bundle.
+def check_output(output: Path, checkpoint: Path) -> None:
+    """Refuse to write over anything but a bundle of the same run.
 
     Args:
         output: The folder to write.
+        checkpoint: What is exported.
 
     Raises:
-        ConfigError: A file, or a folder that holds something else than one bundle.
+        ConfigError: A file, or a folder that holds something else than one bundle of this run.
     """
     if not output.exists() and not output.is_symlink():
         return
@@ -184,12 +186,18 @@ def check_output(output: Path) -> None:
     try:
         known = json.loads((output / METADATA).read_text(encoding="utf-8"))
         extra = sorted(found - {METADATA, *known["files"]}) if known["format"] == FORMAT else sorted(found)
+        run = str(known["provenance"]["run"]).rpartition("/")[2]
     except (OSError, ValueError, KeyError, TypeError):
         extra = sorted(found) or [output.name]
     if extra:
         raise ConfigError(
             f"--output {output} exists and holds something that is no bundle ({', '.join(extra[:3])}), which would be "
             "lost; name a new folder."
+        )
+    if run != checkpoint.resolve().parent.name:
+        raise ConfigError(
+            f"--output {output} holds the bundle of another run ({known['provenance']['run']}), which would be lost; "
+            "name a new folder, or remove this one first."
         )
 
 
@@ -251,6 +259,13 @@ def metrics_of(checkpoint: Path) -> dict[str, float]:
             name: value for name, value in record.items() if name.startswith("test/") and name != "test/checkpoint"
         }
     return found
+
+
+def evaluated_images(checkpoint: Path) -> dict[str, int]:
+    """Count the images that ``val/*`` and ``test/*`` were measured on, as far as the run's metrics.json says it."""
+    run_folder = run_of_checkpoint(checkpoint)
+    record = read_json(None if run_folder is None else run_folder.logs / "metrics.json")
+    return {split: record[f"{split}_images"] for split in ("val", "test") if f"{split}_images" in record}
 
 
 def provenance(content: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:

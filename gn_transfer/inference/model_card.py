@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gn_transfer.backbones.pretrained import ALIASES
+from gn_transfer.report.evaluation import wilson_interval
 
 _CARD = """\
 # {backbone} ({norm}), {count} classes
@@ -103,7 +104,7 @@ def model_card(metadata: Mapping[str, Any]) -> str:
         **{key: origin[key] for key in ("run", "checkpoint", "epoch", "optimizer_steps")},
         created=metadata["created"],
         version=metadata["versions"]["gn-transfer"],
-        metrics="\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
+        metrics="\n".join(_metric_row(name, value, metadata["evaluated_images"]) for name, value in metrics.items()),
         confused=table if rows else "No validation image was taken for another class.",
         **parity,
         crop_percent=100 * metadata["crop_fraction"],
@@ -134,6 +135,14 @@ def confused_pairs(
     wrong = Counter((int(t), int(p)) for t, p in zip(targets, preds, strict=True) if t != p)
     ordered = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:most]
     return [{"true": classes[t], "predicted": classes[p], "images": count} for (t, p), count in ordered]
+
+
+def _metric_row(name: str, value: float, images: Mapping[str, int]) -> str:
+    number = images.get(name.partition("/")[0])
+    if number is None or not name.endswith("/acc1"):
+        return f"| {name} | {value:.4f} |"
+    low, high = wilson_interval(round(value * number), number)
+    return f"| {name} | {value:.4f} ({number:,} images, 95 % interval {low:.3f} to {high:.3f}) |"
 
 
 def timm_lines(architecture: Mapping[str, Any], num_classes: int) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gn_transfer.config import ConfigError
@@ -129,6 +128,9 @@ def calibrate(
 class _Fit:
     """Stands in for a group norm's forward: computes both models' outputs and keeps the affine at its optimum.
 
+    The sums over images and positions that the optimum needs follow from the moments of each channel in each image,
+    whatever the number of groups is.
+
     Args:
         layer: The group norm.
         original: The batch norm in its place.
@@ -139,31 +141,80 @@ class _Fit:
         self.plain_forward = layer.forward
         self.images = self.seen = 0
         self.r2: float | None = None
-        self._sums: Tensor | None = None
+        self._sums: dict[int, Tensor] = {}
+        self.candidates = (layer.num_groups,)
         layer.forward = self.forward  # type: ignore[method-assign]
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute both halves; ``input`` has shape ``(2 * N, C, *)``, or any number of rows (see :func:`calibrate`)."""
         rows = self.images if len(input) == 2 * self.images else 0
         theirs, ours = input[:rows], input[rows:]
-        target = self.original(theirs if rows else ours)
-        self._set(target, F.group_norm(ours.float(), self.layer.num_groups, eps=self.layer.eps))
+        self._set(theirs if rows else ours, ours)
         output = self.plain_forward(ours)
         if not rows:
             return output
+        target = self.original(theirs)
         for part in ("drop", "act"):
             target = getattr(self.layer, part, nn.Identity())(target)
         return torch.cat([target.to(output.dtype), output])
 
-    def _set(self, target: Tensor, normalized: Tensor) -> None:
-        over = [0, *range(2, target.ndim)]
-        terms = target, normalized, target.square(), normalized.square(), target * normalized
-        sums = torch.stack([term.sum(over, dtype=torch.float64) for term in terms])
-        sums = torch.cat([torch.full_like(sums[:1], target.numel() // target.shape[1]), sums])
-        self._sums = sums if self._sums is None else self._sums + sums
-        gamma, beta, self.r2 = solve_affine(*self._sums)
+    def _set(self, theirs: Tensor, ours: Tensor) -> None:
+        moments = _moments(theirs.float(), ours.float())
+        positions = ours[0, 0].numel()
+        best = None
+        for groups in self.candidates:
+            sums = _affine_sums(moments, positions, self.original, groups, self.layer.eps)
+            self._sums[groups] = sums + self._sums[groups] if groups in self._sums else sums
+            found = solve_affine(*self._sums[groups])
+            if best is None or found[2] > best[1][2]:
+                best = groups, found
+        assert best is not None
+        self.layer.num_groups, (gamma, beta, self.r2) = best
         self.layer.weight.copy_(gamma)
         self.layer.bias.copy_(beta)
+
+
+class _Moments(NamedTuple):
+    """Of each channel of each image, in both models; each float64 ``(N, C)``."""
+
+    their_mean: Tensor
+    their_var: Tensor
+    our_mean: Tensor
+    our_var: Tensor
+    cov: Tensor
+
+
+def _moments(theirs: Tensor, ours: Tensor) -> _Moments:
+    over = tuple(range(2, ours.ndim))
+    their_var, their_mean = torch.var_mean(theirs, over, correction=0)
+    if theirs is ours:
+        return _Moments(*(value.double() for value in (their_mean, their_var, their_mean, their_var, their_var)))
+    our_var, our_mean = torch.var_mean(ours, over, correction=0)
+    centred = theirs - their_mean.view(*their_mean.shape, *(1 for _ in over))
+    cov = (centred * ours).mean(over)
+    return _Moments(*(value.double() for value in (their_mean, their_var, our_mean, our_var, cov)))
+
+
+def _affine_sums(moments: _Moments, positions: int, original: BatchNormFunction, groups: int, eps: float) -> Tensor:
+    """Sum up what :func:`solve_affine` takes, shape ``(6, C)``, for group norm with a number of groups."""
+    their_mean, their_var, our_mean, our_var, cov = moments
+    N, C = our_mean.shape
+    group_mean = our_mean.view(N, groups, -1).mean(2, keepdim=True)
+    group_var = (our_var.view(N, groups, -1) + (our_mean.view(N, groups, -1) - group_mean) ** 2).mean(2, keepdim=True)
+    rstd = (group_var + eps).rsqrt()
+    z_mean = ((our_mean.view(N, groups, -1) - group_mean) * rstd).view(N, C)
+    per_channel = rstd.expand(N, groups, C // groups).reshape(N, C)
+    scale = original.scale.double()
+    y_mean = their_mean * scale + original.shift.double()
+    means = [
+        torch.ones_like(our_mean),
+        y_mean,
+        z_mean,
+        their_var * scale**2 + y_mean**2,
+        our_var * per_channel**2 + z_mean**2,
+        cov * scale * per_channel + y_mean * z_mean,
+    ]
+    return torch.stack(means).sum(1) * positions
 
 
 def solve_affine(

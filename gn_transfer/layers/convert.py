@@ -115,6 +115,8 @@ def convert_norm(
             norm, a name in ``skip`` that the model lacks, a convolution that cannot be (un-)standardized, or a
             calibration of anything but batch norms with statistics towards ``gn``, ``ln`` or ``in``.
     """
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"convert_norm takes a model (nn.Module), not {type(module).__name__}; build it first.")
     if norm not in NORMS:
         raise ConfigError(f"model.norm={norm!r} is not a norm; {did_you_mean(norm, NORMS)}.")
     if norm == "bn_sync" and not cuda_available():
@@ -166,8 +168,8 @@ def convert_norm(
     ]
     if kept and norm not in ("bn", "bn_ws"):
         warnings.warn(
-            f"{len(kept)} norms over sequences or volumes stay as they are and look at the batch: {', '.join(kept[:3])}"
-            f"{', ...' if len(kept) > 3 else ''}. Only norms over images are replaced.",
+            f"norms over sequences or volumes stay as they are and look at the batch ({len(kept)}): "
+            f"{', '.join(kept[:3])}{', ...' if len(kept) > 3 else ''}. Only norms over images are replaced.",
             stacklevel=2,
         )
     if not replacements and not any(is_norm(layer) for layer in new_layers):
@@ -187,7 +189,18 @@ def convert_norm(
             setattr(module.get_submodule(parent), child, new_layers[layer])
     converted = new_layers.get(module, module)
     if calibration is not None:
-        r2: dict[nn.Module, float] = dict(calibrate(converted, originals, calibration).items())
+        affine = {parameter: parameter.detach().clone() for norm in originals for parameter in norm.parameters()}
+        try:
+            r2: dict[nn.Module, float] = dict(calibrate(converted, originals, calibration).items())
+        except ConfigError:
+            with torch.no_grad():
+                for parameter, value in affine.items():
+                    parameter.copy_(value)
+            for name, layer in layers.items():
+                if name and layer in new_layers:
+                    parent, _, child = name.rpartition(".")
+                    setattr(module.get_submodule(parent), child, layer)
+            raise
         replacements = [replace(found, r2=r2.get(new_layers[layers[found.name]])) for found in replacements]
     if report is not None:
         report.extend(replacements)

@@ -206,12 +206,12 @@ def answer(
     elif scores:
         lines.append("No validation image is wrong.")
     if found is not None:
-        apart = found.confidence - found.accuracy
-        tendency = (
-            "well calibrated on average" if abs(apart) < 0.02 else ("overconfident" if apart > 0 else "underconfident")
-        )
+        images = sum(one.images for one in found.bins)
+        low, high = wilson_interval(round(found.accuracy * images), images)
+        tendency = "overconfident" if found.confidence > high else "underconfident" if found.confidence < low else None
+        said = "The confidence fits the accuracy" if tendency is None else f"The model is {tendency}"
         lines.append(
-            f"The model is {tendency}: mean confidence {_percent(found.confidence)}, accuracy "
+            f"{said}: mean confidence {_percent(found.confidence)}, accuracy "
             f"{_percent(found.accuracy)}, expected calibration error {100 * found.error:.1f} points."
         )
     return lines

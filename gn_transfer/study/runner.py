@@ -75,7 +75,7 @@ class StudyRunner:
                     # Reading hundreds of trials takes a tenth of a second, from cores on which workers compute.
                     self.stop.wait(max(IDLE_SECONDS, 30 * (time.thread_time() - began)))
             except KeyboardInterrupt:
-                self.console.print("stopping: the running trials are saved; the same command continues the study")
+                self.console.print("stopping: running trials save a checkpoint; the same command continues the study")
                 for worker in self.workers.values():
                     if worker.pid is not None:
                         interrupt(worker.pid)
@@ -84,6 +84,8 @@ class StudyRunner:
                 self.stop.set()
                 for worker in self.workers.values():
                     worker.join(60)
+                    if worker.is_alive():
+                        self.console.print(f"{worker.name} did not end within a minute: its trial starts again later")
                     worker.kill()
 
     def _keep_workers(self, open_trials: int) -> None:

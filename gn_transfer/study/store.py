@@ -112,20 +112,9 @@ class Store:
         Raises:
             ConfigError: A trial of that name was entered with other values.
         """
+        entered = 0
         with self._explain_errors(), self._locked():
-            known = self._latest()
-            fresh = []
-            for trial in trials:
-                entry = known.get(trial.name)
-                if entry is None or (retry_failed and entry.state == TrialState.FAIL):
-                    fresh.append(trial)
-                elif entry.user_attrs["identity"] != trial.identity():
-                    raise ConfigError(
-                        f"the trial {trial.name} of the study {self.name} was entered with other settings "
-                        f"({_difference(entry.user_attrs['identity'], trial.identity())}); choose another --name, "
-                        "or go back to those."
-                    )
-            for trial in fresh:
+            for trial in self._to_enter(trials, retry_failed=retry_failed):
                 attributes = {
                     "trial": trial.name,
                     "stage": trial.stage,
@@ -134,7 +123,17 @@ class Store:
                     "identity": trial.identity(),
                 }
                 self._study.enqueue_trial(trial.identity(), user_attrs=attributes)
-        return len(fresh)
+                entered += 1
+        return entered
+
+    def check(self, trials: Sequence[Trial]) -> None:
+        """Refuse a plan that does not fit what was entered.
+
+        Raises:
+            ConfigError: A trial of that name was entered with other values.
+        """
+        with self._explain_errors():
+            self._to_enter(trials, retry_failed=False)
 
     def outcomes(self) -> dict[str, Outcome]:
         """Read what became of all trials, by name; of a trial that was retried, the last time counts."""
@@ -144,7 +143,7 @@ class Store:
     # -- the worker's side --------------------------------------------------------------------------------------
 
     def claim(self, trials: Mapping[str, Trial]) -> Claim | None:
-        """Take a trial: the first that waits, else one whose owner is gone.
+        """Take a trial: one whose owner is gone, else the first that waits.
 
         Args:
             trials: The plan by name, with this machine's paths.
@@ -157,8 +156,8 @@ class Store:
                 return None
             with self._locked():
                 entries = [t for t in self._entries() if not t.state.is_finished() and t.user_attrs["trial"] in trials]
-                waiting = [entry for entry in entries if entry.state == TrialState.WAITING]
-                found = waiting or [entry for entry in entries if self._abandoned(entry)]
+                begun = [entry for entry in entries if entry.state == TrialState.RUNNING and self._abandoned(entry)]
+                found = begun or [entry for entry in entries if entry.state == TrialState.WAITING]
                 if not found:
                     return None
                 entry = found[0]
@@ -222,6 +221,21 @@ class Store:
     def close(self) -> None:
         """Close the connections."""
         self._database.close()
+
+    def _to_enter(self, trials: Sequence[Trial], *, retry_failed: bool) -> list[Trial]:
+        known = self._latest()
+        fresh = []
+        for trial in trials:
+            entry = known.get(trial.name)
+            if entry is None or (retry_failed and entry.state == TrialState.FAIL):
+                fresh.append(trial)
+            elif entry.user_attrs["identity"] != trial.identity():
+                raise ConfigError(
+                    f"the trial {trial.name} of the study {self.name} was entered with other settings "
+                    f"({_difference(entry.user_attrs['identity'], trial.identity())}); choose another --name, "
+                    "or go back to those."
+                )
+        return fresh
 
     def _entries(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)

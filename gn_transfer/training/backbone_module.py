@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,13 +20,11 @@ from gn_transfer.backbones import (
     check_input,
     rebuild_backbone,
 )
+from gn_transfer.backbones.fitting import CALIBRATION_IMAGES, DISTILLATION_SAMPLES
 from gn_transfer.config import ConfigError
-from gn_transfer.data.progress import working
+from gn_transfer.data.progress import progress_bar
 from gn_transfer.layers import group_counts, preferred_memory_format
 from gn_transfer.training import checkpoint
-
-CALIBRATION_IMAGES = 256
-"""Training images that ``model.conversion: calibrated`` uses."""
 
 
 class BackboneModule(LightningModule, ABC):
@@ -132,7 +129,7 @@ class BackboneModule(LightningModule, ABC):
             classes: Names of the classes, in the order of the targets.
             class_weight: Weight of each class in the training loss, shape ``(num_classes,)``, float32.
             calibration_images: Returns that many training images, uint8 ``(N, in_chans, H, W)``, preprocessed as in
-                evaluation. Needed for ``conversion: calibrated``.
+                evaluation. Needed for ``conversion: calibrated`` and ``distilled``.
 
         Raises:
             ConfigError: See :func:`gn_transfer.backbones.create_backbone`.
@@ -143,10 +140,9 @@ class BackboneModule(LightningModule, ABC):
         if self._restored is not None:
             built = rebuild_backbone(config, self._restored["architecture"], self._restored["transfer_report"])
         else:
-            calibrated = config.conversion == "calibrated" and calibration_images is not None
-            images = calibration_images(CALIBRATION_IMAGES) if calibrated else None  # type: ignore[misc]
-            with working(f"calibrating the norms on {len(images):,} images") if images is not None else nullcontext():
-                built = build_backbone(config, len(classes), calibration=images)
+            number = {"calibrated": CALIBRATION_IMAGES, "distilled": DISTILLATION_SAMPLES}.get(config.conversion)
+            images = calibration_images(number) if number and calibration_images is not None else None
+            built = build_backbone(config, len(classes), calibration=images, progress=progress_bar)
         self.model, self.head, self.report = built.model, built.head, built.report
         if config.gradient_checkpointing:
             if not hasattr(self.model, "set_grad_checkpointing"):
@@ -202,7 +198,14 @@ class BackboneModule(LightningModule, ABC):
 
         Returns:
             Logits, float32 unless autocast says otherwise; their shape is the task's.
+
+        Raises:
+            ConfigError: In evaluation, pixels that are not uint8.
         """
+        if not self.training and images.dtype != torch.uint8:
+            raise ConfigError(
+                f"the module takes pixels as uint8, 0 to 255, and normalizes them itself; these are {images.dtype}."
+            )
         return self.compute_logits(self.normalize(images))
 
     def normalize(self, images: Tensor) -> Tensor:

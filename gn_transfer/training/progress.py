@@ -55,7 +55,8 @@ class Throughput(Callback):
     @property
     def epoch_loss(self) -> float:
         """Mean loss over the images of the running epoch, those before a resumption included."""
-        return self._epoch_loss_sum / self._epoch_images if self._epoch_images else float("nan")
+        loss_sum, images = self._epoch_sums()
+        return loss_sum / images if images else float("nan")
 
     @property
     def images_per_sec(self) -> float:
@@ -324,6 +325,6 @@ def _figures(trainer: Trainer) -> str:
     best = [score for score in scores if score is not None]
     if throughput.recent_loss != throughput.recent_loss:  # no optimizer step yet
         return "first optimizer step"
-    return f"loss {throughput.recent_loss:.3f}  {throughput.recent_images_per_sec:.1f} images/s" + (
+    return f"loss {throughput.epoch_loss:.3f}  {throughput.recent_images_per_sec:.1f} images/s" + (
         f"  best {float(best[0]):.3f}" if best else ""
     )

@@ -8,7 +8,10 @@ from typing import Any, Literal
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data import Folder, ImageDataModule
+from gn_transfer.data.dataset import LabeledImage
+from gn_transfer.data.duplicates import group_duplicates
 from gn_transfer.data.splits import file_identities, find_copies
+from gn_transfer.data.workers import core_count
 
 Split = Mapping[str, Mapping[str, int]]
 """Size in bytes by path, for ``train`` and ``val``: what a checkpoint stores."""
@@ -52,7 +55,7 @@ def check_split(run_config: Mapping[str, Any], data: ImageDataModule, stage: str
             + f", so the figure would flatter. {why}"
         )
     if stage == "test":
-        return copies_of_training_images(data, part, _root_of(run_config, data), stored["train"])
+        return known_images(data, part, _root_of(run_config, data), stored["train"])
     if validated == len(here) == len(stored["val"]):
         return []
     if validated or stage == "fit":
@@ -60,7 +63,8 @@ def check_split(run_config: Mapping[str, Any], data: ImageDataModule, stage: str
             f"the validation images are other ones than those of the run: {len(here):,} here and "
             f"{len(stored['val']):,} there, {validated:,} of them the same. {why}"
         )
-    return ["other images than the run was validated on; none of them was trained on"]
+    found = known_images(data, part, _root_of(run_config, data), stored["train"])
+    return found or ["other images than the run was validated on; none of them was trained on"]
 
 
 def check_own_splits(data: ImageDataModule) -> list[str]:
@@ -72,19 +76,14 @@ def check_own_splits(data: ImageDataModule) -> list[str]:
     Returns:
         Warnings, a sentence each.
     """
-    found = copies_of_training_images(data, "val", Path(data.root), data.split()["train"])
-    if data.group_duplicates and isinstance(data, Folder) and {"val", "test"} <= set(data.layout.splits):
-        found.append(
-            "data.group_duplicates changes nothing: validation and test are folders of yours. gn-transfer data check "
-            "lists the images that are in two of them."
-        )
-    return found
+    return known_images(data, "val", Path(data.root), data.split()["train"])
 
 
-def copies_of_training_images(
-    data: ImageDataModule, part: Literal["val", "test"], root: Path, trained: Iterable[str]
-) -> list[str]:
-    """Say how many images of a split are copies of images that were trained on, under other names.
+def known_images(data: ImageDataModule, part: Literal["val", "test"], root: Path, trained: Iterable[str]) -> list[str]:
+    """Say how many images of a split show what was trained on, under other names.
+
+    Exact copies are looked for always. With ``data.group_duplicates`` near-duplicates are as well, where the split is a
+    folder of the user's: of a split that we cut, they were kept out.
 
     Args:
         data: The data, with this split set up.
@@ -95,16 +94,39 @@ def copies_of_training_images(
     Returns:
         A sentence, or none.
     """
-    here = data.split()[part]
+    here, trained = data.split()[part], list(trained)
     copies = find_copies(Path(data.root), here, root, trained)
     if not copies:
-        return []
+        fixed = isinstance(data, Folder) and part in data.layout.splits
+        near = _near_duplicates(data, part, root, trained) if data.group_duplicates and fixed else {}
+        if not near:
+            return []
+        name, original = next(iter(near.items()))
+        show = (
+            "shows nearly the same as a training image" if len(near) == 1 else "show nearly the same as training images"
+        )
+        return [
+            f"{len(near):,} of the {len(here):,} {part} images {show} ({name} ~ {original}), so the figure may be too "
+            "high. gn-transfer data check lists them."
+        ]
     name, original = next(iter(copies.items()))
     are = "is an exact copy of a training image" if len(copies) == 1 else "are exact copies of training images"
     return [
         f"{len(copies):,} of the {len(here):,} {part} images {are} ({name} = {original}), so the figure is too "
         "high. Remove them from one side; gn-transfer data check lists copies and near-duplicates."
     ]
+
+
+def _near_duplicates(data: ImageDataModule, part: str, root: Path, trained: list[str]) -> dict[str, str]:
+    """Find near-duplicates of training images; all images are decoded."""
+    if root.resolve() != Path(data.root).resolve():
+        return {}
+    images = [LabeledImage(path, 0) for path in (*trained, *data.split()[part])]
+    found: dict[str, str] = {}
+    for group in group_duplicates(root, images, core_count()):
+        if group[0] < len(trained):
+            found |= {images[p].path: images[group[0]].path for p in group if p >= len(trained)}
+    return found
 
 
 def _root_of(run_config: Mapping[str, Any], data: ImageDataModule) -> Path:

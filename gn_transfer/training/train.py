@@ -23,6 +23,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
 from gn_transfer.data import ImageDataModule
+from gn_transfer.data.describe import test_images
 from gn_transfer.data.splits import split_digest
 from gn_transfer.files import read_json, write_json
 from gn_transfer.training.accumulation import GradientAccumulation
@@ -172,7 +173,8 @@ def train(
     if trainer.is_global_zero:
         run.logs.mkdir(parents=True, exist_ok=True)
         (run.logs / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
-        write_json(run.logs / "split.json", data.split())
+        held_back = {"test": [image.path for image in found]} if (found := test_images(data)) else {}
+        write_json(run.logs / "split.json", {**data.split(), **held_back})
         write_json(run.logs / "transfer_report.json", task.report.as_dict())
         if plan is not None:
             write_json(run.logs / "plan.json", {"rows": plan.rows, "warnings": plan.warnings})
@@ -188,7 +190,7 @@ def train(
         if trainer.is_global_zero:
             tensorboard.announce()
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=ckpt_path)
+        trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     finally:
         if own_log is not None:
             own_log.close()
@@ -198,7 +200,7 @@ def evaluate(
     task: TransferTask,
     data: ImageDataModule,
     trainer: Trainer,
-    checkpoint: Path,
+    checkpoint: str | Path,
     stage: str,
     say: Callable[[str], None] = print,
 ) -> dict[str, float]:
@@ -218,12 +220,13 @@ def evaluate(
     Raises:
         ConfigError: Images that the checkpoint was trained on.
     """
+    checkpoint = Path(checkpoint)
     for remark in check_split(task.run_config, data, stage):
         say(f"note       {remark}")
     run_stage = getattr(trainer, stage)
     with warnings.catch_warnings():  # evaluation needs none of the callbacks of training
         warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
-        [metrics] = run_stage(task, datamodule=data, ckpt_path=str(checkpoint), verbose=False)
+        [metrics] = run_stage(task, datamodule=data, ckpt_path=str(checkpoint), verbose=False, weights_only=True)
     run = run_of_checkpoint(checkpoint)
     record = None if run is None else run.logs / "metrics.json"
     if stage == "test" and record is not None and record.is_file() and _is_own_data(task, data):

@@ -33,7 +33,7 @@ def pets(root: Path) -> list[str]:
 
 def test_check_prints_and_leaves_nothing(capsys: Any, pets_root: Path) -> None:
     printed = run(capsys, "check", *pets(pets_root))
-    assert "trainval    30 images, 3 classes, 10 to 10 per class" in printed
+    assert "trainval    30 images, 3 classes, 10 per class" in printed
     assert "ready to train" in printed
     assert not Path("runs").exists()
 

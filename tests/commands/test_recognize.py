@@ -110,8 +110,8 @@ def test_from_a_folder_to_a_tested_model(tmp_path, capsys):
     command = next(line for line in output.splitlines() if "as: gn-transfer" in line).partition("as: ")[2]
     words = shlex.split(command)[1:]
     assert main([*words, "--dry_run"]) == 0  # what it prints can be pasted
-    assert "your options overrule --model.backbone" not in output
-    assert "your options overrule --data.img_size 64, --trainer.max_epochs 30" in output
+    assert "your own options count instead of --model.backbone" not in output
+    assert "your own options count instead of --data.img_size 64, --trainer.max_epochs 30" in output
     assert "test 4 (held back)" in output
     assert "next       gn-transfer test checkpoints/my_photos/gn_ws-bs1-seed0/best.ckpt" in output
     for target in ("my photos", "runs/my_photos/gn_ws-bs1-seed0", "checkpoints/my_photos/gn_ws-bs1-seed0"):
@@ -133,7 +133,7 @@ def test_from_a_folder_to_a_tested_model(tmp_path, capsys):
         (["fit", "PHOTOS", "--trainer.max_epoch", "3"], "did you mean 'trainer.max_epochs'?"),
         (["fit", "PHOTOS", "--trainer.max_epochs", "0"], "nothing would be trained"),
         (["fit", "PHOTOS", "--data.img_size", "5000000", "--data.cache", "none"], "do not fit into memory"),
-        (["fit", "PHOTOS", "--trainer.max_epochs", "three"], "use null, a whole number"),
+        (["fit", "PHOTOS", "--trainer.max_epochs", "three"], "use null or a whole number"),
         (["fit", "PHOTOS", "--model.norm", "GroupNorm"], "did you mean 'gn'?"),
         (["fit", "PHOTOS", "--model.norm", "batch_norm"], "did you mean 'bn'?"),
         (["test", "photos/cat/0.png"], "cannot be read as a checkpoint"),

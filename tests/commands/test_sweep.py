@@ -181,7 +181,7 @@ def test_dry_run_prints_trials_and_time_and_leaves_nothing(pets_root, capsys):
         (
             "grid: {model.norm: [bn, gn_ws]}\nbaseline: {norm: bn_forzen}",
             [],
-            "baseline norm=bn_forzen: no trial has it; Allowed: bn, gn_ws",
+            "baseline norm=bn_forzen: no trial has it; allowed: bn, gn_ws",
         ),
         ("grid: {model.norm: [bn, gnws]}", [], "trial gnws-seed0: model.norm=gnws is not allowed"),
         ("grid: {model.norm: []}", [], "is empty"),

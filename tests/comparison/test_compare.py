@@ -289,7 +289,7 @@ def test_bad_arguments(tmp_path, capsys):
     assert "did you mean 'norm'" in failure(capsys, runs, "--baseline", "nrom=bn")
     assert "did you mean 'bn'" in failure(capsys, runs, "--baseline", "norm=bnn")
     assert "did you mean 'batch_size'" in failure(capsys, runs, "--where", "batch_siz=1")
-    assert "batch_size=9: no run has this value; Allowed: 1." in failure(capsys, runs, "--where", "batch_size=9")
+    assert "batch_size=9: no run has this value; allowed: 1." in failure(capsys, runs, "--where", "batch_size=9")
     assert "did you mean 'gn_ws'" in failure(capsys, runs, "--where", "norm=gnws")
     assert "required: RUNS" in failure(capsys)
     assert main(["compare", runs, "--output", str(tmp_path / "file")]) == 2
@@ -390,6 +390,16 @@ def test_importance_of_a_crossed_study_has_a_known_truth(tmp_path):
     assert found.shares["norm"] > 0.98
     assert set(found.shares) == {"norm", "effective_batch_size", "together", "seed", "rest"}
     assert sum(found.shares.values()) == pytest.approx(1)
+
+
+def test_a_tie_has_no_winner(tmp_path):
+    for seed in range(3):
+        fabricate(tmp_path / "runs", "bn_frozen", 1, seed, 0.7)
+        fabricate(tmp_path / "runs", "gn_ws", 1, seed, 0.7 + 0.05 * (seed - 1))
+    first = answer(compare([tmp_path / "runs"]))[0]
+    assert first.startswith(("No clear winner: bn_frozen with 70.0 % [", "No clear winner: gn_ws with 70.0 % ["))
+    assert "is 0.0 points above" in first
+    assert "(95 % interval -" in first
 
 
 def test_the_answer_comes_first_and_says_what_few_seeds_cannot_show(tmp_path):

@@ -29,7 +29,7 @@ def test_paths_arrays_and_pillow_images_give_the_same(bundle_dir, tmp_path):
     pixels = flat((10, 60, 20))
     Image.fromarray(pixels).save(tmp_path / "green.png")
     bundle = load_bundle(bundle_dir)
-    content = (tmp_path / "green.png").read_bytes()
+    content = bytearray((tmp_path / "green.png").read_bytes())
     found = bundle.predict([tmp_path / "green.png", pixels, Image.fromarray(pixels), content], top_k=2)
     assert [prediction.path for prediction in found] == [str(tmp_path / "green.png"), None, None, None]
     assert repr(found[0]).startswith("Prediction(label='green', prob=0.9")
@@ -107,7 +107,7 @@ def test_what_is_no_image_at_all(bundle_dir):
         load_bundle(bundle_dir).predict([None])
 
 
-@pytest.mark.parametrize("one", [b"JPEG", "cat.jpg", Path("cat.jpg"), Image.new("RGB", (4, 4))])
+@pytest.mark.parametrize("one", [b"JPEG", bytearray(b"JPEG"), "cat.jpg", Path("cat.jpg"), Image.new("RGB", (4, 4))])
 def test_one_image_is_given_as_a_list(bundle_dir, one):
     with pytest.raises(ConfigError, match="give a list"):
         load_bundle(bundle_dir).predict(one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -82,6 +83,8 @@ def test_a_bundle_holds_what_was_promised(bundle):
     assert metadata["provenance"]["transfer_report"]["source"] == "from scratch"
     assert "root" not in metadata["provenance"]["config"]["data"]["init_args"]
     assert {"torch", "timm", "onnx", "onnxruntime"} <= metadata["versions"].keys()
+    assert metadata["evaluated_images"] == {"val": 6}
+    assert re.search(r"val/acc1 \| 0\.\d{4} \(6 images, 95 % interval 0\.\d", (bundle / "README.md").read_text())
     assert str(bundle.parent) not in (bundle / "bundle.json").read_text()
 
 
@@ -163,7 +166,9 @@ def test_bn_is_folded_where_it_is_exact(tmp_path):
 def test_exporting_again_replaces_the_bundle_alone(in_root, bundle, capsys):
     copy = in_root / "again"
     shutil.copytree(bundle, copy)
-    check_output(copy)
+    check_output(copy, CHECKPOINT)
+    with pytest.raises(ConfigError, match=r"holds the bundle of another run .*which would be lost; name a new folder"):
+        check_output(copy, CHECKPOINT.parent.with_name("other-run") / "best.ckpt")
     (copy / "notes.txt").write_text("mine")
     assert main(["export", str(CHECKPOINT), "--output", "again"]) == 2
     assert "holds something that is no bundle (notes.txt)" in capsys.readouterr().err

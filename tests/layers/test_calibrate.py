@@ -173,6 +173,9 @@ def test_detection_net_with_frozen_norms_and_norms_in_the_region_heads():
         ),
     ],
 )
-def test_refusals(model, norm, batches, message):
+def test_refusals_leave_the_model_as_it_was(model, norm, batches, message):
+    before = copy.deepcopy(model)
     with pytest.raises(ConfigError, match=message):
         convert_norm(model, norm, calibration=batches)
+    assert [type(layer) for layer in model.modules()] == [type(layer) for layer in before.modules()]
+    assert all(torch.equal(value, before.state_dict()[name]) for name, value in model.state_dict().items())

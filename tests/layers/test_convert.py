@@ -218,7 +218,7 @@ def test_same_padding_is_kept(size):
 
 def test_norms_over_sequences_stay_and_are_named():
     model = nn.Sequential(nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(4))
-    with pytest.warns(UserWarning, match="1 norms over sequences or volumes stay as they are and look at the batch: 2"):
+    with pytest.warns(UserWarning, match=r"sequences or volumes stay as they are and look at the batch \(1\): 2"):
         convert_norm(model, "bn_frozen")
     assert type(convert_norm(model, "bn")[2]) is nn.BatchNorm1d
 
@@ -237,6 +237,8 @@ def test_refusals_leave_the_net_as_it_was():
         convert_norm(model, "gn", group_size=9)
     with pytest.raises(ConfigError, match="num_groups=4 and group_size=8 exclude each other; give one of them"):
         convert_norm(model, "gn", num_groups=4, group_size=8)
+    with pytest.raises(ConfigError, match=r"takes a model \(nn\.Module\), not str"):
+        convert_norm("resnet18", "gn")
     with pytest.raises(ConfigError, match="did you mean 'gn_ws'"):
         convert_norm(model, "gnws")
     with pytest.raises(ConfigError, match=r"skip names nrom, which the model lacks; did you mean 1\.norm"):

@@ -72,6 +72,16 @@ def test_loaders_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (trainer.global_step, scales) == (2, [1.0, 1.0, 2.0])  # three batches in steps of two
     [probs, *_] = trainer.predict(module, loader())
     torch.testing.assert_close(probs.sum(1), torch.ones(2))
+    with pytest.raises(ConfigError, match=r"takes pixels as uint8, 0 to 255, .*these are torch\.float32"):
+        module.eval()(torch.rand(1, 3, 64, 64))
+
+
+def test_predictions_of_the_test_images(folder_root: Path) -> None:
+    data = gnt.Folder(folder_root, img_size=64, num_workers=0, test_fraction=0.3)
+    module = task()
+    module.build(data.list_fit().classes)
+    found = torch.cat(Trainer(**QUIET).predict(module, datamodule=data))
+    assert found.shape == (len(data.list_test()), len(module.classes))
 
 
 def test_overfitting_some_batches(folder_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -105,4 +106,34 @@ def test_a_copy_in_validation_is_reported_before_the_run(tmp_path, monkeypatch, 
     assert main(arguments) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "1 of the 20 val images is an exact copy of a training image (val/dog/7.png = train/cat/3.png)" in said
-    assert "data.group_duplicates changes nothing: validation and test are folders of yours" in said
+
+
+def test_near_duplicates_of_training_images_are_reported_where_they_are_looked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number, split in enumerate(("train", "val", "test")):
+        write_images(f"photos/{split}", seed=number, side=20)
+    photo = cv2.resize(np.random.default_rng(9).integers(0, 256, (8, 8, 3), dtype=np.uint8), (96, 96))
+    cv2.imwrite("photos/train/cat/photo.jpg", photo)
+    cv2.imwrite("photos/val/cat/smaller.jpg", cv2.resize(photo, (80, 80)))
+    cv2.imwrite("photos/test/cat/again.jpg", cv2.resize(photo, (88, 88)))
+    arguments = ["fit", "--data", "Folder", "--data.root", "photos", "--data.img_size", "16", "--data.cache", "none"]
+    arguments += ["--model.backbone", "resnetv2_18", "--trainer.max_epochs", "1"]
+    assert main([*arguments, "--dry_run"]) == 0
+    assert "nearly" not in capsys.readouterr().out
+    assert main([*arguments, "--data.group_duplicates", "true"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of the 21 val images shows nearly the same as a training image (val/cat/smaller.jpg ~ train/cat" in said
+    assert main(["test", "--ckpt_path", BEST]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of the 21 test images shows nearly the same as a training image (test/cat/again.jpg ~ train/cat" in said
+
+
+def test_validation_on_copies_in_another_folder_is_reported(trained, capsys):
+    for path in map(Path, json.loads(Path("runs/default/gn_ws-bs1-seed0/split.json").read_text())["train"]):
+        Path("copy", path.parent).mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path("photos", path), Path("copy", path.parent, f"again_{path.name}"))
+    capsys.readouterr()
+    assert main(["validate", "--ckpt_path", BEST, "--data.root", "copy", "--data.test_fraction", "0"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "none of them was trained on" not in said
+    assert "exact copies of training images" in said

@@ -1,0 +1,143 @@
+"""Turn a batch-norm model into one with group norms on training images: calibrate it, and distill it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from gn_transfer.backbones.transfer import Conversion, TransferReport
+from gn_transfer.config import Norm
+from gn_transfer.layers import Replacement, convert_norm
+from gn_transfer.layers.distill import IMAGES_PER_STEP, distill
+
+CALIBRATION_IMAGES = 256
+"""Training images that a calibration takes."""
+
+DISTILLATION_SAMPLES = 1024
+"""Training images, with repetitions, that a distillation takes."""
+
+_PIXELS_AT_ONCE = 32 * 64 * 64  # few large blocks of memory cost more than what is computed on them
+
+ProgressBar: TypeAlias = Callable[[str, int], AbstractContextManager[Callable[[], object]]]
+"""From what is being done and the number of steps to a context that gives the function to call after each step."""
+
+
+@contextmanager
+def no_progress(what: str, total: int) -> Iterator[Callable[[], object]]:
+    """Show nothing; the default :data:`ProgressBar`."""
+    yield lambda: None
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """Training images and how their pixels are normalized.
+
+    Attributes:
+        pixels: uint8, shape ``(N, in_chans, H, W)``.
+        mean: Per channel, on pixels scaled to [0, 1].
+        std: Likewise.
+    """
+
+    pixels: Tensor
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """Give the model's input for some pixels."""
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return (pixels.float() / 255.0 - mean) / std
+
+    def parts(self) -> Sequence[Tensor]:
+        """Cut those that calibrate into parts that are held at a time."""
+        at_once = max(1, _PIXELS_AT_ONCE // self.pixels[0, 0].numel())
+        return torch.split(self.pixels[:CALIBRATION_IMAGES], at_once)
+
+
+def fit_norms(
+    model: nn.Module,
+    norm: Norm,
+    images: TrainingImages,
+    report: TransferReport,
+    *,
+    head: str,
+    groups: Mapping[str, Any],
+    conversion: Conversion,
+    show: ProgressBar,
+) -> TransferReport:
+    """Replace batch norms by group norms that reproduce them, in place.
+
+    Args:
+        model: timm's model with batch norms and their trained statistics.
+        norm: gn, ln or in.
+        images: Training images.
+        report: What was transferred so far.
+        head: Name of the classifier module.
+        groups: ``num_groups`` and ``group_size`` of :func:`gn_transfer.layers.convert_norm`.
+        conversion: ``calibrated``, or ``distilled``, which calibrates first.
+        show: Shows how far it is.
+
+    Returns:
+        The report, with what came of it.
+    """
+    teacher = deepcopy(model) if conversion == "distilled" else None
+    replacements: list[Replacement] = []
+    parts = images.parts()
+    with show("calibrating the norms", len(parts)) as advance:
+        batches = (_after(images.normalized(part), advance) for part in parts)
+        convert_norm(model, norm, **groups, skip={head}, calibration=batches, report=replacements)
+    r2 = {found.name: round(found.r2, 4) for found in replacements if found.r2 is not None}
+    notes = [*report.notes, _quality(r2)]
+    if teacher is not None:
+        with show("distilling", -(-DISTILLATION_SAMPLES // IMAGES_PER_STEP)) as advance:
+            notes.append(_distill(model, teacher, images, advance))
+    return replace(report, r2=r2, notes=tuple(notes))
+
+
+def _after(batch: Tensor, advance: Callable[[], object]) -> Tensor:
+    advance()
+    return batch
+
+
+def _quality(r2: Mapping[str, float]) -> str:
+    worst = min(r2, key=r2.__getitem__)
+    middle = statistics.median(r2.values())
+    return (
+        f"calibrated: {len(r2)} norms reproduce {middle:.0%} of their BN layer's variance in the median, "
+        f"{r2[worst]:.0%} in the worst ({worst})"
+    )
+
+
+def _distill(model: nn.Module, teacher: nn.Module, images: TrainingImages, advance: Callable[[], object]) -> str:
+    """Distill a calibrated model from the BN model that it came from; say what came of it."""
+
+    def features(one: nn.Module, pixels: Tensor) -> Tensor:
+        input = images.normalized(pixels).contiguous(memory_format=torch.channels_last)
+        found: Tensor = one.forward_features(input)  # type: ignore[operator]
+        return found
+
+    for one in (model, teacher):
+        one.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    known = dict(model.named_modules())
+    stages = [str(stage["module"]) for stage in getattr(model, "feature_info", ()) if stage["module"] in known]
+    began = time.monotonic()
+    done = distill(
+        model,
+        teacher,
+        images.pixels,
+        samples=DISTILLATION_SAMPLES,
+        features=features,
+        stages=stages,
+        advance=advance,
+    )
+    return (
+        f"distilled on {done.samples:,} images in {time.monotonic() - began:.0f} s: the features' error fell from "
+        f"{done.before:.0%} to {done.after:.0%} of their variance"
+    )
