@@ -1,17 +1,18 @@
 """What is left of a batch-norm net after its norms were replaced: at once, under a linear probe, and fine-tuned.
 
-Measures, for one backbone with BN weights trained on Tiny-ImageNet:
+Measures, for one backbone with BN weights:
 
-- `source`: top-1 on Tiny-ImageNet's validation images right after the replacement, with the net's own head, no
-training:
-  the BN original, the naive copy of its affine into group norms, the calibrated conversion for several numbers of
-  groups and of images, and the real GN+WS net where one is given. `recovered` is the share of the way from the naive
-  copy to the BN original.
+- `source`: top-1 right after the replacement, with the net's own head, no training: the BN original, the naive copy of
+  its affine into group norms, the calibrated conversion for several numbers of groups and of images, the distilled one,
+  and the real GN+WS net where one is given. On Tiny-ImageNet's validation images, or for weights of ImageNet on the
+  images of those breeds of pets5 that are classes of ImageNet.
 - `probe`: five-fold accuracy of a logistic regression on the pooled features of the 500 trainval images of pets5.
+- `recovered` is the share of the way from the naive copy to the BN original, of either figure.
 - `finetune`: test accuracy on pets5 after `gn-transfer fit` at batch size 1, the same recipe and number of samples for
   every arm, mean over seeds; `last.ckpt` is tested, nothing is chosen by it.
 
-    python benchmarks/conversion.py --bn checkpoints/resnetv2_18.bn.tinyimagenet.safetensors --tiny_imagenet DATA --json
+    python benchmarks/conversion.py --backbone resnetv2_18 --tiny_imagenet DATA --pets DATA --json FILE
+    python benchmarks/conversion.py --backbone tf_efficientnet_lite0 --pets DATA --img_size 224 --json FILE
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import json
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +39,39 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from gn_transfer.__main__ import main as gn_transfer
-from gn_transfer.backbones.weights import Weights, file_weights, read_weights
+from gn_transfer.backbones.fitting import DISTILLATION_SAMPLES, TrainingImages, fit_norms, no_progress
+from gn_transfer.backbones.pretrained import resolve_pretrained
+from gn_transfer.backbones.transfer import TransferReport
+from gn_transfer.backbones.weights import Weights, read_weights
 from gn_transfer.data import Pets, TinyImageNet
 from gn_transfer.layers import Replacement, StdConv2d, convert_norm
 from gn_transfer.layers.calibrate import BatchNormFunction, calibrate
 from gn_transfer.training.environment import environment
 
+IMAGENET_CLASSES = {"German Shorthaired": 210}
+"""Breeds of pets5 that are classes of ImageNet, with their index."""
+
 
 class Source:
-    """Images of Tiny-ImageNet, normalized for a net."""
+    """Images that a net converts on and is scored on with its own head: of Tiny-ImageNet, or of pets5."""
 
-    def __init__(self, root: Path, limit: int, counts: list[int]) -> None:
-        data = TinyImageNet(root, num_workers=0, batch_size=250)
-        data.setup("fit")
-        self.training = data.training_images(max(counts))
-        step = max(1, len(data.val_dataset) // limit)
-        pairs = [data.val_dataset[index] for index in range(0, len(data.val_dataset), step)]
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        if options.tiny_imagenet is not None:
+            data = TinyImageNet(options.tiny_imagenet, num_workers=0, batch_size=250)
+            data.setup("fit")
+            step = max(1, len(data.val_dataset) // options.limit)
+            pairs = [data.val_dataset[index] for index in range(0, len(data.val_dataset), step)]
+        else:
+            data = Pets(options.pets, img_size=options.img_size, num_workers=0)
+            data.setup("fit")
+            pairs = [
+                (image, IMAGENET_CLASSES[data.classes[target]])
+                for split in (data.train_dataset, data.val_dataset)
+                for image, target in split_plain(split, data)
+                if data.classes[target] in IMAGENET_CLASSES
+            ]
+        self.training = data.training_images(max(*options.images, DISTILLATION_SAMPLES))
         self.images = torch.stack([image for image, _ in pairs])
         self.targets = torch.tensor([target for _, target in pairs])
 
@@ -59,7 +79,8 @@ class Source:
     def accuracy(self, net: nn.Module, weights: Weights) -> float:
         """Top-1 on the validation images."""
         net.eval()
-        logits = torch.cat([net(normalized(part, weights)) for part in self.images.split(250)])
+        at_once = 250 if self.options.img_size <= 64 else 4
+        logits = torch.cat([net(normalized(part, weights)) for part in self.images.split(at_once)])
         return float((logits.argmax(1) == self.targets).float().mean())
 
 
@@ -71,13 +92,14 @@ def normalized(images: Tensor, weights: Weights) -> Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def load(path: Path, backbone: str, norm: str) -> tuple[nn.Module, Weights]:
+def load(pretrained: str, backbone: str, norm: str) -> tuple[nn.Module, Weights]:
     """Build a net with its own head and load it whole."""
-    weights = file_weights(path, backbone)
+    weights = resolve_pretrained(backbone, norm, pretrained)  # type: ignore[arg-type]
+    assert weights is not None
     state = read_weights(weights)
     if weights.mean is None:  # a bare file: pixels as the architecture's default has them
         config = timm.get_pretrained_cfg(backbone).to_dict()
-        weights = Weights(weights.name, backbone, mean=config["mean"], std=config["std"], file=path)
+        weights = replace(weights, mean=config["mean"], std=config["std"])
     head = timm.create_model(backbone).pretrained_cfg["classifier"]
     net = timm.create_model(backbone, num_classes=len(state[f"{head}.weight"]))
     convert_norm(net, norm, skip=[head])  # type: ignore[arg-type]
@@ -116,9 +138,20 @@ def to_gn_ws(net: nn.Module, head: str, groups: int, batches: list[Tensor]) -> n
     return net
 
 
-def pets_features(net: nn.Module, weights: Weights, root: Path) -> tuple[Tensor, Tensor]:
+def distilled(net: nn.Module, head: str, groups: int, images: Tensor, weights: Weights) -> str:
+    """Convert a BN net as `model.conversion: distilled` does; what that says of it."""
+    assert weights.mean is not None
+    assert weights.std is not None
+    report = TransferReport(weights.name, weights.architecture, "gn")
+    training = TrainingImages(images, weights.mean, weights.std)
+    options = {"num_groups": groups, "group_size": None}
+    done = fit_norms(net, "gn", training, report, head=head, groups=options, conversion="distilled", show=no_progress)
+    return done.notes[-1]
+
+
+def pets_features(net: nn.Module, weights: Weights, root: Path, img_size: int) -> tuple[Tensor, Tensor]:
     """Pooled features and targets of pets5's trainval images."""
-    data = Pets(root, img_size=64, num_workers=0)
+    data = Pets(root, img_size=img_size, num_workers=0)
     data.setup("fit")
     pairs = [pair for split in (data.train_dataset, data.val_dataset) for pair in (split_plain(split, data))]
     images, targets = torch.stack([image for image, _ in pairs]), torch.tensor([target for _, target in pairs])
@@ -126,7 +159,7 @@ def pets_features(net: nn.Module, weights: Weights, root: Path) -> tuple[Tensor,
         features = torch.cat(
             [
                 net.forward_head(net.forward_features(normalized(part, weights)), pre_logits=True)
-                for part in images.split(100)
+                for part in images.split(100 if img_size <= 64 else 4)
             ]  # type: ignore[operator]
         )
     return features.flatten(1), targets
@@ -138,9 +171,9 @@ def split_plain(split: Any, data: Pets) -> list[tuple[Tensor, int]]:
     return [plain[index] for index in range(len(plain))]
 
 
-def probe(net: nn.Module, weights: Weights, root: Path) -> float:
+def probe(net: nn.Module, weights: Weights, root: Path, img_size: int) -> float:
     """Five-fold accuracy of a logistic regression."""
-    features, targets = pets_features(net, weights, root)
+    features, targets = pets_features(net.eval(), weights, root, img_size)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
     return float(cross_val_score(model, features.numpy(), targets.numpy(), cv=folds).mean())
@@ -151,7 +184,7 @@ def finetune(arm: dict[str, str], options: argparse.Namespace, seed: int) -> flo
     arguments = {
         "data": "Pets",
         "data.root": str(options.pets.resolve()),
-        "data.img_size": "64",
+        "data.img_size": str(options.img_size),
         "data.batch_size": "1",
         "data.num_workers": "0",
         "seed_everything": str(seed),
@@ -173,14 +206,14 @@ def finetune(arm: dict[str, str], options: argparse.Namespace, seed: int) -> flo
 
 def source_and_probe(options: argparse.Namespace) -> dict[str, Any]:
     """Convert in every way and measure without training."""
-    images = Source(options.tiny_imagenet, options.limit, options.images)
-    result: dict[str, Any] = {}
+    images = Source(options)
+    result: dict[str, Any] = {"scored_images": len(images.images)}
 
     def measure(name: str, net: nn.Module, weights: Weights, **more: Any) -> None:
         result[name] = {"source_acc1": images.accuracy(net, weights), **more}
         if options.pets is not None:
-            result[name]["probe_acc1"] = probe(net, weights, options.pets)
-        print(name, result[name]["source_acc1"], result[name].get("probe_acc1"), flush=True)
+            result[name]["probe_acc1"] = probe(net, weights, options.pets, options.img_size)
+        print(name, result[name]["source_acc1"], result[name].get("probe_acc1"), more, flush=True)
 
     original, weights = load(options.bn, options.backbone, "bn")
     measure("bn original", original, weights)
@@ -190,31 +223,38 @@ def source_and_probe(options: argparse.Namespace) -> dict[str, Any]:
         measure(f"gn {groups} naive copy", convert_norm(net, "gn", num_groups=groups, skip=[head]), weights)
         for count in options.images if groups == options.groups[0] else options.images[:1]:
             net, _ = load(options.bn, options.backbone, "bn")
-            batches = normalized(images.training[:count], weights).split(64)
+            batches = normalized(images.training[:count], weights).split(64 if options.img_size <= 64 else 2)
             report: list[Replacement] = []
+            began = time.monotonic()
             convert_norm(net, "gn", num_groups=groups, skip=[head], calibration=batches, report=report)
+            seconds = round(time.monotonic() - began, 1)
             shares = {found.name: found.r2 for found in report if found.r2 is not None}
             name = f"gn {groups} calibrated" + ("" if count == options.images[0] else f" on {count}")
-            measure(name, net, weights, images=count, r2=shares)
-    net, _ = load(options.bn, options.backbone, "bn")
-    measure("gn_ws 32 naive copy", convert_norm(net, "gn_ws", skip=[head]), weights)
-    for groups in (32, options.groups[0]):
+            measure(name, net, weights, images=count, seconds=seconds, r2=shares)
+        net, _ = load(options.bn, options.backbone, "bn")
+        began = time.monotonic()
+        said = distilled(net, head, groups, images.training, weights)
+        measure(f"gn {groups} distilled", net, weights, seconds=round(time.monotonic() - began, 1), said=said)
+    for groups in (32, options.groups[0]) if options.gn_ws is not None else ():
+        net, _ = load(options.bn, options.backbone, "bn")
+        measure(f"gn_ws {groups} naive copy", convert_norm(net, "gn_ws", num_groups=groups, skip=[head]), weights)
         net, _ = load(options.bn, options.backbone, "bn")
         batches = list(normalized(images.training[: options.images[0]], weights).split(64))
         measure(f"gn_ws {groups} calibrated (experiment)", to_gn_ws(net, head, groups, batches), weights)
     if options.gn_ws is not None:
         measure("gn_ws trained as such", *load(options.gn_ws, options.backbone, "gn_ws"))
-    top = result["bn original"]["source_acc1"]
     for name, row in result.items():
-        if name.startswith("gn ") and "calibrated" in name:
-            floor = result[f"gn {name.split()[1]} naive copy"]["source_acc1"]
-            row["recovered"] = (row["source_acc1"] - floor) / (top - floor)
+        if name.startswith("gn ") and "naive" not in name:
+            floor, top = result[f"gn {name.split()[1]} naive copy"], result["bn original"]
+            for key in ("source_acc1", "probe_acc1"):
+                if key in row and top[key] > floor[key]:
+                    row[f"recovered_{key}"] = (row[key] - floor[key]) / (top[key] - floor[key])
     return result
 
 
 def finetuned(options: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune every arm with every seed, arms in turn within a seed."""
-    bn, gn = str(options.bn.resolve()), {"model.norm": "gn", "model.pretrained": str(options.bn.resolve())}
+    bn, gn = options.bn, {"model.norm": "gn", "model.pretrained": options.bn}
     arms: dict[str, dict[str, str]] = {
         "bn from scratch": {"model.norm": "bn"},
         "gn from scratch": {"model.norm": "gn"},
@@ -224,11 +264,15 @@ def finetuned(options: argparse.Namespace) -> dict[str, Any]:
             f"gn {groups} calibrated": {**gn, "model.conversion": "calibrated", "model.num_groups": str(groups)}
             for groups in options.groups
         },
+        **{
+            f"gn {groups} distilled": {**gn, "model.conversion": "distilled", "model.num_groups": str(groups)}
+            for groups in options.groups
+        },
         "bn_frozen": {"model.norm": "bn_frozen", "model.pretrained": bn},
         "bn": {"model.norm": "bn", "model.pretrained": bn},
     }
     if options.gn_ws is not None:
-        arms["gn_ws trained as such"] = {"model.norm": "gn_ws", "model.pretrained": str(options.gn_ws.resolve())}
+        arms["gn_ws trained as such"] = {"model.norm": "gn_ws", "model.pretrained": options.gn_ws}
     scores: dict[str, list[float]] = {name: [] for name in arms if not options.arms or name in options.arms}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for name in scores:
@@ -240,8 +284,9 @@ def finetuned(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bn", type=Path, required=True, help="BN weights: a released file, or a checkpoint of fit")
-    parser.add_argument("--gn_ws", type=Path, help="the same backbone trained with GN+WS")
+    parser.add_argument("--bn", default="auto", help="BN weights, as model.pretrained takes them")
+    parser.add_argument("--gn_ws", help="the same backbone trained with GN+WS")
+    parser.add_argument("--img_size", type=int, default=64, help="of pets5; Tiny-ImageNet has 64")
     parser.add_argument("--backbone", default="resnetv2_18")
     parser.add_argument("--tiny_imagenet", type=Path, help="folder of Tiny-ImageNet; without it no source accuracy")
     parser.add_argument("--pets", type=Path, help="folder of pets5; without it neither probe nor fine-tuning")
@@ -255,12 +300,13 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", help="only these arms of the fine-tuning")
     parser.add_argument("--json", type=Path, help="write the result here as well")
     options = parser.parse_args()
+    kept = ("backbone", "img_size", "limit", "seeds", "first_seed", "epochs", "lr")
     result: dict[str, Any] = {
         "what": "accuracy after replacing the norms of a BN net",
-        "weights": options.bn.name,
-        **{key: getattr(options, key) for key in ("backbone", "limit", "seeds", "first_seed", "epochs", "lr")},
+        "weights": options.bn,
+        **{key: getattr(options, key) for key in kept},
     }
-    if options.tiny_imagenet is not None:
+    if options.tiny_imagenet is not None or options.img_size > 64:
         result["untrained"] = source_and_probe(options)
     if options.seeds:
         result["finetuned"] = finetuned(options)

@@ -28,11 +28,12 @@ from timm.layers import StdConv2d as TimmStdConv2d
 from torch import Tensor, nn
 
 from gn_transfer.backbones.create import create_backbone
-from gn_transfer.layers import AccumulationEngine, preferred_memory_format
+from gn_transfer.layers import AccumulationEngine, fitting_group_count, preferred_memory_format
 from gn_transfer.training.environment import environment
 from gn_transfer.training.progress import peak_memory_mib
 
 ARMS = ("ours gn_ws", "ours gn", "ours bn", "timm gn_ws", "timm bn")
+MORE_ARMS = ("ours bn_frozen", "timm gn", "timm bn_frozen")
 COMPILED = "ours gn_ws compiled"
 CLASSES = 37
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -44,8 +45,10 @@ def build(arm: str, backbone: str) -> nn.Module:
     side, norm = arm.split()[:2]
     if side == "ours":
         return create_backbone(backbone, norm=norm, num_classes=CLASSES).model
-    if norm == "bn":
+    if norm in ("bn", "bn_frozen"):
         return timm.create_model(backbone, num_classes=CLASSES)
+    if norm == "gn":
+        return with_torch_group_norm(timm.create_model(backbone, num_classes=CLASSES))
     return timm.create_model(
         backbone,
         num_classes=CLASSES,
@@ -54,12 +57,27 @@ def build(arm: str, backbone: str) -> nn.Module:
     )
 
 
+def with_torch_group_norm(model: nn.Module) -> nn.Module:
+    """Replace batch norms by torch's group norm, with the groups that ours has: what a plain loop would do."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.BatchNorm2d):
+            parent, _, child = name.rpartition(".")
+            norm = nn.GroupNorm(fitting_group_count(layer.num_features), layer.num_features)
+            extra = [getattr(layer, part) for part in ("drop", "act") if hasattr(layer, part)]
+            setattr(model.get_submodule(parent), child, nn.Sequential(norm, *extra))
+    return model
+
+
 class Arm:
     """A model with its optimizer and a batch, ready to run steps."""
 
     def __init__(self, arm: str, layout: str, options: argparse.Namespace) -> None:
         self.options = options
         self.model = build(arm, options.backbone).train().to(memory_format=LAYOUTS[layout])
+        if arm == "timm bn_frozen":
+            for layer in self.model.modules():
+                if isinstance(layer, nn.BatchNorm2d):
+                    layer.eval()
         self.engine = AccumulationEngine(self.model, compiled=arm == COMPILED) if arm.startswith("ours") else None
         if arm == COMPILED:
             self.model.compile()
@@ -123,13 +141,14 @@ def floor_seconds(options: argparse.Namespace) -> float:
         shape = (options.batch, *example.shape[1:])
         x = torch.randn(shape).to(dtype, memory_format=torch.channels_last).requires_grad_(index > 0)
         w = module.weight.detach().to(dtype, memory_format=torch.channels_last).requires_grad_()
-        y = F.conv2d(x, w, None, module.stride, module.padding)
-        work.append((x, w, module, torch.randn_like(y)))
+        same = "Same" in type(module).__name__  # TensorFlow's padding: as much, up to one row and column
+        geometry = (module.stride, module.kernel_size[0] // 2 if same else module.padding, 1, module.groups)
+        work.append((x, w, geometry, torch.randn_like(F.conv2d(x, w, None, *geometry))))
     times = []
     for _ in range(options.rounds + 1):
         began = time.perf_counter()
-        for x, w, module, gradient in work:
-            y = F.conv2d(x, w, None, module.stride, module.padding)
+        for x, w, geometry, gradient in work:
+            y = F.conv2d(x, w, None, *geometry)
             torch.autograd.grad(y, [x, w] if x.requires_grad else [w], gradient)
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:])
@@ -165,7 +184,7 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
             "of_floor": round(statistics.median(values) / floor, 3),
             "peak_mib": round(peak_mib(name, layouts[name], arguments), 1),
         }
-        for other in ("timm gn_ws", "timm bn"):
+        for other in ("timm gn_ws", "timm bn", "timm gn", "timm bn_frozen"):
             if other in speeds:
                 ratios = [ours / theirs for ours, theirs in zip(values, speeds[other], strict=True)]
                 row[f"ratio to {other}"] = round(statistics.median(ratios), 3)
@@ -189,7 +208,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--img_size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--arms", nargs="+", choices=[*ARMS, COMPILED], default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *MORE_ARMS, COMPILED], default=list(ARMS))
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--layout", help=argparse.SUPPRESS)

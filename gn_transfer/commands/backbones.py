@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gn_transfer.backbones import auto_table, hub, named_weights, resolve_pretrained
+from gn_transfer.backbones.families import TESTED_FAMILIES
 from gn_transfer.backbones.packages import find_file
 from gn_transfer.backbones.transfer import trained_as
 from gn_transfer.backbones.weights import Weights, read_weights
@@ -123,7 +124,7 @@ def _print(rows: list[dict[str, Any]], norm: Norm | None) -> None:
         known = ", ".join(sorted({trained for _, trained, _ in auto_table()}))
         console.print(
             f"No weights were trained with norm {norm}; there are some for {known}. BN weights can be converted to gn, "
-            "ln and in: --model.conversion calibrated.",
+            "ln and in: --model.conversion calibrated or distilled.",
             markup=False,
             highlight=False,
         )
@@ -141,6 +142,12 @@ def _print(rows: list[dict[str, Any]], norm: Norm | None) -> None:
             lines += [row["pretrained_on"], f"{_short(row['mean'])} / {_short(row['std'])}{size}"]
         table.add_row(row["backbone"], row["norm"], row["where"], "\n".join(lines))
     console.print(table, highlight=False, markup=False)
+    console.print(
+        f"\nAny convolutional model of timm with BatchNorm works. Every norm was tried on one of each family: "
+        f"{', '.join(TESTED_FAMILIES)}.",
+        markup=False,
+        highlight=False,
+    )
     console.print(
         "\nWeights of different rows were pretrained on different images. A comparison of norms compares these too."
         "\nmodel.pretrained: auto takes them; `--download NAME` fetches them ahead; any tag of timm works as well.",

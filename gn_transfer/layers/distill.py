@@ -41,7 +41,7 @@ def distill(
     samples: int,
     features: Callable[[nn.Module, Tensor], Tensor],
     stages: Sequence[str] = (),
-    lr: float = 1e-3,
+    lr: float = 3e-4,
     images_per_step: int = IMAGES_PER_STEP,
     seed: int = 0,
     advance: Callable[[], object] = lambda: None,

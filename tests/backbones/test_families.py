@@ -9,20 +9,13 @@ import pytest
 import torch
 
 from gn_transfer.backbones import create_backbone
+from gn_transfer.backbones.families import TESTED_FAMILIES
 from gn_transfer.config import ConfigError
 from gn_transfer.layers import FrozenBatchNorm2d, StdConv2d, group_counts
 
-FAMILIES = [
-    "resnet18", "resnetv2_18", "resnext26ts", "seresnet18", "regnetx_002", "regnety_002", "efficientnet_b0",
-    "tf_efficientnet_lite0", "mobilenetv2_050", "mobilenetv3_small_050", "mnasnet_small", "densenet121", "vgg11_bn",
-    "dla46_c", "hrnet_w18_small", "ghostnet_050", "repvgg_a0", "darknet17", "hardcorenas_a", "fbnetc_100",
-    "semnasnet_075", "lcnet_050", "tinynet_e", "inception_v3", "res2net50_14w_8s", "resnest14d", "skresnet18",
-    "cspresnet50", "dpn48b", "selecsls42b", "vovnet39a", "xception41", "rexnet_100", "legacy_seresnet18",
-]  # fmt: skip
-
 
 @pytest.mark.parametrize("norm", ["bn", "bn_frozen", "gn", "gn_ws"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TESTED_FAMILIES)
 def test_one_step_of_every_family(family, norm):
     built = create_backbone(family, norm=norm, num_classes=3)
     size = 96 if family == "inception_v3" else 64
