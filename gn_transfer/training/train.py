@@ -26,6 +26,7 @@ from gn_transfer.data import ImageDataModule
 from gn_transfer.data.describe import test_images
 from gn_transfer.data.splits import split_digest
 from gn_transfer.files import read_json, write_json
+from gn_transfer.layers import group_counts
 from gn_transfer.training.accumulation import GradientAccumulation
 from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
 from gn_transfer.training.checkpoint import check_classes
@@ -159,7 +160,8 @@ def train(
     best.dirpath, best.monitor = str(run.checkpoints), task.monitor
     find(trainer, LastCheckpoint).directory = run.checkpoints
     hparams = flat_hparams(config)
-    facts = {"num_groups": task.num_groups, **(facts or {})}
+    groups = group_counts(task.model) if task.model is not None else {}
+    facts = {**({"num_groups": max(groups.values())} if groups else {}), **(facts or {})}
     record = RunRecord(
         run.logs / "metrics.json",
         {**hparams, **describe_run(task, data, trainer), "config": config_name, "run": run.name, **facts},

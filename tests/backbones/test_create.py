@@ -104,7 +104,8 @@ def test_auto_picks_architecture_and_tag_for_the_norm():
         weights = resolve_pretrained(backbone, norm, "auto")
         assert weights.name == name
         assert weights.architecture == name.partition(":")[2].partition(".")[0]
-    assert resolve_pretrained("resnetv2_50", "gn", "auto", "calibrated").name == "timm:resnetv2_50.a1h_in1k"
+    for conversion in ("calibrated", "distilled"):
+        assert resolve_pretrained("resnetv2_50", "gn", "auto", conversion).name == "timm:resnetv2_50.a1h_in1k"
 
 
 @pytest.mark.parametrize(

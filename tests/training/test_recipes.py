@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,21 @@ def test_calibrated_conversion_by_the_command_line(folder_root, bn_file, capsys)
     assert stored["architecture"]["num_groups"] == 4
     assert len(stored["transfer_report"]["r2"]) == 20
     assert main(["validate", "--ckpt_path", "checkpoints/default/gn-bs1-seed0/last.ckpt"]) == 0
+
+
+def test_distilled_conversion_by_the_command_line(folder_root, bn_file, monkeypatch, capsys):
+    monkeypatch.setattr("gn_transfer.backbones.fitting.DISTILLATION_SAMPLES", 64)
+    options = {"model__pretrained": str(bn_file), "model__conversion": "distilled"}
+    assert fit(folder_root, "gn", **options) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"distilled on 64 images in \d+ s: the features' error fell from (\d+)% to (\d+)%", said)
+    assert found is not None
+    assert int(found[2]) <= int(found[1])
+    stored = last()["gn_transfer"]
+    assert stored["architecture"]["num_groups"] == 4
+    assert main(["validate", "--ckpt_path", "checkpoints/default/gn-bs1-seed0/last.ckpt"]) == 0
+    assert fit(folder_root, "gn_ws", **options) == 2
+    assert "model.conversion=distilled leads from BN to gn, ln or in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("momentum", "expected"), [("corrected", 1 - 0.9 ** (2 / 16)), ("0.3", 0.3)])
