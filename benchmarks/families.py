@@ -2,8 +2,8 @@
 
 For every family and norm, the model is trained for 20 optimizer steps at batch size 1 on images of the embedded sample
 at 64 px, and exported. It starts from random weights; under the BN norms and `gn_calibrated` from those of its BN twin,
-whose statistics are those of the sample's images, as after a training. It works where the loss stays finite and the logits of the bundle equal the
-checkpoint's to 1e-4 on the validation images (`gn-transfer export` refuses otherwise).
+whose statistics are those of the sample's images, as after a training. It works where the loss stays finite and the
+logits of the bundle equal the checkpoint's to 1e-4 on the validation images (`gn-transfer export` refuses otherwise).
 
     python benchmarks/families.py --json > benchmarks/results/families.json
 """
