@@ -69,7 +69,7 @@ def try_one(family: str, norm: str, data: gnt.Sample, folder: Path, images: torc
         conversion="calibrated" if calibrated else "error",
     )
     try:
-        task = gnt.TransferClassifier(model, gnt.OptimizerConfig(lr=0.001))
+        task = gnt.TransferClassifier(model, gnt.OptimizerConfig(lr=0.0001))
         trainer = create_trainer(
             max_steps=STEPS, limit_val_batches=1.0, figures=False, enable_progress_bar=False, log_every_n_steps=5
         )

@@ -154,7 +154,8 @@ def _table(report: CheckResult, notes: Sequence[str], data: ImageDataModule) -> 
     for split, counts in report.class_counts.items():
         least, most = min(counts.values()), max(counts.values())
         spread = f"{least} per class" if least == most else f"{least} to {most} per class"
-        table.add_row(split, f"{sum(counts.values()):,} images, {len(counts)} classes, {spread}")
+        cut = "; validation is cut from them" if split == "trainval" else ""
+        table.add_row(split, f"{sum(counts.values()):,} images, {len(counts)} classes, {spread}{cut}")
     for name in ("formats", "modes"):
         table.add_row(name, ", ".join(f"{key} {count:,}" for key, count in facts[name].items()))
     if facts["short_side"]:

@@ -277,6 +277,7 @@ def describe_run(task: TransferTask, data: ImageDataModule, trainer: Trainer) ->
         **{f"{name}_split": split_digest(paths) for name, paths in data.split().items()},
         "classes": data.num_classes,
         **{f"{name}_images": len(paths) for name, paths in data.split().items()},
+        **({"skipped_images": len(data.bad_images)} if data.bad_images else {}),
         "architecture": task.report.architecture,
         "weights": task.report.source,
         "weights_pretrained_on": task.report.pretrained_on,
