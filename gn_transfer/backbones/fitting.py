@@ -91,7 +91,7 @@ def fit_norms(
     replacements: list[Replacement] = []
     parts = images.parts()
     with show("calibrating the norms", len(parts)) as advance:
-        batches = (_after(images.normalized(part), advance) for part in parts)
+        batches = (_counted(images.normalized(part), advance) for part in parts)
         convert_norm(model, norm, **groups, skip={head}, calibration=batches, report=replacements)
     r2 = {found.name: round(found.r2, 4) for found in replacements if found.r2 is not None}
     notes = [*report.notes, _quality(r2)]
@@ -101,7 +101,7 @@ def fit_norms(
     return replace(report, r2=r2, notes=tuple(notes))
 
 
-def _after(batch: Tensor, advance: Callable[[], object]) -> Tensor:
+def _counted(batch: Tensor, advance: Callable[[], object]) -> Tensor:
     advance()
     return batch
 

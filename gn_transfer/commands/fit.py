@@ -163,9 +163,8 @@ def summary(cli: TrainingCLI, trainer: Trainer, run: RunFolder) -> list[str]:
         f"gn-transfer export {checkpoint} --output bundle",
         f"gn-transfer report {shlex.quote(str(run.logs))}",
         f"tensorboard --logdir {logs}",
-        f"gn-transfer fit {shlex.join(_words_without_norm(cli.arguments.typed))} {_other_norm(cli.task)}"
-        "  # another norm, to compare",
     ]
+    other = f"gn-transfer fit {shlex.join(_words_without_norm(cli.arguments.typed))} {_other_norm(cli.task)}"
     if test_images(cli.datamodule):
         commands.insert(0, f"gn-transfer test {checkpoint}")
     return [
@@ -173,6 +172,7 @@ def summary(cli: TrainingCLI, trainer: Trainer, run: RunFolder) -> list[str]:
         f"best       {best}",
         f"metrics    {run.logs / 'metrics.json'}",
         *(f"{'' if number else 'next':<10} {command}" for number, command in enumerate(commands)),
+        f"{'to compare':<10} {other}",
     ]
 
 

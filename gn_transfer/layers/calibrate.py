@@ -128,8 +128,8 @@ def calibrate(
 class _Fit:
     """Stands in for a group norm's forward: computes both models' outputs and keeps the affine at its optimum.
 
-    The sums over images and positions that the optimum needs follow from the moments of each channel in each image,
-    whatever the number of groups is.
+    The sums over images and positions that the optimum needs follow from the moments of each channel in each image, so
+    that no further activations are held.
 
     Args:
         layer: The group norm.
@@ -141,8 +141,7 @@ class _Fit:
         self.plain_forward = layer.forward
         self.images = self.seen = 0
         self.r2: float | None = None
-        self._sums: dict[int, Tensor] = {}
-        self.candidates = (layer.num_groups,)
+        self._sums: Tensor | None = None
         layer.forward = self.forward  # type: ignore[method-assign]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -160,16 +159,9 @@ class _Fit:
 
     def _set(self, theirs: Tensor, ours: Tensor) -> None:
         moments = _moments(theirs.float(), ours.float())
-        positions = ours[0, 0].numel()
-        best = None
-        for groups in self.candidates:
-            sums = _affine_sums(moments, positions, self.original, groups, self.layer.eps)
-            self._sums[groups] = sums + self._sums[groups] if groups in self._sums else sums
-            found = solve_affine(*self._sums[groups])
-            if best is None or found[2] > best[1][2]:
-                best = groups, found
-        assert best is not None
-        self.layer.num_groups, (gamma, beta, self.r2) = best
+        sums = _affine_sums(moments, ours[0, 0].numel(), self.original, self.layer.num_groups, self.layer.eps)
+        self._sums = sums if self._sums is None else self._sums + sums
+        gamma, beta, self.r2 = solve_affine(*self._sums)
         self.layer.weight.copy_(gamma)
         self.layer.bias.copy_(beta)
 

@@ -192,7 +192,7 @@ def convert_norm(
         affine = {parameter: parameter.detach().clone() for norm in originals for parameter in norm.parameters()}
         try:
             r2: dict[nn.Module, float] = dict(calibrate(converted, originals, calibration).items())
-        except ConfigError:
+        except BaseException:  # an interruption as well
             with torch.no_grad():
                 for parameter, value in affine.items():
                     parameter.copy_(value)

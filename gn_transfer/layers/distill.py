@@ -132,7 +132,7 @@ class _Taps:
         return keep
 
     def outputs(self) -> list[Tensor]:
-        """Give the outputs in the order of the names, and let go of them."""
+        """Give the outputs in the order in which they were computed, and let go of them."""
         found = list(self._outputs.values())
         self._outputs.clear()
         return found
