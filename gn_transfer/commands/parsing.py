@@ -56,7 +56,7 @@ def explain(message: str, known_keys: Sequence[str], data_modules: Sequence[str]
     union = r"""Parser key "([\w.]+)": Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors:"""
     if found := re.search(union + r".*Given value: (.*)$", flat):
         key, kinds, value = found.groups()
-        return f"{section}{key}={value} is not allowed; use {' or '.join(_alternatives(kinds))}."
+        return f"{section}{key}={value} is not allowed; use {_either(_alternatives(kinds))}."
     return flat
 
 
@@ -120,6 +120,12 @@ _NORM_NAMES = {
     "syncbatch": "bn_sync",
 }
 _KINDS = {"NoneType": "null", "int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false"}
+
+
+def _either(words: Sequence[str]) -> str:
+    """Join alternatives: ``null, a number or corrected``."""
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _alternatives(kinds: str) -> list[str]:

@@ -164,13 +164,15 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         """List, verify and split the images; Lightning calls it in every process.
 
         Args:
-            stage: ``fit``, ``validate``, ``test`` or ``predict`` (on the test images). ``fit`` opens no test image.
+            stage: ``fit``, ``validate``, ``test`` or ``predict``, on the test images. ``fit`` opens no test image.
 
         Raises:
             ConfigError: The images are not there, or not as they should be.
             BadImageError: With ``on_bad_image="raise"``, an image is missing, empty, truncated or none at all.
         """
-        if stage in ("test", "predict"):
+        if stage == "predict":  # Lightning asks for it whatever loaders it was given: predict_dataloader does the rest
+            return
+        if stage == "test":
             self.classes, _, _ = self.list_fit()
             self.test_dataset = self._eval_dataset(self._without_bad_images(self.list_test()))
             self.decoded_cache.plan_for([self.test_dataset])
@@ -212,7 +214,11 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         """Batches of the test split, in order, of :data:`EVAL_BATCH_SIZE` or more unless figures depend on it."""
         return self._eval_loader(self.test_dataset)
 
-    predict_dataloader = test_dataloader
+    def predict_dataloader(self) -> ImageLoader:
+        """Batches of the test split, in order."""
+        if not hasattr(self, "test_dataset"):
+            self.setup("test")
+        return self.test_dataloader()
 
     @property
     def num_classes(self) -> int:

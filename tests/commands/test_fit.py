@@ -103,7 +103,7 @@ def test_fit_validate_test(pets_root, capsys, norm):
     assert expected.items() <= metrics.items()
     assert {"images_per_sec", "peak_memory_mib", "wall_time_s", "versions", "git_commit", "device"} <= metrics.keys()
     split = json.loads((run / "split.json").read_text())
-    assert split.keys() == {"train", "val"}
+    assert split.keys() == {"train", "val", "test"}
     assert metrics["format_version"] == 1
     assert (metrics["val_split"], metrics["weights"]) == (split_digest(split["val"]), "from scratch")
     [epoch] = read_csv(run / "epochs.csv")
@@ -231,7 +231,7 @@ def test_a_run_goes_on_with_milder_crops_and_says_so(pets_root, capsys):
         (["--data.img_sze", "32"], "did you mean 'data.img_size'"),
         (["--optimizer.lr", "-1"], "optimizer.lr=-1.0 is out of range"),
         (["--optimizer.lr", "fast"], "optimizer.lr=fast is not of type float"),
-        (["--batch_norm.momentum", "fast"], "batch_norm.momentum=fast is not allowed; use null, a number, corrected"),
+        (["--batch_norm.momentum", "fast"], "batch_norm.momentum=fast is not allowed; use null, a number or corrected"),
         (["--trainer.gradient_clip_val", "1"], "set optimizer.clip_norm"),
         (["--ema.decay", "1.0"], "ema.decay=1.0 is out of range"),
         (["--accumulation.effective_batch_size", "3", "--data.batch_size", "2"], "effective_batch_size=3 is not"),

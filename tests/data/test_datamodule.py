@@ -135,7 +135,7 @@ def test_fit_never_opens_a_test_image(pets_root: Path) -> None:
 
 def test_truncated_image_stops_setup_with_its_path(pets_root: Path) -> None:
     cut_short(pets_root / "oxford-iiit-pet" / "images" / "Abyssinian_3.jpg")
-    with pytest.raises(BadImageError, match=r"Abyssinian_3\.jpg: truncated JPEG.*with --data\.on_bad_image skip"):
+    with pytest.raises(BadImageError, match=r"Abyssinian_3\.jpg: truncated JPEG.*with on_bad_image skip \(--data"):
         pets(pets_root)
 
 
@@ -149,7 +149,7 @@ def test_undecodable_image_stops_the_loader_with_one_clear_line(pets_root: Path,
         list(loader)
     message = str(raised.value)
     assert message.startswith(f"{path}: cannot be decoded")
-    assert message.endswith("leave it out with --data.on_bad_image skip.")
+    assert message.endswith("leave it out with on_bad_image skip (--data.on_bad_image skip).")
     assert "\n" not in message
 
 
