@@ -184,16 +184,9 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
             train, val = hold_out(train, self.val_fraction, self.seed, root=root)
         else:
             val = self._without_bad_images(val)
-        without = sorted(set(range(self.num_classes)) - {image.target for image in train})
-        if without:
-            names = ", ".join(self.classes[target] for target in without)
-            raise ConfigError(f"{self.root}: no training image of {names}; add images or remove the class.")
-        if not val:
-            raise ConfigError(f"{self.root}: no image is left for validation.")
+        _check_parts(self.root, self.classes, train, val)
         if self.shots_per_class is not None:
-            paths, targets = [image.path for image in train], [image.target for image in train]
-            chosen = few_shots(paths, targets, self.shots_per_class, self.seed, names_of=self.classes)
-            train = [train[position] for position in chosen]
+            train = _few_images(train, self.shots_per_class, self.seed, self.classes)
         self.val_dataset = self._eval_dataset(val)
         if stage == "fit":
             self.train_dataset = self._dataset(train, self._augmentation())
@@ -270,9 +263,7 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         return good
 
     def _on_gpu(self) -> bool:
-        if self.trainer is not None:
-            return self.trainer.strategy.root_device.type != "cpu"
-        return torch.cuda.is_available()
+        return torch.cuda.is_available() if self.trainer is None else self.trainer.strategy.root_device.type != "cpu"
 
     def _sampler(self, dataset: ImageDataset, batch_size: int, *, shuffle: bool) -> EpochSampler:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
@@ -299,3 +290,19 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         self.decoded_cache.fill(dataset, core_count())
         on_cuda = self._on_gpu() and torch.cuda.is_available()
         return ImageLoader(dataset, sampler, num_workers=self.worker_count(), pin_memory=on_cuda)
+
+
+def _check_parts(root: Path | str, classes: list[str], train: list[LabeledImage], val: list[LabeledImage]) -> None:
+    """Refuse a training part without one of the classes, and an empty validation."""
+    without = sorted(set(range(len(classes))) - {image.target for image in train})
+    if without:
+        names = ", ".join(classes[target] for target in without)
+        raise ConfigError(f"{root}: no training image of {names}; add images or remove the class.")
+    if not val:
+        raise ConfigError(f"{root}: no image is left for validation.")
+
+
+def _few_images(images: list[LabeledImage], shots: int, seed: int, classes: list[str]) -> list[LabeledImage]:
+    """Choose equally many images of every class; see :func:`gn_transfer.data.splits.few_shots`."""
+    paths, targets = [image.path for image in images], [image.target for image in images]
+    return [images[position] for position in few_shots(paths, targets, shots, seed, names_of=classes)]
