@@ -143,8 +143,8 @@ def _print(rows: list[dict[str, Any]], norm: Norm | None) -> None:
         table.add_row(row["backbone"], row["norm"], row["where"], "\n".join(lines))
     console.print(table, highlight=False, markup=False)
     console.print(
-        f"\nAny convolutional model of timm with BatchNorm works. Every norm was tried on one of each family: "
-        f"{', '.join(TESTED_FAMILIES)}.",
+        "\nmodel.backbone takes any convolutional model of timm with BatchNorm. bn, bn_frozen, gn and gn_ws were tried "
+        f"on {', '.join(TESTED_FAMILIES)}.",
         markup=False,
         highlight=False,
     )

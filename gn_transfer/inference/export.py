@@ -250,8 +250,7 @@ def metrics_of(checkpoint: Path) -> dict[str, float]:
         ``val/*`` of that checkpoint, and ``test/*`` where that very checkpoint was tested; empty where the
         checkpoint has left its run.
     """
-    run_folder = run_of_checkpoint(checkpoint)
-    record = read_json(None if run_folder is None else run_folder.logs / "metrics.json")
+    record = _record_of(checkpoint)
     prefix = "best/" if checkpoint.name == "best.ckpt" else ""
     found = {name.removeprefix("best/"): value for name, value in record.items() if name.startswith(f"{prefix}val/")}
     if record.get("test/checkpoint") == checkpoint.name:
@@ -261,10 +260,15 @@ def metrics_of(checkpoint: Path) -> dict[str, float]:
     return found
 
 
+def _record_of(checkpoint: Path) -> dict[str, Any]:
+    """Read the metrics.json of a checkpoint's run; empty where the checkpoint has left its run."""
+    run_folder = run_of_checkpoint(checkpoint)
+    return read_json(None if run_folder is None else run_folder.logs / "metrics.json")
+
+
 def evaluated_images(checkpoint: Path) -> dict[str, int]:
     """Count the images that ``val/*`` and ``test/*`` were measured on, as far as the run's metrics.json says it."""
-    run_folder = run_of_checkpoint(checkpoint)
-    record = read_json(None if run_folder is None else run_folder.logs / "metrics.json")
+    record = _record_of(checkpoint)
     return {split: record[f"{split}_images"] for split in ("val", "test") if f"{split}_images" in record}
 
 
@@ -279,8 +283,7 @@ def provenance(content: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
         Plain values: run, checkpoint, configuration, transfer report, and with what it was trained.
     """
     stored = content["gn_transfer"]
-    run_folder = run_of_checkpoint(checkpoint)
-    record = read_json(None if run_folder is None else run_folder.logs / "metrics.json")
+    record = _record_of(checkpoint)
     kept = ("seed_everything", "data", "model", "optimizer", "regularization", "accumulation", "batch_norm")
     config = {key: stored["config"].get(key) for key in kept}
     arguments = {key: value for key, value in config["data"]["init_args"].items() if key != "root"}

@@ -92,28 +92,25 @@ def known_images(data: ImageDataModule, part: Literal["val", "test"], root: Path
         trained: The training images.
 
     Returns:
-        A sentence, or none.
+        A sentence for the copies and one for the near-duplicates, where there are any.
+
+    Raises:
+        ConfigError: The folder of the images is no longer there.
     """
     here, trained = data.split()[part], list(trained)
     copies = find_copies(Path(data.root), here, root, trained)
-    if not copies:
-        fixed = isinstance(data, Folder) and part in data.layout.splits
-        near = _near_duplicates(data, part, root, trained) if data.group_duplicates and fixed else {}
-        if not near:
-            return []
-        name, original = next(iter(near.items()))
-        show = (
-            "shows nearly the same as a training image" if len(near) == 1 else "show nearly the same as training images"
-        )
-        return [
-            f"{len(near):,} of the {len(here):,} {part} images {show} ({name} ~ {original}), so the figure may be too "
-            "high. gn-transfer data check lists them."
-        ]
-    name, original = next(iter(copies.items()))
-    are = "is an exact copy of a training image" if len(copies) == 1 else "are exact copies of training images"
+    fixed = isinstance(data, Folder) and part in data.layout.splits
+    near = _near_duplicates(data, part, root, trained) if data.group_duplicates and fixed else {}
+    near = {path: original for path, original in near.items() if path not in copies}
     return [
-        f"{len(copies):,} of the {len(here):,} {part} images {are} ({name} = {original}), so the figure is too "
-        "high. Remove them from one side; gn-transfer data check lists copies and near-duplicates."
+        f"{what} of training images among the {part} images: {len(found):,} of {len(here):,} "
+        f"({next(iter(found))} {sign} {next(iter(found.values()))}), so the figure {is_too_high}. Remove them from "
+        "one side; gn-transfer data check lists them."
+        for found, what, sign, is_too_high in (
+            (copies, "Exact copies", "=", "is too high"),
+            (near, "Near-duplicates", "~", "may be too high"),
+        )
+        if found
     ]
 
 

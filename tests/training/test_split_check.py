@@ -92,7 +92,7 @@ def test_copies_of_training_images_under_other_names_are_reported(trained, capsy
     capsys.readouterr()
     assert main(["test", "--ckpt_path", BEST, "--data.root", "both"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert f"1 of the 5 test images is an exact copy of a training image (test/dog/renamed.png = {copied})" in said
+    assert f"Exact copies of training images among the test images: 1 of 5 (test/dog/renamed.png = {copied})" in said
 
 
 def test_a_copy_in_validation_is_reported_before_the_run(tmp_path, monkeypatch, capsys):
@@ -105,7 +105,7 @@ def test_a_copy_in_validation_is_reported_before_the_run(tmp_path, monkeypatch, 
     arguments += ["--model.backbone", "resnetv2_18", "--data.group_duplicates", "true", "--dry_run"]
     assert main(arguments) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "1 of the 20 val images is an exact copy of a training image (val/dog/7.png = train/cat/3.png)" in said
+    assert "Exact copies of training images among the val images: 1 of 20 (val/dog/7.png = train/cat/3.png)" in said
 
 
 def test_near_duplicates_of_training_images_are_reported_where_they_are_looked_for(tmp_path, monkeypatch, capsys):
@@ -122,10 +122,10 @@ def test_near_duplicates_of_training_images_are_reported_where_they_are_looked_f
     assert "nearly" not in capsys.readouterr().out
     assert main([*arguments, "--data.group_duplicates", "true"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "1 of the 21 val images shows nearly the same as a training image (val/cat/smaller.jpg ~ train/cat" in said
+    assert "Near-duplicates of training images among the val images: 1 of 21 (val/cat/smaller.jpg ~ train/cat" in said
     assert main(["test", "--ckpt_path", BEST]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "1 of the 21 test images shows nearly the same as a training image (test/cat/again.jpg ~ train/cat" in said
+    assert "Near-duplicates of training images among the test images: 1 of 21 (test/cat/again.jpg ~ train/cat" in said
 
 
 def test_validation_on_copies_in_another_folder_is_reported(trained, capsys):
@@ -136,4 +136,4 @@ def test_validation_on_copies_in_another_folder_is_reported(trained, capsys):
     assert main(["validate", "--ckpt_path", BEST, "--data.root", "copy", "--data.test_fraction", "0"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "none of them was trained on" not in said
-    assert "exact copies of training images" in said
+    assert "Exact copies of training images" in said
