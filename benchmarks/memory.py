@@ -44,6 +44,7 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
     pixels = torch.randn(settings["batch"], 3, settings["img_size"], settings["img_size"]).contiguous(
         memory_format=memory_format
     )
+    engine.fold_norms(pixels)
     targets = torch.arange(settings["batch"]) % 37
     for index in range(4):
         engine.micro_batch(first=index % 2 == 0, last=index % 2 == 1)

@@ -86,6 +86,8 @@ class Arm:
         images = torch.randn(options.batch, 3, size, size)
         self.images = images.contiguous(memory_format=LAYOUTS[layout])
         self.targets = torch.arange(options.batch) % CLASSES
+        if self.engine is not None:
+            self.engine.fold_norms(self.images)
 
     def step(self) -> float:
         """Run one accumulation step; images per second."""

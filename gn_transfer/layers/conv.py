@@ -74,7 +74,6 @@ def conv2d(
         and input.ndim == 4
         and groups == 1
         and dilation == (1, 1)
-        and bias is None
         and not isinstance(padding, str)
         and padding[0] == padding[1] == (weight.shape[2] - 1) // 2
         and weight.shape[2] == weight.shape[3]
@@ -93,7 +92,8 @@ def conv2d(
             positions = input.shape[0] * -(-input.shape[2] // stride[0]) * -(-input.shape[3] // stride[0])
             plan = by_matmul(kernel, positions, weight.shape[1], weight.shape[0], input.dtype)
             if any(plan):
-                output: Tensor = _MatmulConv.apply(input, weight, stride[0], plan, held)  # type: ignore[no-untyped-call]
+                bias = None if bias is None else bias.to(input.dtype)
+                output: Tensor = _MatmulConv.apply(input, weight, bias, stride[0], plan, held)  # type: ignore[no-untyped-call]
                 return output
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
@@ -148,24 +148,37 @@ class HeldProducts:
 
 
 class _MatmulConv(torch.autograd.Function):
-    """1x1 or 3x3 convolution with "same" padding and no bias in channels-last. Not twice differentiable."""
+    """1x1 or 3x3 convolution with "same" padding in channels-last. Not twice differentiable."""
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, stride: int, plan: ByMatmul, held: HeldProducts | None
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: int,
+        plan: ByMatmul,
+        held: HeldProducts | None,
     ) -> Tensor:
         ctx.save_for_backward(input, weight)
         ctx.stride, ctx.plan, ctx.held = stride, plan, held
         kernel = weight.shape[2]
         if not plan.output:
-            return F.conv2d(input, weight, None, stride, kernel // 2)
-        columns = _columns(input, kernel, stride)
+            return F.conv2d(input, weight, bias, stride, kernel // 2)
+        columns, filters = _columns(input, kernel, stride), _weight_rows(weight).t()
         N, _, H, W = input.shape
-        return _to_image(columns @ _weight_rows(weight).t(), N, -(-H // stride), -(-W // stride))
+        size = (N, len(weight), -(-H // stride), -(-W // stride))
+        # not the product's view: an activation behind a folded norm works on it in place
+        output = torch.empty(size, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+        if bias is None:
+            torch.mm(columns, filters, out=_rows(output))
+        else:
+            torch.addmm(bias, columns, filters, out=_rows(output))
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         stride, plan, kernel = ctx.stride, ctx.plan, weight.shape[2]
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -191,7 +204,8 @@ class _MatmulConv(torch.autograd.Function):
             )
             grad_input = rest[0] if mask[0] else grad_input
             grad_weight = rest[1] if mask[1] else grad_weight
-        return grad_input, grad_weight, None, None, None
+        grad_bias = _rows(grad).sum(0) if ctx.needs_input_grad[2] else None
+        return grad_input, grad_weight, grad_bias, None, None, None
 
 
 def _hw(image: Tensor) -> tuple[int, int, int]:

@@ -105,7 +105,8 @@ class GradientAccumulation(Callback):
     Args:
         effective_batch_size: Images per optimizer step over all devices. null means data.batch_size, so that nothing
             is accumulated. data.batch_size stays what is in memory and what BatchNorm sees.
-        cache_weights: Standardize weights and cast them once per optimizer step instead of once per micro-batch.
+        cache_weights: Standardize weights, cast them and fold frozen norms into them once per optimizer step instead
+            of once per micro-batch.
     """
 
     def __init__(self, effective_batch_size: int | None = None, cache_weights: bool = True) -> None:
@@ -114,6 +115,7 @@ class GradientAccumulation(Callback):
         self.effective_batch_size = effective_batch_size
         self.cache_weights = cache_weights
         self.engine: AccumulationEngine | None = None
+        self._looked_for_norms = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Tell Lightning the number of micro-batches."""
@@ -128,6 +130,7 @@ class GradientAccumulation(Callback):
         if self.cache_weights:
             compiled = pl_module.model_config.compile
             self.engine = AccumulationEngine(pl_module.model, compiled=compiled)
+            self._looked_for_norms = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the micro-batches where loaders came without a data module."""
@@ -151,6 +154,9 @@ class GradientAccumulation(Callback):
         pl_module.micro_batch = place
         if self.engine is not None:
             with trainer.precision_plugin.forward_context():  # a compiled engine casts the weights here
+                if not self._looked_for_norms:
+                    self.engine.fold_norms(pl_module.normalize(batch[0]))
+                    self._looked_for_norms = True
                 self.engine.micro_batch(first=place.first, last=place.last)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -62,8 +62,6 @@ def measure_step(
     memory_format = task.memory_format(device.type, batch_size)
     model = deepcopy(task.model).to(device).train().to(memory_format=memory_format)  # type: ignore[call-overload]
     engine = AccumulationEngine(model) if cache_weights else None
-    if engine is not None:
-        engine.micro_batch(first=True, last=False)
     parameters = list(model.parameters())
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     saved: dict[int, int] = {}
@@ -80,6 +78,9 @@ def measure_step(
     pixels = pixels.contiguous(memory_format=memory_format)
     fastest, began = float("inf"), time.perf_counter()
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        if engine is not None:
+            engine.fold_norms(pixels)
+            engine.micro_batch(first=True, last=False)
         with saved_tensors_hooks(count, lambda tensor: tensor):
             model(pixels).float().square().mean().backward()
         for _ in range(3):

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gn_transfer.layers import AccumulationEngine, GroupNormAct, StdConv2d
+from gn_transfer.layers import AccumulationEngine, FrozenBatchNorm2d, GroupNormAct, StdConv2d
 
 
 def make_net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
+        nn.Conv2d(3, 3, 1, bias=False),
+        FrozenBatchNorm2d(3),
         StdConv2d(3, 8, 3, bias=False),
         GroupNormAct(8, 4),
         StdConv2d(8, 16, 1, bias=False),
@@ -31,6 +33,8 @@ def make_net() -> nn.Module:
 def gradients(rank: int, *, engine: bool, bfloat16: bool, steps: int = 2, count: int = 3) -> dict[str, torch.Tensor]:
     model = make_net()
     accumulation = AccumulationEngine(model) if engine else None
+    if accumulation is not None:
+        assert accumulation.fold_norms(torch.zeros(2, 3, 7, 7)) == 1
     # buckets of 1 kB: some are reduced while the backward still runs
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.001)
     generator = torch.Generator().manual_seed(rank)

@@ -158,7 +158,7 @@ def test_a_compiled_engine_is_announced_under_autocast(monkeypatch, folder_root,
 
     def announce(engine, *, first, last):
         micro_batch_of(engine, first=first, last=last)
-        announced.append({weight.ready.dtype for weight in engine._weights if weight.ready is not None})
+        announced.append({weight.ready[0].dtype for weight in engine._weights if weight.ready})
 
     monkeypatch.setattr(AccumulationEngine, "micro_batch", announce)
     task = TransferClassifier(ModelConfig("resnetv2_18", "gn_ws", compile=True))
