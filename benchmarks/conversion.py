@@ -48,7 +48,7 @@ from gn_transfer.layers import Replacement, StdConv2d, convert_norm
 from gn_transfer.layers.calibrate import BatchNormFunction, calibrate
 from gn_transfer.training.environment import environment
 
-IMAGENET_CLASSES = {"German Shorthaired": 210}
+IMAGENET_CLASSES = {"german_shorthaired": 210}
 """Breeds of pets5 that are classes of ImageNet, with their index."""
 
 

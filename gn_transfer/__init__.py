@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gn_transfer.backbones.model_config import ModelConfig
-    from gn_transfer.data import Digits, Folder, ImageDataModule, Pets, Sample, TinyImageNet
+    from gn_transfer.data import (
+        Digits,
+        Folder,
+        ImageDataModule,
+        Pets,
+        PetsSegmentation,
+        Sample,
+        SegmentationDataModule,
+        SegmentationFolder,
+        SegmentationSample,
+        TinyImageNet,
+    )
     from gn_transfer.data.decode import BadImageError
     from gn_transfer.inference.bundle import Bundle, Prediction, load_bundle
     from gn_transfer.inference.load import load
@@ -18,6 +29,7 @@ if TYPE_CHECKING:
     from gn_transfer.training.ema import ExponentialMovingAverage
     from gn_transfer.training.freezing import BackboneFreezing
     from gn_transfer.training.optimizer import OptimizerConfig
+    from gn_transfer.training.segmentation import SegmentationConfig, TransferSegmenter
 
 __version__ = "0.1.0"
 
@@ -35,11 +47,17 @@ _HOMES = {
     "ModelConfig": "backbones.model_config",
     "OptimizerConfig": "training.optimizer",
     "Pets": "data",
+    "PetsSegmentation": "data",
     "Prediction": "inference.bundle",
     "RegularizationConfig": "training.classification",
     "Sample": "data",
+    "SegmentationConfig": "training.segmentation",
+    "SegmentationDataModule": "data",
+    "SegmentationFolder": "data",
+    "SegmentationSample": "data",
     "TinyImageNet": "data",
     "TransferClassifier": "training.classification",
+    "TransferSegmenter": "training.segmentation",
     "convert_norm": "layers",
     "load": "inference.load",
     "load_bundle": "inference.bundle",
@@ -58,11 +76,17 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "Pets",
+    "PetsSegmentation",
     "Prediction",
     "RegularizationConfig",
     "Sample",
+    "SegmentationConfig",
+    "SegmentationDataModule",
+    "SegmentationFolder",
+    "SegmentationSample",
     "TinyImageNet",
     "TransferClassifier",
+    "TransferSegmenter",
     "convert_norm",
     "load",
     "load_bundle",

@@ -13,6 +13,9 @@ Norm = Literal["bn", "bn_frozen", "bn_sync", "gn", "gn_ws", "bn_ws", "ln", "in",
 
 NORMS: tuple[Norm, ...] = get_args(Norm)
 
+DecoderName = Literal["unet", "fpn", "deeplabv3plus", "upernet"]
+"""The ``model.decoder`` option: what turns the feature maps of a backbone into a segmentation."""
+
 
 class ConfigError(ValueError):
     """The user's mistake or a missing input: the message says what is wrong, the value got and what to do.

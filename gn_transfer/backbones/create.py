@@ -31,7 +31,7 @@ from gn_transfer.backbones.transfer import (
     transfer,
 )
 from gn_transfer.backbones.weights import Weights, read_weights
-from gn_transfer.config import ConfigError, Norm
+from gn_transfer.config import ConfigError, DecoderName, Norm
 from gn_transfer.layers import convert_norm, default_groups, is_norm
 
 
@@ -65,6 +65,7 @@ def create_backbone(
     conversion: Conversion = "error",
     calibration: Tensor | None = None,
     in_chans: int = 3,
+    output_stride: int = 32,
     progress: ProgressBar = no_progress,
 ) -> Backbone:
     """Build a timm model under a norm, with or without pretrained weights.
@@ -92,6 +93,7 @@ def create_backbone(
         calibration: Training images for these two, uint8 ``(N, in_chans, H, W)``, preprocessed as in evaluation; the
             first 256 calibrate, all of them distill.
         in_chans: Channels of the images.
+        output_stride: Side of the image over that of the last feature map; less than 32 dilates the last convolutions.
         progress: Shows how far a conversion is; :func:`gn_transfer.data.progress.progress_bar` or one like it.
 
     Returns:
@@ -103,7 +105,7 @@ def create_backbone(
     """
     weights = resolve_pretrained(name, norm, pretrained, conversion)
     architecture = name if weights is None else weights.architecture
-    model = _build(architecture, num_classes=num_classes, in_chans=in_chans)
+    model = _build(architecture, num_classes=num_classes, in_chans=in_chans, output_stride=output_stride)
     config: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     head = str(config["classifier"])
     mean, std = (_per_channel(config[key], in_chans) for key in ("mean", "std"))
@@ -142,10 +144,11 @@ def rebuild(
     *,
     norm: Norm,
     num_classes: int,
-    head: str,
+    head: str | None,
     num_groups: int | Mapping[str, int],
     group_size: int | None,
     in_chans: int = 3,
+    output_stride: int = 32,
 ) -> nn.Module:
     """Build the model that a checkpoint describes, without looking for any pretrained weights.
 
@@ -153,18 +156,20 @@ def rebuild(
         architecture: timm's name, as :attr:`TransferReport.architecture` stored it.
         norm: The normalization.
         num_classes: Width of the head.
-        head: Name of the classifier module.
+        head: Name of the classifier module; None asks the model.
         num_groups: See :func:`create_backbone`; or the groups of each layer by name. A number, which every checkpoint
             has, means nothing beside ``group_size``.
         group_size: See :func:`create_backbone`.
         in_chans: Channels of the images.
+        output_stride: See :func:`create_backbone`.
 
     Returns:
         Freshly initialized model, ready for ``load_state_dict``.
     """
-    model = _build(architecture, num_classes=num_classes, in_chans=in_chans)
+    model = _build(architecture, num_classes=num_classes, in_chans=in_chans, output_stride=output_stride)
     groups = None if group_size is not None and isinstance(num_groups, int) else num_groups
-    replace_norms(model, norm, head=head, num_groups=groups, group_size=group_size)
+    classifier = head or str(model.pretrained_cfg["classifier"])  # type: ignore[index]
+    replace_norms(model, norm, head=classifier, num_groups=groups, group_size=group_size)
     return model
 
 
@@ -210,13 +215,25 @@ def parameter_depths(model: nn.Module) -> dict[str, int]:
     Returns:
         Parameter name to depth: 0 for the stem, rising towards the head, which is the deepest.
     """
+    if hasattr(model, "encoder"):  # a segmentation model: the decoder is the head
+        depths = {f"encoder.model.{name}": d for name, d in parameter_depths(model.encoder.model).items()}  # type: ignore[union-attr,arg-type]
+        deepest = max(depths.values()) + 1
+        return {name: depths.get(name, deepest) for name, _ in model.named_parameters()}
     matcher = model.group_matcher(coarse=False)  # type: ignore[operator]
-    depths: dict[str, int] = group_with_matcher(model.named_parameters(), matcher, reverse=True)
+    depths = group_with_matcher(model.named_parameters(), matcher, reverse=True)
     order = {depth: rank for rank, depth in enumerate(sorted(set(depths.values())))}
     return {name: order[depth] for name, depth in depths.items()}
 
 
-def check_input(model: nn.Module, norm: Norm, *, batch_size: int, img_size: int, in_chans: int = 3) -> None:
+def check_input(
+    model: nn.Module,
+    norm: Norm,
+    *,
+    batch_size: int,
+    img_size: int,
+    in_chans: int = 3,
+    decoder: DecoderName | None = None,
+) -> None:
     """Refuse a batch that the model cannot normalize, before anything is trained; computes shapes only.
 
     Args:
@@ -225,6 +242,7 @@ def check_input(model: nn.Module, norm: Norm, *, batch_size: int, img_size: int,
         batch_size: Images per forward pass.
         img_size: Their side, in pixels.
         in_chans: Their channels.
+        decoder: The decoder of a segmentation model, for the message.
 
     Raises:
         ConfigError: A norm would see a single value per channel (or per group), as BN does at batch size 1 where a
@@ -236,6 +254,12 @@ def check_input(model: nn.Module, norm: Norm, *, batch_size: int, img_size: int,
             warnings.simplefilter("ignore")
             shadow(torch.empty(batch_size, in_chans, img_size, img_size, device="meta"))
     except (ValueError, RuntimeError) as error:
+        if decoder in ("deeplabv3plus", "upernet"):  # they pool the whole image to one value per channel
+            raise ConfigError(
+                f"data.batch_size={batch_size} cannot be trained with model.decoder={decoder} and this norm of the "
+                f"decoder: {error}. Set model.decoder_norm=gn, choose model.decoder=unet or fpn, or raise "
+                "data.batch_size."
+            ) from error
         raise ConfigError(
             f"data.img_size={img_size} with data.batch_size={batch_size} cannot be trained with model.norm={norm}: "
             f"{error}. Set data.img_size to 64 or more, raise data.batch_size, or choose model.norm=gn_ws."
@@ -273,9 +297,20 @@ def default_channels(name: str) -> int:
     return 1 if name in OWN else 3
 
 
-def _build(architecture: str, *, num_classes: int, in_chans: int) -> nn.Module:
+def _build(architecture: str, *, num_classes: int, in_chans: int, output_stride: int = 32) -> nn.Module:
     if architecture in OWN:
         return OWN[architecture](num_classes, in_chans)
     base, arguments = ALIASES.get(architecture, (architecture, {}))
-    model: nn.Module = timm.create_model(base, num_classes=num_classes, in_chans=in_chans, **arguments)
+    if output_stride == 32:
+        model: nn.Module = timm.create_model(base, num_classes=num_classes, in_chans=in_chans, **arguments)
+        return model
+    try:
+        model = timm.create_model(
+            base, num_classes=num_classes, in_chans=in_chans, output_stride=output_stride, **arguments
+        )
+    except (TypeError, AssertionError, ValueError, NotImplementedError) as error:
+        raise ConfigError(
+            f"model.backbone={architecture} cannot be built with an output stride of {output_stride}, which "
+            "model.decoder=deeplabv3plus needs; choose another backbone, such as resnet50, or another decoder."
+        ) from error
     return model

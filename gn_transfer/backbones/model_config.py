@@ -11,8 +11,10 @@ from torch import Tensor
 from gn_transfer.backbones.create import Backbone, create_backbone, default_channels, rebuild
 from gn_transfer.backbones.fitting import ProgressBar, no_progress
 from gn_transfer.backbones.transfer import FITTED, Conversion, TransferReport
-from gn_transfer.config import Norm
+from gn_transfer.config import DecoderName, Norm
 from gn_transfer.layers import default_groups
+
+_ANY_CLASSES = 2  # of a head that a decoder replaces
 
 
 @dataclass
@@ -23,6 +25,10 @@ class ModelConfig:
         backbone: timm's name of the model, without a weights tag: resnet18, resnetv2_50, ...
         norm: The normalization: bn, bn_frozen, bn_sync, gn, gn_ws (GroupNorm + Weight Standardization), bn_ws, ln, in,
             none.
+        decoder: For segmentation, what turns the feature maps of the backbone into classes of pixels: unet, fpn,
+            deeplabv3plus, upernet. null means unet.
+        decoder_norm: For segmentation, the normalization of the decoder. null means that of norm; with bn_frozen it
+            means gn, because a decoder starts from random weights and has no statistics to freeze.
         num_groups: Number of groups of GroupNorm. null means 32, or 4 with conversion calibrated or distilled, and less
             in narrow layers: the largest divisor of the channels that leaves two channels or more in a group.
         group_size: Channels per group, instead of num_groups.
@@ -41,6 +47,8 @@ class ModelConfig:
 
     backbone: str = "resnetv2_18"
     norm: Norm = "gn_ws"
+    decoder: DecoderName | None = None
+    decoder_norm: Norm | None = None
     num_groups: int | None = None
     group_size: int | None = None
     pretrained: str | None = None
@@ -56,6 +64,18 @@ class ModelConfig:
         return default_groups(calibrated=self.conversion in FITTED) if self.num_groups is None else self.num_groups
 
     @property
+    def resolved_decoder_norm(self) -> Norm:
+        """Normalization of the decoder, with the default filled in."""
+        if self.decoder_norm is not None:
+            return self.decoder_norm
+        return "gn" if self.norm == "bn_frozen" else self.norm
+
+    @property
+    def output_stride(self) -> int:
+        """Side of the image over that of the last feature map."""
+        return 16 if self.decoder == "deeplabv3plus" else 32
+
+    @property
     def resolved_in_chans(self) -> int:
         """Channels of the images, with the default filled in."""
         return default_channels(self.backbone) if self.in_chans is None else self.in_chans
@@ -69,10 +89,10 @@ def build_backbone(
     progress: ProgressBar = no_progress,
 ) -> Backbone:
     """Build the model of a configuration; see :func:`gn_transfer.backbones.create_backbone`."""
-    return create_backbone(
+    built = create_backbone(
         config.backbone,
         norm=config.norm,
-        num_classes=num_classes,
+        num_classes=_ANY_CLASSES if config.decoder else num_classes,
         pretrained=config.pretrained,
         num_groups=config.num_groups,
         group_size=config.group_size,
@@ -80,29 +100,60 @@ def build_backbone(
         calibration=calibration,
         progress=progress,
         in_chans=config.resolved_in_chans,
+        output_stride=config.output_stride,
     )
+    if config.decoder is None:
+        return built
+    return _with_decoder(built, config, num_classes, config.num_groups)
 
 
 def rebuild_backbone(config: ModelConfig, stored: Mapping[str, Any], report: Mapping[str, Any]) -> Backbone:
     """Build the model that a checkpoint describes, without looking for any pretrained weights.
 
     Args:
-        config: Norm and groups of the model.
+        config: Norms, groups and decoder of the model.
         stored: The checkpoint's description of the architecture.
         report: Its transfer report.
 
     Returns:
         The model, freshly initialized and ready for ``load_state_dict``.
     """
+    groups: Mapping[str, int] = stored.get("groups") or {}
+    prefix = "encoder.model." if config.decoder else ""
+    of_encoder = {name.removeprefix(prefix): number for name, number in groups.items() if name.startswith(prefix)}
     model = rebuild(
         stored["architecture"],
         norm=config.norm,
-        num_classes=stored["num_classes"],
-        head=stored["head"],
-        num_groups=stored.get("groups") or config.resolved_num_groups,
+        num_classes=_ANY_CLASSES if config.decoder else stored["num_classes"],
+        head=None if config.decoder else stored["head"],
+        num_groups=of_encoder or config.resolved_num_groups,
         group_size=config.group_size,
         in_chans=config.resolved_in_chans,
+        output_stride=config.output_stride,
     )
-    return Backbone(
+    built = Backbone(
         model, tuple(stored["mean"]), tuple(stored["std"]), stored["head"], TransferReport.from_dict(report)
+    )
+    if config.decoder is None:
+        return built
+    of_decoder = {
+        name.removeprefix("decoder."): number for name, number in groups.items() if name.startswith("decoder.")
+    }
+    return _with_decoder(built, config, stored["num_classes"], of_decoder or config.num_groups)
+
+
+def _with_decoder(
+    built: Backbone, config: ModelConfig, num_classes: int, num_groups: int | Mapping[str, int] | None
+) -> Backbone:
+    from gn_transfer.backbones.segmentation import add_decoder  # its library takes a second to import
+
+    assert config.decoder is not None
+    return add_decoder(
+        built,
+        config.decoder,
+        num_classes,
+        config.resolved_decoder_norm,
+        in_chans=config.resolved_in_chans,
+        num_groups=num_groups,
+        group_size=config.group_size,
     )

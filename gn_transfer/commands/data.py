@@ -103,11 +103,12 @@ def cache(data: ImageDataModule, task: TransferClassifier, options: argparse.Nam
         )
     complete = True
     for split, dataset in (("train", data.train_dataset), ("val", data.val_dataset)):
-        filled = data.decoded_cache.fill(dataset, core_count())
-        assert filled is not None
-        complete = complete and filled.problem is None
-        bad = f", {filled.bad} cannot be decoded (see gn-transfer data check)" if filled.bad else ""
-        print(f"{split:<5}  {filled.present:,} of {len(dataset):,} there, {filled.decoded:,} of them new{bad}")
+        for what, filled in zip(("", " masks"), data.decoded_cache.fill(dataset, core_count()), strict=False):
+            complete = complete and filled.problem is None
+            bad = f", {filled.bad} cannot be decoded (see gn-transfer data check)" if filled.bad else ""
+            print(
+                f"{split:<5}  {filled.present:,} of {len(dataset):,}{what} there, {filled.decoded:,} of them new{bad}"
+            )
     print(f"cache  {data.decoded_cache.folder}")
     return 0 if complete else 2
 

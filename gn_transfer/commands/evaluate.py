@@ -56,7 +56,7 @@ def run_parsed(cli: TrainingCLI, stage: str) -> None:
     for name, value in metrics.items():
         cli.log.print(f"{name:<20} {value:.4f}")
     prefix, split = ("test", "test_dataset") if stage == "test" else ("val", "val_dataset")
-    images = min(len(getattr(data, split)), len(find(trainer, ImagePredictions).predicted))  # limit_val_batches
+    images = min(len(getattr(data, split)), find(trainer, ImagePredictions).count)  # limit_val_batches
     right = round(metrics[f"{prefix}/acc1"] * images)
     low, high = wilson_interval(right, images)
     cli.log.print(f"{right:,} of {images:,} images are right: {right / images:.1%} [{100 * low:.1f}, {100 * high:.1f}]")

@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from gn_transfer.data.digits import Digits
     from gn_transfer.data.folder import Folder
     from gn_transfer.data.pets import Pets
+    from gn_transfer.data.pets_segmentation import PetsSegmentation, SegmentationSample
     from gn_transfer.data.preprocess import preprocess_image
     from gn_transfer.data.sample import Sample
     from gn_transfer.data.sampler import EpochSampler
+    from gn_transfer.data.segmentation import SegmentationDataModule
+    from gn_transfer.data.segmentation_folder import SegmentationFolder
     from gn_transfer.data.tiny_imagenet import TinyImageNet
 
 __all__ = [
@@ -27,7 +30,11 @@ __all__ = [
     "Folder",
     "ImageDataModule",
     "Pets",
+    "PetsSegmentation",
     "Sample",
+    "SegmentationDataModule",
+    "SegmentationFolder",
+    "SegmentationSample",
     "TinyImageNet",
     "decode_image",
     "preprocess_image",
@@ -39,6 +46,10 @@ _HOMES = {
     "EpochSampler": "sampler",
     "Folder": "folder",
     "Pets": "pets",
+    "PetsSegmentation": "pets_segmentation",
+    "SegmentationDataModule": "segmentation",
+    "SegmentationFolder": "segmentation_folder",
+    "SegmentationSample": "pets_segmentation",
     "ImageDataModule": "datamodule",
     "Sample": "sample",
     "TinyImageNet": "tiny_imagenet",

@@ -36,7 +36,47 @@ _MIN_CROP_SCALE: dict[Recipe, float] = {"crop_flip": 0.35, "strong": 0.25}
 _FORBIDDEN = {"Lambda", "ReplayCompose"}  # they carry code, or state of other images
 
 
-class Augmentation:
+class SeededPipeline:
+    """A pipeline of albumentations whose random parameters are a function of a seed, in any thread.
+
+    Args:
+        pipeline: The ``Compose``; None changes nothing.
+    """
+
+    def __init__(self, pipeline: Any | None) -> None:
+        self._pipeline = pipeline
+        self._of_thread = threading.local()
+
+    def run(self, seed: int, **targets: Pixels) -> dict[str, Pixels]:
+        """Run the pipeline.
+
+        Args:
+            seed: Decides all random parameters.
+            **targets: Image and mask, as albumentations names them; not changed.
+
+        Returns:
+            The results under the same names.
+        """
+        if self._pipeline is None:
+            return targets
+        pipeline = getattr(self._of_thread, "pipeline", None)
+        if pipeline is None:  # a pipeline holds its random generator, so each data thread needs its own
+            pipeline = self._of_thread.pipeline = A.from_dict(A.to_dict(self._pipeline))
+        # One generator for the whole pipeline. set_random_seed would give every transform a generator of the same seed,
+        # so that the first random numbers of a crop also decide whether the image is flipped.
+        pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        results: dict[str, Pixels] = pipeline(**targets)
+        return results
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key != "_of_thread"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._of_thread = threading.local()
+
+
+class Augmentation(SeededPipeline):
     """A pipeline at one size, seeded anew for every image.
 
     - ``none``: what evaluation sees.
@@ -79,8 +119,7 @@ class Augmentation:
         self.img_size = img_size
         self.min_crop_scale = min_crop_scale
         self.resolution = recipe_resolution("strong" if pipeline is not None else recipe, img_size, min_crop_scale)
-        self._pipeline = recipe_pipeline(recipe, img_size, min_crop_scale) if pipeline is None else pipeline
-        self._of_thread = threading.local()
+        super().__init__(recipe_pipeline(recipe, img_size, min_crop_scale) if pipeline is None else pipeline)
         if pipeline is not None:
             self._check_output()
 
@@ -94,23 +133,7 @@ class Augmentation:
         Returns:
             Pixels, shape ``(img_size, img_size, 3)``.
         """
-        if self._pipeline is None:
-            return image_HWC
-        pipeline = getattr(self._of_thread, "pipeline", None)
-        if pipeline is None:  # a pipeline holds its random generator, so each data thread needs its own
-            pipeline = self._of_thread.pipeline = A.from_dict(A.to_dict(self._pipeline))
-        # One generator for the whole pipeline. set_random_seed would give every transform a generator of the same seed,
-        # so that the first random numbers of a crop also decide whether the image is flipped.
-        pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
-        augmented: Pixels = pipeline(image=image_HWC)["image"]
-        return augmented
-
-    def __getstate__(self) -> dict[str, object]:
-        return {key: value for key, value in self.__dict__.items() if key != "_of_thread"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._of_thread = threading.local()
+        return self.run(seed, image=image_HWC)["image"]
 
     def _check_output(self) -> None:
         side = self.resolution.side

@@ -22,7 +22,7 @@ import simplejpeg
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.cache_store import HEADER_BYTES, DiskStore, PixelStore, RamStore
-from gn_transfer.data.dataset import ImageDataset
+from gn_transfer.data.dataset import CachedFiles, ImageDataset
 from gn_transfer.data.decode import BadImageError, read_size
 from gn_transfer.data.progress import progress_bar
 from gn_transfer.data.resolution import Resolution
@@ -199,7 +199,7 @@ def estimate_bytes(resolution: Resolution, root: Path, paths: Sequence[str], mos
             height, width = resolution.stored_shape(*read_size(root / path))
         except BadImageError:
             continue
-        sizes.append(3 * height * width + HEADER_BYTES)
+        sizes.append(resolution.channels * height * width + HEADER_BYTES)
     return round(sum(sizes) / len(sizes) * len(paths)) if sizes else 0
 
 
@@ -263,34 +263,40 @@ class DatasetCache:
     def plan_for(self, datasets: Sequence[ImageDataset]) -> None:
         """Choose the cache of data sets by what they still need and by the room that there is."""
         needed = 0
-        for dataset in datasets:
-            missing = len(dataset) - (self._disk_store(dataset).count() if self.mode in ("auto", "disk") else 0)
-            needed += estimate_bytes(dataset.resolution, dataset.root, dataset.paths) * missing // max(1, len(dataset))
+        for files in (files for dataset in datasets for files in dataset.cached_files):
+            count = len(files.paths)
+            missing = count - (self._disk_store(files).count() if self.mode in ("auto", "disk") else 0)
+            needed += estimate_bytes(files.resolution, files.root, files.paths) * missing // max(1, count)
         self.plan = choose_cache(
             self.mode, needed, free_disk=free_disk_bytes(self.folder), available_ram=available_ram_bytes()
         )
 
-    def fill(self, dataset: ImageDataset, threads: int) -> Filled | None:
-        """Give a data set its store and decode what that lacks; report what went wrong, and go on without.
+    def fill(self, dataset: ImageDataset, threads: int) -> list[Filled]:
+        """Give a data set its stores and decode what they lack; report what went wrong, and go on without.
 
         Args:
             dataset: The data set.
             threads: How many images to decode at a time.
 
         Returns:
-            The result; None without a cache, or where the data set has its store already.
+            The result for the images and, where there are some, for the masks; nothing without a cache, or where the
+            data set has its stores already.
         """
-        if self.plan.mode == "none" or dataset.store is not None:
-            return None
-        store = self._disk_store(dataset) if self.plan.mode == "disk" else RamStore()
-        with progress_bar("decoding into the cache", len(dataset)) as advance:
-            filled = fill(store, dataset.resolution, dataset.root, dataset.paths, threads=threads, advance=advance)
-        dataset.store = store
+        if self.plan.mode == "none":
+            return []
+        return [self._fill(files, threads) for files in dataset.cached_files if files.store is None]
+
+    def _fill(self, files: CachedFiles, threads: int) -> Filled:
+        store = self._disk_store(files) if self.plan.mode == "disk" else RamStore()
+        total = len(files.paths)
+        with progress_bar("decoding into the cache", total) as advance:
+            filled = fill(store, files.resolution, files.root, files.paths, threads=threads, advance=advance)
+        files.store = store
         if filled.problem is not None:
             where = f"{self.folder}: {filled.problem}" if self.plan.mode == "disk" else filled.problem
             print(
                 f"warning: the cache could not be completed ({where}). It holds {filled.present:,} of "
-                f"{len(dataset):,} images; the others are decoded every time. Free some room, or set data.cache_dir "
+                f"{total:,} images; the others are decoded every time. Free some room, or set data.cache_dir "
                 "or data.cache.",
                 file=sys.stderr,
             )
@@ -308,9 +314,9 @@ class DatasetCache:
         why = f" (auto: {plan.reason})" if plan.reason else ""
         size = f", about {mib(plan.bytes_needed)} to decode first" if plan.bytes_needed else ", complete"
         row = f"{plan.mode}{why}" + (f" in {self.folder}" if plan.mode == "disk" else "") + size
-        if dataset.resolution.kind == "short":
+        if dataset.resolution.kind in ("short", "whole") and dataset.resolution.side:
             row += f"; large images are kept with a short side of {dataset.resolution.side} px"
         return row
 
-    def _disk_store(self, dataset: ImageDataset) -> DiskStore:
-        return DiskStore(cache_folder(self.folder, dataset.root, dataset.resolution), dataset.root, dataset.paths)
+    def _disk_store(self, files: CachedFiles) -> DiskStore:
+        return DiskStore(cache_folder(self.folder, files.root, files.resolution), files.root, files.paths)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -184,7 +186,7 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
             train, val = hold_out(train, self.val_fraction, self.seed, root=root)
         else:
             val = self._without_bad_images(val)
-        _check_parts(self.root, self.classes, train, val)
+        self.check_parts(train, val)
         if self.shots_per_class is not None:
             train = _few_images(train, self.shots_per_class, self.seed, self.classes)
         self.val_dataset = self._eval_dataset(val)
@@ -257,6 +259,21 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         named = {split: getattr(self, f"{split}_dataset", None) for split in ("train", "val", "test")}
         return {split: dataset for split, dataset in named.items() if dataset is not None}
 
+    def class_counts(self, images: Sequence[LabeledImage]) -> Mapping[str, int]:
+        """Count images of each class by its name."""
+        found = Counter(image.target for image in images)
+        return {name: found[target] for target, name in enumerate(self.classes)}
+
+    def check_parts(self, train: list[LabeledImage], val: list[LabeledImage]) -> None:
+        """Refuse a training part without one of the classes, and an empty validation."""
+        without = [name for name, count in self.class_counts(train).items() if count == 0]
+        if without:
+            raise ConfigError(
+                f"{self.root}: no training image of {', '.join(without)}; add images or remove the class."
+            )
+        if not val:
+            raise ConfigError(f"{self.root}: no image is left for validation.")
+
     def _without_bad_images(self, images: list[LabeledImage]) -> list[LabeledImage]:
         good, bad = without_bad_images(Path(self.root), images, skip=self.on_bad_image == "skip")
         self.bad_images += [item for item in bad if item not in self.bad_images]
@@ -290,16 +307,6 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         self.decoded_cache.fill(dataset, core_count())
         on_cuda = self._on_gpu() and torch.cuda.is_available()
         return ImageLoader(dataset, sampler, num_workers=self.worker_count(), pin_memory=on_cuda)
-
-
-def _check_parts(root: Path | str, classes: list[str], train: list[LabeledImage], val: list[LabeledImage]) -> None:
-    """Refuse a training part without one of the classes, and an empty validation."""
-    without = sorted(set(range(len(classes))) - {image.target for image in train})
-    if without:
-        names = ", ".join(classes[target] for target in without)
-        raise ConfigError(f"{root}: no training image of {names}; add images or remove the class.")
-    if not val:
-        raise ConfigError(f"{root}: no image is left for validation.")
 
 
 def _few_images(images: list[LabeledImage], shots: int, seed: int, classes: list[str]) -> list[LabeledImage]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -27,11 +27,33 @@ class LabeledImage(NamedTuple):
 
     Attributes:
         path: Relative to the data module's root, with forward slashes.
-        target: Class index.
+        target: Class index; of an image with a mask, the group that splits are stratified by.
+        mask: Path of its mask, likewise; empty where images are classified as a whole.
     """
 
     path: str
     target: int
+    mask: str = ""
+
+
+class CachedFiles(Protocol):
+    """Files that a cache decodes once.
+
+    Attributes:
+        root: What the paths are relative to.
+        paths: The files.
+        resolution: At which they are needed.
+        store: Where what was decoded is kept; None decodes every time.
+    """
+
+    root: Path
+    resolution: Resolution
+    store: PixelStore | None
+
+    @property
+    def paths(self) -> list[str]:
+        """The files."""
+        ...
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -76,6 +98,16 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         """Paths of the images, relative to the root."""
         return [image.path for image in self.images]
 
+    @property
+    def cached_files(self) -> Sequence[CachedFiles]:
+        """What a cache may hold of this data set: the images."""
+        return [self]
+
+    @property
+    def one_size(self) -> bool:
+        """Whether all images have one size, so that they can be fetched several at a time."""
+        return True
+
     def __getitem__(self, key: Key | int) -> tuple[Tensor, int]:
         """Fetch one image.
 
@@ -107,7 +139,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         targets = torch.empty(len(keys), dtype=torch.int64)
         for image_CHW, (place, key) in zip(images.numpy(), enumerate(keys), strict=True):
             epoch, index = (0, key) if isinstance(key, int) else key
-            pixels_HWC = self._decoded(index)
+            pixels_HWC = self._decoded(self, index)
             if self.augmentation is not None:
                 pixels_HWC = self.augmentation(pixels_HWC, sample_seed(self.seed, epoch, index))
             if self.channels == 1:
@@ -117,12 +149,13 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             targets[place] = self.images[index].target
         return images, targets
 
-    def _decoded(self, index: int) -> npt.NDArray[np.uint8]:
-        pixels_HWC = None if self.store is None else self.store.get(index)
+    @staticmethod
+    def _decoded(files: CachedFiles, index: int) -> npt.NDArray[np.uint8]:
+        pixels_HWC = None if files.store is None else files.store.get(index)
         if pixels_HWC is not None:
             return pixels_HWC
         try:
-            return self.resolution.load(self.root / self.images[index].path)
+            return files.resolution.load(files.root / files.paths[index])
         except BadImageError as error:
             raise with_remedy(error) from error
 

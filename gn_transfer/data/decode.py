@@ -126,6 +126,35 @@ def decode_image(image: str | os.PathLike[str] | bytes, *, least_side: int | Non
     return _decode_with_pillow(data, path)
 
 
+def decode_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
+    """Decode a mask: one number per pixel, of a grey, palette or black-and-white image. No EXIF rotation is applied.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Values, shape ``(H, W)``: grey levels, indices of the palette, or 0 and 1.
+
+    Raises:
+        BadImageError: Missing, truncated or no image, in colours, with more than 8 bits, or in a format that loses
+            detail.
+    """
+    data = _read(path)
+    with _open_with_pillow(data, path) as image:
+        if image.format in ("JPEG", "MPO"):
+            raise BadImageError(path, "a JPEG, which changes the values of a mask; save masks as PNG")
+        if image.mode not in ("L", "P", "1"):
+            what = {"RGB": "in colours", "RGBA": "in colours", "CMYK": "in colours"}.get(image.mode)
+            what = what or ("of 16 bits" if image.mode.startswith("I") else f"of Pillow's mode {image.mode}")
+            raise BadImageError(
+                path, f"a mask {what}; save it as an 8-bit grey or palette PNG whose values are the numbers of classes"
+            )
+        try:
+            return np.array(image, dtype=np.uint8)
+        except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+            raise BadImageError(path, f"cannot be decoded: {_flat(error)}") from error
+
+
 def pillow_to_rgb(image: Image.Image, path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
     """Give a Pillow image's first frame as upright 8-bit RGB; see :func:`decode_image`.
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -11,6 +10,7 @@ from gn_transfer.config import ConfigError
 from gn_transfer.data.datamodule import ImageDataModule
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.data.folder import Folder
+from gn_transfer.data.segmentation import SegmentationDataModule
 from gn_transfer.data.workers import core_count
 
 
@@ -20,21 +20,22 @@ def describe_data(data: ImageDataModule) -> list[tuple[str, str]]:
     Args:
         data: The data module, set up.
     """
-    counts = class_counts(data)
-    images = ", ".join(f"{split} {sum(per_class.values()):,}" for split, per_class in counts.items())
-    trains = "train" in counts
+    datasets = data.datasets()
+    images = ", ".join(f"{split} {len(dataset):,}" for split, dataset in datasets.items())
+    trains = "train" in datasets
     if trains and (held := len(test_images(data))):
         images += f", test {held:,} (held back)"
     crops = "" if data.min_crop_scale is None else f", crops from {data.min_crop_scale:.0%} of the area"
     recipe = f"recipe {data.recipe}{crops}" if data.augmentation is None else f"augmentation {data.augmentation}"
-    per_class = counts.get("train", next(iter(counts.values())))
+    per_class = data.class_counts(datasets.get("train", next(iter(datasets.values()))).images)
+    balance = _shares(per_class) if isinstance(data, SegmentationDataModule) else _balance(per_class)
     rows = [
         ("data", f"{type(data).__name__} in {data.root}"),
         ("images", f"{images}; {data.img_size} px{f', {recipe}' if trains else ''}"),
         *([("files", data.count_files().describe())] if isinstance(data, Folder) else []),
         ("classes", f"{data.num_classes}: {_shortened(data.classes)}"),
-        ("class balance", f"{_balance(per_class)}; class weights {data.class_weights}"),
-        ("cache", data.decoded_cache.describe(next(iter(data.datasets().values())))),
+        ("class balance", f"{balance}; class weights {data.class_weights}"),
+        ("cache", data.decoded_cache.describe(next(iter(datasets.values())))),
         ("threads", f"{torch.get_num_threads()} compute, {data.worker_count()} data workers, {core_count()} cores"),
     ]
     if data.bad_images:
@@ -51,20 +52,17 @@ def test_images(data: ImageDataModule) -> list[LabeledImage]:
         return []
 
 
-def class_counts(data: ImageDataModule) -> dict[str, dict[str, int]]:
-    """Images per split and class, of the splits that are set up."""
-    counts = {}
-    for split, dataset in data.datasets().items():
-        found = Counter(image.target for image in dataset.images)
-        counts[split] = {name: found[target] for target, name in enumerate(data.classes)}
-    return counts
-
-
 def _shortened(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")
 
 
-def _balance(per_class: dict[str, int]) -> str:
+def _shares(per_class: Mapping[str, int]) -> str:
+    """Say how many of the pixels belong to each class."""
+    total = max(1, sum(per_class.values()))
+    return _shortened([f"{name} {count / total:.1%}" for name, count in per_class.items()]) + " of the pixels"
+
+
+def _balance(per_class: Mapping[str, int]) -> str:
     fewest, most = min(per_class, key=per_class.__getitem__), max(per_class, key=per_class.__getitem__)
     if per_class[fewest] == per_class[most]:
         return f"{per_class[most]} images each"

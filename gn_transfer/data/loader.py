@@ -57,7 +57,7 @@ class ImageLoader:
 
     def _chunks(self) -> Iterator[Batch]:
         keys = iter(self.batch_sampler.sampler)
-        size = self.batch_size * -(-CHUNK // self.batch_size)
+        size = self.batch_size * (-(-CHUNK // self.batch_size) if self.dataset.one_size else 1)
         parts = iter(lambda: list(islice(keys, size)), [])
         if self.num_workers == 0:
             yield from map(self._fetch, parts)

@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from gn_transfer.data.decode import decode_image
-from gn_transfer.data.preprocess import preprocess_image
+from gn_transfer.data.decode import decode_image, decode_mask
+from gn_transfer.data.preprocess import preprocess_image, reduce_image, reduce_mask, reduced_shape
 
 _SLACK = 4 / 3  # a reduction by less saves little room, and would cost as much time as decoding
 
@@ -26,11 +26,18 @@ class Resolution:
     Attributes:
         kind: ``eval`` is the centre square of evaluation. ``square`` is the whole image, resized to a square.
             ``short`` keeps the aspect ratio and reduces the short side to ``side`` if it is more than a third longer.
+            ``whole`` is the image of a segmentation and ``mask`` its mask: the short side is at most ``side``, 0 for
+            any.
         side: In pixels.
     """
 
-    kind: Literal["eval", "square", "short"]
+    kind: Literal["eval", "square", "short", "whole", "mask"]
     side: int
+
+    @property
+    def channels(self) -> int:
+        """Channels of what is loaded."""
+        return 1 if self.kind == "mask" else 3
 
     @property
     def name(self) -> str:
@@ -46,13 +53,17 @@ class Resolution:
             path: The file.
 
         Returns:
-            Pixels, shape ``(H, W, 3)``, RGB.
+            Pixels, shape ``(H, W, 3)``, RGB; the values of a mask, shape ``(H, W, 1)``.
 
         Raises:
             BadImageError: The file cannot be decoded.
         """
         if self.kind == "eval":
             return preprocess_image(decode_image(path), self.side)
+        if self.kind == "whole":
+            return reduce_image(decode_image(path), self.side)
+        if self.kind == "mask":
+            return reduce_mask(decode_mask(path), self.side)[:, :, None]
         pixels_HWC = decode_image(path, least_side=self.side)
         height, width = pixels_HWC.shape[:2]
         size = (self.side, self.side)
@@ -75,6 +86,8 @@ class Resolution:
             >>> Resolution("short", 437).stored_shape(3000, 4000)
             (437, 583)
         """
+        if self.kind in ("whole", "mask"):
+            return reduced_shape(height, width, self.side)
         if self.kind != "short":
             return self.side, self.side
         scale = self.side / min(height, width) if min(height, width) > _SLACK * self.side else 1.0

@@ -9,6 +9,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.pets import FOLDER, Pets
@@ -19,7 +20,8 @@ TEST_PER_BREED = 20
 IMAGE_SIZE = 80
 """Side of an image in pixels."""
 
-_VERSION = 2  # raise it with every change of the images: folders of another version are written again
+_BORDER = 2  # width of the border of a trimap, in pixels
+_VERSION = 3  # raise it with every change of the images: folders of another version are written again
 _STAMP = "sample.json"
 _HEADER = """\
 #Image CLASS-ID SPECIES BREED ID
@@ -51,7 +53,7 @@ class Sample(Pets):
 
 
 def write_sample(root: Path, seed: int = 0) -> Path:
-    """Write the sample in the layout of Oxford-IIIT Pet: 5 breeds, 130 images each in trainval and 20 in test.
+    """Write the sample in the layout of Oxford-IIIT Pet, with trimaps: 5 breeds of 130 images in trainval, 20 in test.
 
     It is written to a temporary folder beside its place and then renamed, so what is found there is whole. A sample of
     the same version and seed is left as it is; of another, replaced.
@@ -102,18 +104,20 @@ def write_sample(root: Path, seed: int = 0) -> Path:
 
 
 def _write(folder: Path, seed: int) -> None:
-    images, annotations = folder / "images", folder / "annotations"
+    images, annotations, trimaps = folder / "images", folder / "annotations", folder / "annotations" / "trimaps"
     images.mkdir(parents=True)
-    annotations.mkdir()
+    trimaps.mkdir(parents=True)
     lists: dict[str, list[str]] = {"trainval.txt": [], "test.txt": []}
     of_species = {True: 0, False: 0}
     for class_id, breed in enumerate(BREEDS, 1):
         of_species[breed.is_cat] += 1
         for number in range(1, TRAINVAL_PER_BREED + TEST_PER_BREED + 1):
             image_id = f"{breed.name}_{number}"
-            pixels_RGB = render_animal(breed, IMAGE_SIZE, np.random.default_rng([seed, class_id, number]))
+            pixels_RGB, cover = render_animal(breed, IMAGE_SIZE, np.random.default_rng([seed, class_id, number]))
             _, jpeg = cv2.imencode(".jpg", pixels_RGB[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
             (images / f"{image_id}.jpg").write_bytes(jpeg.tobytes())
+            _, png = cv2.imencode(".png", _trimap(cover))
+            (trimaps / f"{image_id}.png").write_bytes(png.tobytes())
             split = "trainval.txt" if number <= TRAINVAL_PER_BREED else "test.txt"
             line = f"{image_id} {class_id} {1 if breed.is_cat else 2} {of_species[breed.is_cat]}"
             lists[split].append(line)
@@ -121,6 +125,14 @@ def _write(folder: Path, seed: int) -> None:
     lists["list.txt"] = [header + "\n".join(sorted(lists["trainval.txt"] + lists["test.txt"]))]
     for name, lines in lists.items():
         (annotations / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _trimap(cover: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """From how much of each pixel an animal covers to the values of Pets: 1 animal, 2 background, 3 border."""
+    animal = (cover >= 128).astype(np.uint8)
+    disk = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * _BORDER - 1, 2 * _BORDER - 1))
+    border = cv2.dilate(animal, disk) != cv2.erode(animal, disk)
+    return np.where(border, 3, 2 - animal).astype(np.uint8)
 
 
 def _read_stamp(place: Path) -> object:

@@ -71,7 +71,9 @@ _CAT_EYES: tuple[Color, ...] = ((120, 170, 70), (214, 160, 50), (90, 150, 200), 
 _DOG_EYES: tuple[Color, ...] = ((84, 50, 26), (60, 38, 24), (120, 78, 36))
 
 
-def render_animal(breed: Breed, size: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+def render_animal(
+    breed: Breed, size: int, rng: np.random.Generator
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Draw one portrait.
 
     Args:
@@ -80,14 +82,15 @@ def render_animal(breed: Breed, size: int, rng: np.random.Generator) -> npt.NDAr
         rng: Source of pose, colours, background, light and noise.
 
     Returns:
-        Pixels, shape ``(size, size, 3)``, RGB.
+        Pixels RGB, shape ``(size, size, 3)``, and how much of each the animal covers, 0 to 255, ``(size, size)``.
     """
     canvas = _Canvas(round(size * _SUPERSAMPLING), rng)
     _draw_background(canvas)
     coat = _Coat(breed, canvas)
     _draw_body(canvas, coat)
     _draw_head(canvas, coat)
-    return _photograph(canvas, size)
+    cover = np.asarray(cv2.resize(canvas.cover, (size, size), interpolation=cv2.INTER_AREA), np.uint8)
+    return _photograph(canvas, size), cover
 
 
 class _Canvas:
@@ -97,6 +100,7 @@ class _Canvas:
         self.side = side
         self.rng = rng
         self.pixels: Array = np.zeros((3, side, side), np.float32)
+        self.cover: Mask = np.zeros((side, side), np.uint8)  # by what was painted opaque
         self.radius = side * rng.uniform(0.24, 0.31)
         angle = rng.normal(0.0, 0.14)
         self.center = (side * rng.uniform(0.39, 0.61), side * rng.uniform(0.45, 0.59))
@@ -125,6 +129,8 @@ class _Canvas:
         box = (slice(None), slice(y, y + height), slice(x, x + width))
         color = np.asarray(color, np.float32)
         share = mask[box[1:]].astype(np.float32) * np.float32(opacity / 255)
+        if opacity == 1.0:
+            np.maximum(self.cover[box[1:]], mask[box[1:]], out=self.cover[box[1:]])
         self.pixels[box] += share * ((color[:, None, None] if color.ndim == 1 else color[box]) - self.pixels[box])
 
     def smooth_noise(self, cells: int, channels: int = 1) -> Array:

@@ -185,7 +185,12 @@ class BackboneModule(LightningModule, ABC):
         assert self.model is not None
         config = self.model_config
         check_input(
-            self.model, config.norm, batch_size=batch_size, img_size=img_size, in_chans=config.resolved_in_chans
+            self.model,
+            config.norm,
+            batch_size=batch_size,
+            img_size=img_size,
+            in_chans=config.resolved_in_chans,
+            decoder=config.decoder,
         )
 
     # -- running ------------------------------------------------------------------------------------------------

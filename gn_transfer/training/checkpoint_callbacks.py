@@ -100,6 +100,14 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = time.monotonic()
         self._previous_handler: Any = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have a run resumed after a whole epoch go on with the next one, with ``trainer.max_steps`` as without.
+
+        Lightning 2.6 takes the epoch for unfinished where that is set: the run would have an epoch of no batches, and
+        end too early.
+        """
+        trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._saved_at = time.monotonic()

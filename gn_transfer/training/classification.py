@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from gn_transfer.backbones.model_config import ModelConfig
 from gn_transfer.config import ConfigError, check_range
+from gn_transfer.data.dataset import LabeledImage
+from gn_transfer.data.segmentation import SegmentationDataModule
 from gn_transfer.training.mixing import MixupCutmix
 from gn_transfer.training.optimizer import OptimizerConfig
 from gn_transfer.training.task import TransferTask
@@ -67,8 +70,22 @@ class TransferClassifier(TransferTask):
         regularization: RegularizationConfig | None = None,
     ) -> None:
         super().__init__(model, optimizer)
+        if self.model_config.decoder is not None:
+            raise ConfigError(
+                f"model.decoder={self.model_config.decoder} is for segmentation, and these images are classified as a "
+                "whole; leave it out, or give images with masks."
+            )
         self.regularization = regularization or RegularizationConfig()
         self._mixer: MixupCutmix | None = None
+
+    def build_for(self, data: object) -> None:
+        """Build the model for a data module that is set up; see :meth:`BackboneModule.build_for`."""
+        if isinstance(data, SegmentationDataModule):
+            raise ConfigError(
+                f"{type(data).__name__} has masks, and this model classifies whole images; train a TransferSegmenter "
+                "(segmentation works from Python so far), or give images by class."
+            )
+        super().build_for(data)
 
     def configure_metrics(self, num_classes: int) -> MetricCollection:
         """Create top-1 accuracy over images (``acc1``) and averaged over classes (``acc_per_class``)."""
@@ -78,6 +95,10 @@ class TransferClassifier(TransferTask):
                 "acc_per_class": MulticlassAccuracy(num_classes, average="macro"),
             }
         )
+
+    def own_config(self) -> dict[str, dict[str, Any]]:
+        """Give the keys ``regularization``."""
+        return {"regularization": asdict(self.regularization)}
 
     def on_fit_start(self) -> None:
         """Prepare Mixup and CutMix, and compile."""
@@ -130,6 +151,23 @@ class TransferClassifier(TransferTask):
             label_smoothing=self.regularization.label_smoothing,
             reduction="none",
         )
+
+    def score_images(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Give the predicted class, and the probabilities of the true and of the predicted class."""
+        probs = logits.double().softmax(dim=1)
+        of_target = probs.gather(1, targets.unsqueeze(1)).squeeze(1)
+        highest, predicted = probs.max(dim=1)
+        return torch.stack([predicted.double(), of_target, highest])
+
+    def describe_scores(
+        self, scores: Tensor, images: Sequence[LabeledImage]
+    ) -> tuple[Sequence[str], Iterable[Sequence[object]]]:
+        """Name path and classes; target and predicted are followed by the probabilities of either."""
+        rows = (
+            [image.path, self.classes[image.target], self.classes[int(index)], f"{target:.5g}", f"{predicted:.5g}"]
+            for image, (index, target, predicted) in zip(images, scores.t().tolist(), strict=True)
+        )
+        return ("path", "target", "predicted", "prob_target", "prob_predicted"), rows
 
     def evaluation_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Compute plain cross entropy: no smoothing, no class weights."""

@@ -6,79 +6,67 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.files import write_csv
 
-COLUMNS = ("path", "target", "predicted", "prob_target", "prob_predicted")
-"""Columns of the file; target and predicted are class names, followed by the probabilities of either."""
-
 
 class ImagePredictions(Callback):
-    """Keep the predictions of the latest validation or test; a softmax per batch and three numbers per image.
+    """Keep what the latest validation or test says of every image; what that is, the task decides.
 
     Attributes:
-        predicted: Class index per image, in the order of the split; complete when the evaluation has ended.
-        prob_target: Probability of the true class, likewise.
-        prob_predicted: Probability of the predicted class, likewise.
+        scores: Shape ``(S, N)``, float64, the images in the order of the split; complete when the evaluation has ended.
     """
 
     def __init__(self) -> None:
-        self.predicted: list[int] = []
-        self.prob_target: list[float] = []
-        self.prob_predicted: list[float] = []
+        self.scores = torch.empty(0, 0, dtype=torch.float64)
         self._parts: list[Tensor] = []
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    @property
+    def count(self) -> int:
+        """Number of images that were evaluated."""
+        return self.scores.shape[1]
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Forget the evaluation before."""
         self._parts = []
 
     def on_validation_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: tuple[Tensor, Tensor],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the batch; nothing waits for the device."""
-        probs = outputs.double().softmax(dim=1)
-        of_target = probs.gather(1, batch[1].unsqueeze(1)).squeeze(1)
-        highest, predicted = probs.max(dim=1)
-        self._parts.append(torch.stack([predicted.double(), of_target, highest]))
+        self._parts.append(pl_module.score_images(outputs, batch[1]))
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Bring the images of all processes back into the order of the split."""
         ranks = pl_module.all_gather(torch.cat(self._parts, dim=1))
         assert isinstance(ranks, Tensor)
-        predicted, self.prob_target, self.prob_predicted = in_order(ranks.reshape(-1, 3, ranks.shape[-1])).tolist()
-        self.predicted = [int(index) for index in predicted]
+        self.scores = in_order(ranks.reshape(-1, *ranks.shape[-2:])).cpu()
         self._parts = []
 
     on_test_start = on_validation_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
-    def write(self, path: Path, images: list[LabeledImage], classes: list[str]) -> None:
+    def write(self, path: Path, images: list[LabeledImage], task: Any) -> None:
         """Write the file.
 
         Args:
             path: Its folder exists.
             images: The split in order; where only its beginning was evaluated, only that is written.
-            classes: Class names.
+            task: The module that gave the scores.
         """
-        rows = zip(images, self.predicted, self.prob_target, self.prob_predicted, strict=False)
-        write_csv(
-            path,
-            COLUMNS,
-            (
-                [image.path, classes[image.target], classes[index], f"{of_target:.5g}", f"{of_predicted:.5g}"]
-                for image, index, of_target, of_predicted in rows
-            ),
-        )
+        evaluated = images[: self.count]
+        columns, rows = task.describe_scores(self.scores[:, : len(evaluated)], evaluated)
+        write_csv(path, columns, rows)
 
 
 def in_order(ranks: Tensor) -> Tensor:

@@ -268,7 +268,7 @@ class EpochLines(Callback):
         """Note that the figures are this epoch's."""
         self._validated = True
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Print the epoch."""
         if not trainer.is_global_zero:
             return
@@ -276,7 +276,8 @@ class EpochLines(Callback):
         metrics = trainer.callback_metrics
         parts = [_epoch_of(trainer), f"loss {throughput.epoch_loss:.3f}"]
         if self._validated:
-            parts += [f"{name} {float(metrics[name]):.3f}" for name in ("val/acc1", "val/loss") if name in metrics]
+            names = (pl_module.monitor, "val/loss")
+            parts += [f"{name} {float(metrics[name]):.3f}" for name in names if name in metrics]
         parts += [f"{throughput.recent_images_per_sec:.1f} images/s"]
         if self._started:
             parts += [f"{time.perf_counter() - self._started:.1f} s"]

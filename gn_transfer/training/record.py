@@ -72,7 +72,7 @@ class RunRecord(Callback):
             }
         )
         self._write(trainer, pl_module, "running", trainer.current_epoch + 1)
-        self._write_tables(trainer, improved)
+        self._write_tables(trainer, pl_module, improved)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mark the run as finished, or as a trial of a batch or two."""
@@ -123,14 +123,14 @@ class RunRecord(Callback):
             },
         )
 
-    def _write_tables(self, trainer: Trainer, improved: bool) -> None:
+    def _write_tables(self, trainer: Trainer, task: Any, improved: bool) -> None:
         if not trainer.is_global_zero:
             return
         folder, columns = self.path.parent, list(self.epochs[-1])
         write_csv(folder / "epochs.csv", columns, ([row.get(name) for name in columns] for row in self.epochs))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         for name in ("predictions_val.csv", "predictions_best_val.csv")[: 2 if improved else 1]:
-            self.predictions.write(folder / name, data.val_dataset.images, data.classes)
+            self.predictions.write(folder / name, data.val_dataset.images, task)
 
 
 def _rounded(loss: float) -> float | None:

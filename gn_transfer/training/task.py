@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from gn_transfer.backbones import ModelConfig, parameter_depths
+from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.training.accumulation import MicroBatch
 from gn_transfer.training.backbone_module import BackboneModule
 from gn_transfer.training.optimizer import OptimizerConfig
@@ -46,6 +48,20 @@ class TransferTask(BackboneModule):
     @abstractmethod
     def evaluation_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Compute the mean loss of logits in evaluation; scalar, float32."""
+
+    @abstractmethod
+    def score_images(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Tell what is kept of every image of an evaluation: shape ``(S, B)``, float64."""
+
+    @abstractmethod
+    def describe_scores(
+        self, scores: Tensor, images: Sequence[LabeledImage]
+    ) -> tuple[Sequence[str], Iterable[Sequence[object]]]:
+        """Give the table of the scores of images, shape ``(S, N)``: its columns and a row for every image."""
+
+    @abstractmethod
+    def own_config(self) -> dict[str, dict[str, Any]]:
+        """Give the keys that only this task has, by group."""
 
     def check_accumulation(self, images_per_step: int) -> None:
         """Refuse an accumulation step that the task cannot use; nothing to refuse here.

@@ -29,7 +29,10 @@ HPARAMS_FIRST = ("norm", "batch_size", "num_groups", "lr", "seed")
 """The hyper-parameters that the HPARAMS tab shows first; the others are a click away."""
 
 HPARAM_METRICS = ("val/acc1", "val/acc_per_class", "val/loss", "train/loss", "train/images_per_sec")
-"""The metrics of the HPARAMS tab, the same in every run: runs with other keys vanish from it."""
+"""The metrics of the HPARAMS tab, the same in every run of a task: runs with other keys vanish from it."""
+
+SEGMENTATION_METRICS = ("val/miou", "val/pixel_acc", *HPARAM_METRICS[2:])
+"""Those of a segmentation."""
 
 
 def flat_hparams(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
@@ -59,7 +62,8 @@ def flat_hparams(config: Mapping[str, Any]) -> dict[str, bool | int | float | st
         "lr": float(optimizer["lr"]),
         "head_lr": float(optimizer["lr"] if optimizer["head_lr"] is None else optimizer["head_lr"]),
         "weight_decay": float(optimizer["weight_decay"]),
-        **{name: float(value) for name, value in config["regularization"].items()},
+        **{name: float(value) for name, value in config.get("regularization", {}).items()},
+        **_of_segmentation(config),
         "batch_norm_momentum": str(batch_norm["momentum"]),
         "reestimate_images": batch_norm["reestimate_images"],
         "batch_norm_evaluation": batch_norm["evaluation"],
@@ -68,6 +72,17 @@ def flat_hparams(config: Mapping[str, Any]) -> dict[str, bool | int | float | st
         "seed": config["seed_everything"],
     }
     return {key: "none" if value in (None, "None") else value for key, value in values.items()}
+
+
+def _of_segmentation(config: Mapping[str, Any]) -> dict[str, str]:
+    if "segmentation" not in config:
+        return {}
+    model = ModelConfig(**config["model"])
+    return {
+        "decoder": str(model.decoder),
+        "decoder_norm": model.resolved_decoder_norm,
+        "loss": config["segmentation"]["loss"],
+    }
 
 
 def _groups(model: ModelConfig) -> dict[str, str]:
@@ -115,7 +130,8 @@ class RunLogger(TensorBoardLogger):
 
 
 def _summaries(flat: dict[str, Any]) -> tuple[Any, Any, Any]:
-    experiment, start, end = hparams_summary(flat, dict.fromkeys(HPARAM_METRICS, 0.0))  # type: ignore[no-untyped-call]
+    names = SEGMENTATION_METRICS if "decoder" in flat else HPARAM_METRICS
+    experiment, start, end = hparams_summary(flat, dict.fromkeys(names, 0.0))  # type: ignore[no-untyped-call]
     # TensorBoard shows only the first few axes, and takes those first of which it is told that they differ.
     stored = experiment.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(stored.content)

@@ -31,6 +31,7 @@ from gn_transfer.training.accumulation import GradientAccumulation
 from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
 from gn_transfer.training.checkpoint import check_classes
 from gn_transfer.training.checkpoint_callbacks import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from gn_transfer.training.early_stopping import EarlyStopping
 from gn_transfer.training.ema import AS_TRAINED, ExponentialMovingAverage
 from gn_transfer.training.environment import environment
 from gn_transfer.training.plan import Plan
@@ -158,6 +159,9 @@ def train(
     task.run_config = {"config": dict(config), "config_name": config_name, "split": split_of_run(data)}
     best = find(trainer, BestCheckpoint)
     best.dirpath, best.monitor = str(run.checkpoints), task.monitor
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping):
+            callback.monitor = task.monitor
     find(trainer, LastCheckpoint).directory = run.checkpoints
     hparams = flat_hparams(config)
     groups = group_counts(task.model) if task.model is not None else {}
@@ -233,10 +237,11 @@ def evaluate(
     record = None if run is None else run.logs / "metrics.json"
     if stage == "test" and record is not None and record.is_file() and _is_own_data(task, data):
         before = read_json(record)
-        if "test/acc1" in before:
+        name = task.monitor.replace("val/", "test/")
+        if name in before:
             say(
-                f"note       this run was tested before (test/acc1 {before['test/acc1']:.4f}). A choice made from a "
-                "test figure makes the next one too high."
+                f"note       this run was tested before ({name} {before[name]:.4f}). A choice made from a test figure "
+                "makes the next one too high."
             )
         images = data.test_dataset.images
         facts = {
@@ -244,7 +249,7 @@ def evaluate(
             "test_split": split_digest(data.test_dataset.paths),
             "test_images": len(images),
         }
-        find(trainer, ImagePredictions).write(record.with_name("predictions_test.csv"), images, data.classes)
+        find(trainer, ImagePredictions).write(record.with_name("predictions_test.csv"), images, task)
         write_json(record, {**before, **metrics, **facts})
         say(f"recorded   in {record}")
     elif stage == "test" and record is not None:
@@ -285,7 +290,7 @@ def describe_run(task: TransferTask, data: ImageDataModule, trainer: Trainer) ->
     }
 
 
-def config_of(task: Any, data: ImageDataModule, trainer: Trainer) -> dict[str, Any]:
+def config_of(task: TransferTask, data: ImageDataModule, trainer: Trainer) -> dict[str, Any]:
     """Derive the configuration of a run from its objects, with the keys of the command line."""
     accumulation, batch_norm = find(trainer, GradientAccumulation), find(trainer, BatchNormStatistics)
     parameters = [
@@ -304,7 +309,7 @@ def config_of(task: Any, data: ImageDataModule, trainer: Trainer) -> dict[str, A
         },
         "model": asdict(task.model_config),
         "optimizer": asdict(task.optimizer_config),
-        "regularization": asdict(task.regularization),
+        **task.own_config(),
         "accumulation": {
             "effective_batch_size": accumulation.effective_batch_size,
             "cache_weights": accumulation.cache_weights,

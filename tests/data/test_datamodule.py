@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data import BadImageError, Folder, ImageDataModule, Pets
-from gn_transfer.data.describe import class_counts, describe_data
+from gn_transfer.data.describe import describe_data
 from gn_transfer.data.workers import choose_num_workers
 
 
@@ -222,7 +222,8 @@ def test_plan(pets_root: Path) -> None:
 def test_class_weights(folder_root: Path) -> None:
     data = Folder(folder_root, val_fraction=0.25, class_weights="balanced")
     data.setup("fit")
-    assert class_counts(data) == {"train": {"apple": 6, "pear": 3}, "val": {"apple": 2, "pear": 1}}
+    assert data.class_counts(data.train_dataset.images) == {"apple": 6, "pear": 3}
+    assert data.class_counts(data.val_dataset.images) == {"apple": 2, "pear": 1}
     weights = data.class_weight_tensor
     assert weights is not None
     torch.testing.assert_close(weights, torch.tensor([9 / 12, 9 / 6]))

@@ -10,7 +10,6 @@ from PIL import Image
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data import Folder
-from gn_transfer.data.describe import class_counts
 
 
 @pytest.fixture
@@ -33,7 +32,8 @@ def fit(root: Path, **options: Any) -> Folder:
 def test_class_folders_at_the_top(folder_root: Path) -> None:
     data = fit(folder_root, val_fraction=0.25)
     assert data.classes == ["apple", "pear"]
-    assert class_counts(data) == {"train": {"apple": 6, "pear": 3}, "val": {"apple": 2, "pear": 1}}
+    assert data.class_counts(data.train_dataset.images) == {"apple": 6, "pear": 3}
+    assert data.class_counts(data.val_dataset.images) == {"apple": 2, "pear": 1}
     assert all(path.startswith(("apple/", "pear/")) for path in data.split()["train"])
 
 
@@ -47,7 +47,8 @@ def test_given_splits_are_kept(split_root: Path) -> None:
 def test_validation_is_cut_from_train_where_it_has_no_folder(split_root: Path) -> None:
     (split_root / "valid").rename(split_root / "unused")
     data = fit(split_root, val_fraction=0.5)
-    assert class_counts(data) == {"train": {"cat": 2, "dog": 2}, "val": {"cat": 2, "dog": 2}}
+    assert data.class_counts(data.train_dataset.images) == {"cat": 2, "dog": 2}
+    assert data.class_counts(data.val_dataset.images) == {"cat": 2, "dog": 2}
 
 
 def test_every_seed_has_the_same_test_split_and_its_own_validation_split(tmp_path: Path) -> None:
@@ -98,7 +99,11 @@ def test_what_is_no_image_is_left_alone(folder_root: Path, write_image: Any) -> 
     (folder_root / ".cache").mkdir()
     write_image(folder_root / "apple" / "more" / "deep.JPG")
     data = fit(folder_root)
-    assert sum(class_counts(data)["train"].values()) + sum(class_counts(data)["val"].values()) == 13
+    assert (
+        sum(data.class_counts(data.train_dataset.images).values())
+        + sum(data.class_counts(data.val_dataset.images).values())
+        == 13
+    )
     assert any("apple/more/deep.JPG" in paths for paths in data.split().values())
 
 

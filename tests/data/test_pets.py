@@ -15,7 +15,6 @@ import torchvision.datasets
 from gn_transfer.config import ConfigError
 from gn_transfer.data import Pets
 from gn_transfer.data import pets as pets_module
-from gn_transfer.data.describe import class_counts
 from gn_transfer.data.pets import read_annotations
 
 
@@ -30,8 +29,8 @@ def test_official_splits_and_class_order(pets_root: Path) -> None:
     assert split["test"] == [
         f"oxford-iiit-pet/images/{breed}_{number}.jpg" for breed in data.classes for number in (11, 12)
     ]
-    assert class_counts(data)["val"] == {"Abyssinian": 2, "american_bulldog": 2, "Maine_Coon": 2}
-    assert all(data.classes[target] in path for path, target in data.val_dataset.images)
+    assert data.class_counts(data.val_dataset.images) == {"Abyssinian": 2, "american_bulldog": 2, "Maine_Coon": 2}
+    assert all(data.classes[image.target] in image.path for image in data.val_dataset.images)
 
 
 def test_root_may_be_the_folder_itself(pets_root: Path) -> None:
@@ -53,7 +52,7 @@ def test_class_ids_with_gaps_and_comments(pets_root: Path) -> None:
     data.setup("fit")
     data.setup("test")
     assert data.classes == ["Abyssinian", "Maine_Coon"]
-    assert {target for _, target in data.test_dataset.images} == {0, 1}
+    assert {image.target for image in data.test_dataset.images} == {0, 1}
 
 
 def test_missing_root_names_path_and_remedy(tmp_path: Path) -> None:

@@ -75,10 +75,10 @@ def test_same_seed_same_bytes(tmp_path: Path, few: None) -> None:
     write_sample(tmp_path / "b")
     write_sample(tmp_path / "c", seed=1)
     first = digest(tmp_path / "a")
-    assert len(first) == 2 * len(BREEDS) + 4
+    assert len(first) == 4 * len(BREEDS) + 4  # images and trimaps
     assert digest(tmp_path / "b") == first
     changed = {path for path, value in digest(tmp_path / "c").items() if first[path] != value}
-    assert len(changed) == 2 * len(BREEDS) + 1  # all images and the stamp
+    assert len(changed) == 4 * len(BREEDS) + 1  # all images, trimaps and the stamp
 
 
 def test_written_once_and_again_for_another_version(tmp_path: Path, few: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_root_that_cannot_be_written(tmp_path: Path) -> None:
 def test_images_of_a_breed_differ() -> None:
     rng = np.random.default_rng(0)
     for breed in BREEDS:
-        one, other = render_animal(breed, 48, rng), render_animal(breed, 48, rng)
+        one, other = render_animal(breed, 48, rng)[0], render_animal(breed, 48, rng)[0]
         assert one.shape == (48, 48, 3)
         assert one.std() > 15
         assert np.abs(one.astype(int) - other).mean() > 15
@@ -149,10 +149,10 @@ def test_images_of_a_breed_differ() -> None:
 def flat_pixels(root: Path, dataset: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
     """32 x 32 RGB pixels in 0-1, one row per image, and the targets."""
     rows = [
-        cv2.resize(decode_image(root / path), (32, 32), interpolation=cv2.INTER_AREA).ravel() / 255
-        for path, _ in dataset.images
+        cv2.resize(decode_image(root / image.path), (32, 32), interpolation=cv2.INTER_AREA).ravel() / 255
+        for image in dataset.images
     ]
-    return np.stack(rows), np.array([target for _, target in dataset.images])
+    return np.stack(rows), np.array([image.target for image in dataset.images])
 
 
 def test_a_linear_classifier_on_pixels_stays_under_half(written: tuple[Path, float]) -> None:

@@ -9,7 +9,6 @@ import pytest
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data import TinyImageNet
-from gn_transfer.data.describe import class_counts
 
 WNIDS = ["n02", "n01", "n03"]
 
@@ -35,7 +34,8 @@ def test_layout(tiny: Path, inside: bool) -> None:
     data = TinyImageNet(tiny / "tiny-imagenet-200" if inside else tiny, batch_size=2)
     data.setup("fit")
     assert data.classes == ["crane (n02)", "crane (n01)", "egg"]  # in the order of wnids.txt
-    assert class_counts(data) == {split: dict.fromkeys(data.classes, n) for split, n in (("train", 4), ("val", 1))}
+    for dataset, number in ((data.train_dataset, 4), (data.val_dataset, 1)):
+        assert data.class_counts(dataset.images) == dict.fromkeys(data.classes, number)
     assert {image.target for image in data.train_dataset.images if "/n01/" in image.path} == {1}
     assert [image.target for image in data.val_dataset.images] == [1, 0, 2]
     images, _ = next(iter(data.train_dataloader()))

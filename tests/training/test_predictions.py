@@ -3,36 +3,60 @@ import csv
 import torch
 
 from gn_transfer.data.dataset import LabeledImage
+from gn_transfer.training.classification import TransferClassifier
 from gn_transfer.training.predictions import ImagePredictions, in_order
+from gn_transfer.training.segmentation import TransferSegmenter
 
 
-class OneProcess:
-    """Stands for the module: gathering from one process adds nothing."""
+def evaluated(task, classes, batches):
+    """Run the callback as Lightning does, in one process."""
+    task.classes = classes
+    task.all_gather = lambda tensor: tensor
+    callback = ImagePredictions()
+    callback.on_validation_start(None, task)
+    for outputs, targets in batches:
+        callback.on_validation_batch_end(None, task, torch.tensor(outputs), (torch.empty(0), torch.tensor(targets)), 0)
+    callback.on_validation_epoch_end(None, task)
+    return callback
 
-    def all_gather(self, tensor):
-        return tensor
+
+def read(path):
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return list(csv.reader(file))
 
 
 def test_predictions_of_two_batches_by_hand(tmp_path):
-    callback = ImagePredictions()
-    callback.on_validation_start(None, None)
-    for logits, targets in (([[0.0, 0.0, 9.0], [0.0, 9.0, 0.0]], [2, 0]), ([[1.0, 1.0, 0.0]], [1])):
-        callback.on_validation_batch_end(None, None, torch.tensor(logits), (torch.empty(0), torch.tensor(targets)), 0)
-    callback.on_validation_epoch_end(None, OneProcess())
+    task = TransferClassifier()
+    batches = [([[0.0, 0.0, 9.0], [0.0, 9.0, 0.0]], [2, 0]), ([[1.0, 1.0, 0.0]], [1])]
+    callback = evaluated(task, ["red", "green", "blue"], batches)
     images = [
         LabeledImage("a,b.jpg", 2),
         LabeledImage("\udcffé.jpg", 0),
         LabeledImage("c.jpg", 1),
         LabeledImage("not seen.jpg", 1),
     ]
-    callback.write(tmp_path / "predictions.csv", images, ["red", "green", "blue"])
-    with (tmp_path / "predictions.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        assert list(csv.reader(file)) == [
-            ["path", "target", "predicted", "prob_target", "prob_predicted"],
-            ["a,b.jpg", "blue", "blue", "0.99975", "0.99975"],  # e^9 / (e^9 + 2)
-            ["\udcffé.jpg", "red", "green", "0.00012338", "0.99975"],  # 1 / (e^9 + 2)
-            ["c.jpg", "green", "red", "0.42232", "0.42232"],  # e / (2 e + 1)
-        ]
+    callback.write(tmp_path / "predictions.csv", images, task)
+    assert callback.count == 3
+    assert read(tmp_path / "predictions.csv") == [
+        ["path", "target", "predicted", "prob_target", "prob_predicted"],
+        ["a,b.jpg", "blue", "blue", "0.99975", "0.99975"],  # e^9 / (e^9 + 2)
+        ["\udcffé.jpg", "red", "green", "0.00012338", "0.99975"],  # 1 / (e^9 + 2)
+        ["c.jpg", "green", "red", "0.42232", "0.42232"],  # e / (2 e + 1)
+    ]
+
+
+def test_pixels_of_a_segmentation_by_hand(tmp_path):
+    """Three pixels, of which the last is ignored; then an image without a labeled pixel."""
+    task = TransferSegmenter()
+    first = [[[[9.0, 9.0, 0.0]], [[0.0, 0.0, 9.0]]]]  # predicted 0, 0, 1
+    batches = [(first, [[[0, 1, 255]]]), (first, [[[255, 255, 255]]])]
+    callback = evaluated(task, ["ground", "pet"], batches)
+    callback.write(tmp_path / "predictions.csv", [LabeledImage("a.jpg", 0), LabeledImage("b.jpg", 0)], task)
+    assert read(tmp_path / "predictions.csv") == [
+        ["path", "miou", "intersection:ground", "union:ground", "intersection:pet", "union:pet"],
+        ["a.jpg", "0.25000", "1", "2", "0", "1"],
+        ["b.jpg", "", "0", "0", "0", "0"],
+    ]
 
 
 def test_two_ranks_are_put_back_in_order():

@@ -60,17 +60,22 @@ class CrashError(Exception):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
-    ("norm", "crash"),
-    [("gn_ws", ("on_train_batch_end", 13)), ("bn", ("on_train_batch_end", 6)), ("bn", ("on_validation_end", 2))],
+    ("norm", "crash", "more"),
+    [
+        ("gn_ws", ("on_train_batch_end", 13), []),
+        ("bn", ("on_train_batch_end", 6), []),
+        ("bn", ("on_validation_end", 2), []),
+        ("bn", ("on_train_batch_end", 11), ["--trainer.max_steps", "8"]),  # the third epoch is not whole
+    ],
 )
-def test_a_crashed_run_continues_exactly(folder_root, tmp_path, monkeypatch, norm, crash):
+def test_a_crashed_run_continues_exactly(folder_root, tmp_path, monkeypatch, norm, crash, more):
     hook, after = crash
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
     monkeypatch.chdir(whole)
-    assert main(["fit", *arguments(folder_root, norm)]) == 0
+    assert main(["fit", *arguments(folder_root, norm), *more]) == 0
 
     from gn_transfer.training.checkpoint_callbacks import LastCheckpoint
 
@@ -88,8 +93,8 @@ def test_a_crashed_run_continues_exactly(folder_root, tmp_path, monkeypatch, nor
     with monkeypatch.context() as patch:
         patch.setattr(LastCheckpoint, hook, crash_at)
         with pytest.raises(CrashError):
-            main(["fit", *arguments(folder_root, norm)])
-    assert main(["fit", *arguments(folder_root, norm), "--ckpt_path", "last"]) == 0
+            main(["fit", *arguments(folder_root, norm), *more])
+    assert main(["fit", *arguments(folder_root, norm), *more, "--ckpt_path", "last"]) == 0
     assert_same(weights(whole, norm), weights(broken, norm))
 
 

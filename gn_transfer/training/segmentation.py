@@ -1,0 +1,191 @@
+"""Semantic segmentation: cross entropy and Dice over labeled pixels, intersection over union, whole images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from segmentation_models_pytorch.losses import DiceLoss
+from torch import Tensor
+from torchmetrics import ClasswiseWrapper, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassJaccardIndex
+
+from gn_transfer.backbones.model_config import ModelConfig
+from gn_transfer.config import ConfigError
+from gn_transfer.data.dataset import LabeledImage
+from gn_transfer.data.masks import IGNORED
+from gn_transfer.data.segmentation import STRIDE, SegmentationDataModule
+from gn_transfer.data.tiles import blending_window, padded, tile_starts
+from gn_transfer.training.optimizer import OptimizerConfig
+from gn_transfer.training.task import TransferTask
+
+
+@dataclass
+class SegmentationConfig:
+    """The loss of a segmentation.
+
+    Args:
+        loss: cross_entropy, dice, or both (their sum).
+    """
+
+    loss: Literal["cross_entropy", "dice", "both"] = "both"
+
+
+class TransferSegmenter(TransferTask):
+    """Fine-tune a timm model with a decoder to classify every pixel.
+
+    The loss of an image is the mean over its labeled pixels, and every image has the same weight, so that one batch of
+    8 images and 8 batches of one image have the same gradient.
+
+    Args:
+        model: Backbone, decoder, norms and weights; None takes the defaults.
+        optimizer: Optimizer and learning rates; None takes the defaults. The decoder is the head.
+        segmentation: The loss; None takes the default.
+
+    Attributes:
+        tile_size: Side of the tiles in which larger images are evaluated; None evaluates all images whole.
+
+    Example:
+        >>> module = TransferSegmenter(ModelConfig("resnet18", "gn", decoder="fpn"), OptimizerConfig(lr=0.01))
+        >>> module.build(["background", "cat", "dog"])
+        >>> module.eval()(torch.zeros(1, 3, 50, 70, dtype=torch.uint8)).shape
+        torch.Size([1, 3, 50, 70])
+    """
+
+    monitor: ClassVar[str] = "val/miou"
+
+    def __init__(
+        self,
+        model: ModelConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        segmentation: SegmentationConfig | None = None,
+    ) -> None:
+        model = model or ModelConfig()
+        super().__init__(model if model.decoder else replace(model, decoder="unet"), optimizer)
+        self.segmentation = segmentation or SegmentationConfig()
+        self.tile_size: int | None = None
+        self._dice = DiceLoss("multiclass", from_logits=True, ignore_index=IGNORED)
+
+    def configure_metrics(self, num_classes: int) -> MetricCollection:
+        """Create mean intersection over union (``miou``), that of each class, Dice, and accuracy over pixels.
+
+        All are computed from the labeled pixels of all images together.
+        """
+        of_class = MulticlassJaccardIndex(num_classes, average="none", ignore_index=IGNORED)
+        return MetricCollection(
+            {
+                "miou": MulticlassJaccardIndex(num_classes, average="macro", ignore_index=IGNORED),
+                "dice": MulticlassF1Score(num_classes, average="macro", ignore_index=IGNORED),
+                "pixel_acc": MulticlassAccuracy(num_classes, average="micro", ignore_index=IGNORED),
+                "iou": ClasswiseWrapper(of_class, labels=self.classes, prefix="iou_"),
+            }
+        )
+
+    def own_config(self) -> dict[str, dict[str, Any]]:
+        """Give the keys ``segmentation``."""
+        return {"segmentation": asdict(self.segmentation)}
+
+    def build_for(self, data: object) -> None:
+        """Build the model for a data module that is set up; see :meth:`BackboneModule.build_for`."""
+        if hasattr(data, "classes") and not isinstance(data, SegmentationDataModule):
+            raise ConfigError(
+                f"{type(data).__name__} has no masks, which a segmentation needs; give a SegmentationFolder, or train "
+                "a TransferClassifier."
+            )
+        super().build_for(data)
+        self.tile_size = getattr(data, "tile_size", None)
+
+    def training_loss(self, pixels: Tensor, targets: Tensor) -> Tensor:
+        """Compute the loss, with class weights in the cross entropy.
+
+        Args:
+            pixels: Normalized pixels, shape ``(B, in_chans, H, W)``.
+            targets: Class indices, uint8, shape ``(B, H, W)``; :data:`gn_transfer.data.masks.IGNORED` does not count.
+        """
+        logits, targets = self.compute_logits(pixels).float(), targets.long()
+        loss = torch.zeros((), device=logits.device)
+        if self.segmentation.loss != "dice":
+            loss = loss + mean_over_labeled(logits, targets, self.class_weight)
+        if self.segmentation.loss != "cross_entropy":
+            pairs = zip(logits, targets, strict=True)
+            loss = loss + torch.stack([self._dice(one[None], target[None]) for one, target in pairs]).mean()
+        return loss
+
+    def evaluation_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Compute plain cross entropy over labeled pixels: no Dice, no class weights."""
+        return mean_over_labeled(logits.float(), targets.long())
+
+    def score_images(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Count, for every class, the pixels in the intersection and in the union of prediction and truth."""
+        preds, targets = logits.argmax(1), targets.long()
+        labeled = targets != IGNORED
+        scores = []
+        for target in range(len(self.classes)):
+            found, true = (preds == target) & labeled, targets == target
+            scores += [(found & true).sum((1, 2)), (found | true).sum((1, 2))]
+        return torch.stack(scores).double()
+
+    def describe_scores(
+        self, scores: Tensor, images: Sequence[LabeledImage]
+    ) -> tuple[Sequence[str], Iterable[Sequence[object]]]:
+        """Give path, the mean IoU over the classes that are there, and the pixels of either, by class."""
+        columns = ["path", "miou"]
+        for name in self.classes:
+            columns += [f"intersection:{name}", f"union:{name}"]
+        rows = []
+        for image, pixels in zip(images, scores.t().tolist(), strict=True):
+            ious = [inside / union for inside, union in zip(pixels[::2], pixels[1::2], strict=True) if union]
+            miou = f"{sum(ious) / len(ious):.5f}" if ious else ""
+            rows.append([image.path, miou, *(int(pixel) for pixel in pixels)])
+        return columns, rows
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the logits of whole images, padded to the stride or in tiles.
+
+        Args:
+            images: Pixels, uint8, shape ``(B, in_chans, H, W)``.
+
+        Returns:
+            Shape ``(B, num_classes, H, W)``.
+        """
+        height, width = images.shape[2:]
+        tile = self.tile_size
+        if tile is None or (height <= tile and width <= tile):
+            return self._padded_logits(images)
+        rows, columns = min(tile, height), min(tile, width)
+        window = torch.from_numpy(blending_window(rows, columns)).to(images.device)
+        total = images.new_zeros((len(images), len(self.classes), height, width), dtype=torch.float32)
+        weights = images.new_zeros((height, width), dtype=torch.float32)
+        for top in tile_starts(height, tile):
+            for left in tile_starts(width, tile):
+                place = (..., slice(top, top + rows), slice(left, left + columns))
+                total[place] += window * self._padded_logits(images[place]).float()
+                weights[place] += window
+        return total / weights
+
+    def _padded_logits(self, images: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        pixels = super().normalize(images)
+        pixels = F.pad(pixels, (0, padded(width, STRIDE) - width, 0, padded(height, STRIDE) - height))
+        return self.compute_logits(pixels)[:, :, :height, :width]
+
+
+def mean_over_labeled(logits: Tensor, targets: Tensor, class_weight: Tensor | None = None) -> Tensor:
+    """Cross entropy: the mean over the labeled pixels of each image, then over the images.
+
+    Args:
+        logits: Shape ``(B, K, H, W)``.
+        targets: int64, shape ``(B, H, W)``; :data:`gn_transfer.data.masks.IGNORED` does not count.
+        class_weight: Weight of each class, shape ``(K,)``.
+
+    Returns:
+        Scalar; an image without a labeled pixel adds 0.
+    """
+    losses = F.cross_entropy(logits, targets, weight=class_weight, ignore_index=IGNORED, reduction="none")
+    labeled = targets != IGNORED
+    weights = labeled.float() if class_weight is None else class_weight[targets.where(labeled, 0)] * labeled
+    per_image = losses.sum((1, 2)) / weights.sum((1, 2)).clamp_min(torch.finfo(losses.dtype).tiny)
+    return per_image.mean()

@@ -1,0 +1,110 @@
+"""Encoders and decoders: shapes, norms, weights, unused parameters; what cannot be built is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from gn_transfer.backbones import parameter_depths
+from gn_transfer.backbones.create import check_input, create_backbone
+from gn_transfer.backbones.model_config import ModelConfig, build_backbone
+from gn_transfer.backbones.segmentation import Encoder
+from gn_transfer.config import ConfigError
+from gn_transfer.layers import FrozenBatchNorm2d, GroupNorm, StdConv2d
+
+DECODERS = ("unet", "fpn", "deeplabv3plus", "upernet")
+
+
+def built(backbone="resnetv2_18", norm="gn", **options):
+    return build_backbone(ModelConfig(backbone, norm, **options), 3).model
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("backbone", ["resnetv2_18", "tf_efficientnet_lite0"])
+def test_logits_have_the_size_of_the_image_and_every_parameter_a_gradient(backbone, decoder):
+    model = built(backbone, decoder=decoder).train()
+    logits = model(torch.randn(1, 3, 64, 96))
+    assert logits.shape == (1, 3, 64, 96)
+    logits.square().mean().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("backbone", ["ghostnet_050", "rexnet_100", "selecsls42b", "vgg11_bn", "dla46_c"])
+def test_encoders_of_other_families(backbone):
+    """With layers behind the last map, a map of the image's own size, or maps beyond stride 32."""
+    encoder = Encoder(create_backbone(backbone, norm="gn", num_classes=2).model, in_chans=3)
+    maps = encoder(torch.randn(1, 3, 64, 64))
+    assert [each.shape[2] for each in maps] == [64, 32, 16, 8, 4, 2]
+    assert [each.shape[1] for each in maps] == encoder.channels
+    sum(each.sum() for each in maps).backward()
+    assert [name for name, parameter in encoder.named_parameters() if parameter.grad is None] == []
+
+
+def test_the_maps_are_those_of_the_model_before_its_head():
+    model = create_backbone("resnetv2_18", norm="gn_ws", num_classes=2).model.eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    expected = model.forward_features(pixels)
+    torch.testing.assert_close(Encoder(model, 3)(pixels)[-1], expected)
+
+
+@pytest.mark.parametrize(
+    ("norm", "decoder_norm", "in_encoder", "in_decoder"),
+    [
+        ("gn_ws", None, GroupNorm, GroupNorm),
+        ("bn_frozen", None, FrozenBatchNorm2d, GroupNorm),
+        ("bn_frozen", "bn", FrozenBatchNorm2d, nn.BatchNorm2d),
+        ("bn", "gn", nn.BatchNorm2d, GroupNorm),
+    ],
+)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_norms_of_encoder_and_decoder(norm, decoder_norm, in_encoder, in_decoder, decoder):
+    model = built(norm=norm, decoder=decoder, decoder_norm=decoder_norm)
+    for part, kind in ((model.encoder, in_encoder), (model.decoder, in_decoder)):
+        norms = [m for m in part.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
+        assert norms
+        assert all(isinstance(each, kind) for each in norms)
+    standardized = [isinstance(m, StdConv2d) for m in model.decoder.modules() if isinstance(m, nn.Conv2d)]
+    assert any(standardized) == (norm == "gn_ws")
+    assert type(model.decoder.classifier) is nn.Conv2d
+
+
+@pytest.mark.parametrize("norm", ["bn", "bn_ws", "in"])
+@pytest.mark.parametrize("decoder", ["deeplabv3plus", "upernet"])
+def test_pooling_to_one_value_is_refused_at_batch_1(norm, decoder):
+    model = built(norm=norm, decoder=decoder)
+    with pytest.raises(ConfigError, match=rf"model\.decoder={decoder}.*decoder_norm=gn.*unet or fpn"):
+        check_input(model, norm, batch_size=1, img_size=64, decoder=decoder)
+
+
+@pytest.mark.parametrize("norm", ["gn", "gn_ws", "ln", "none"])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_norms_that_do_not_see_the_batch_train_at_batch_1(norm, decoder):
+    check_input(built(norm=norm, decoder=decoder), norm, batch_size=1, img_size=64, decoder=decoder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "bn_frozen", "decoder_norm": "bn_frozen"}, "no statistics to freeze"),
+        ({"backbone": "cnn_mnist"}, "no feature maps"),
+        ({"backbone": "hardcorenas_a", "decoder": "deeplabv3plus"}, "output stride of 16"),
+        ({"backbone": "vgg11_bn", "decoder": "deeplabv3plus"}, "output stride of 16"),
+    ],
+)
+def test_what_cannot_be_built(options, message):
+    with pytest.raises(ConfigError, match=message):
+        built(**{"decoder": "unet", **options})
+
+
+def test_weights_go_to_the_encoder_and_depths_end_with_the_decoder():
+    with_weights = build_backbone(ModelConfig("resnetv2_18", "gn_ws", pretrained="auto", decoder="unet"), 3)
+    plain = create_backbone("resnetv2_18", norm="gn_ws", num_classes=2, pretrained="auto").model
+    ours = with_weights.model.encoder.model.state_dict()
+    for name, tensor in plain.state_dict().items():
+        if not name.startswith("head."):
+            assert torch.equal(ours[name], tensor), name
+    assert with_weights.head == "decoder"
+    depths = parameter_depths(with_weights.model)
+    assert depths.keys() == dict(with_weights.model.named_parameters()).keys()
+    deepest = {name for name, depth in depths.items() if depth == max(depths.values())}
+    assert deepest == {name for name in depths if name.startswith("decoder.")}
+    assert min(depths.values()) == 0

@@ -1,0 +1,285 @@
+"""Images with masks: what values mean, how folders are read, what evaluation and training see, what is refused."""
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gn_transfer.config import ConfigError
+from gn_transfer.data import PetsSegmentation, SegmentationFolder, SegmentationSample
+from gn_transfer.data.decode import BadImageError, decode_mask
+from gn_transfer.data.describe import describe_data
+from gn_transfer.data.masks import IGNORED, MaskValues
+from gn_transfer.data.pair_augmentation import PairAugmentation
+from gn_transfer.data.tiles import blending_window, tile_starts
+
+CLASSES = ("ground", "cat", "dog")
+
+
+def write_pair(root, name, size=(40, 56), values=(0, 1, 2), split="", seed=0):
+    """An image whose colour tells the class of every pixel, and its mask: vertical bands of the values."""
+    height, width = size
+    mask = np.repeat(np.asarray(values, np.uint8), -(-width // len(values)))[None, :width].repeat(height, 0)
+    noise = np.random.default_rng(seed).integers(0, 8, (height, width, 3), np.uint8)
+    pixels = noise + 40 * np.minimum(mask, 5)[..., None]
+    for folder, content in (("images", pixels), ("masks", mask)):
+        path = Path(root, split, folder, f"{name}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(content).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "own"
+    for number in range(6):
+        write_pair(root, f"photo_{number}", seed=number)
+    (root / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    return root
+
+
+def data_of(root, **options):
+    return SegmentationFolder(root, **{"img_size": 32, "cache": "none", "num_workers": 0, **options})
+
+
+def set_up(root, stage="fit", **options):
+    data = data_of(root, **options)
+    data.setup(stage)
+    return data
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_images_and_masks(folder):
+    data = set_up(folder)
+    assert data.classes == list(CLASSES)
+    assert (len(data.train_dataset), len(data.val_dataset)) == (5, 1)
+    images, targets = data.train_dataset.batch([(0, 0), (0, 1)])
+    assert images.shape == (2, 3, 32, 32)
+    assert targets.shape == (2, 32, 32)
+    rows = dict(describe_data(data))
+    assert rows["class balance"].startswith("ground 33.9%, cat 33.9%, dog 32.1% of the pixels")
+
+
+def test_image_and_mask_stay_together_in_training(folder):
+    data = set_up(folder, recipe="crop_flip")
+    for epoch in range(3):
+        images, targets = data.train_dataset.batch([(epoch, index) for index in range(5)])
+        seen = targets != IGNORED
+        expected = (images.float().mean(1) / 40).round().clamp(0, 2).long()  # the colour of a pixel is its class
+        inside = torch.nn.functional.max_pool2d(targets[:, None].float(), 3, 1, 1)[:, 0] == targets  # away from edges
+        wrong = (expected != targets) & seen & inside
+        assert wrong.float().mean() < 0.02
+
+
+def test_the_same_seed_gives_the_same_pairs_with_and_without_cache(folder, tmp_path):
+    keys = [(2, index) for index in range(5)]
+    plain = set_up(folder)
+    expected = plain.train_dataset.batch(keys)
+    for mode in ("ram", "disk"):
+        data = set_up(folder, cache=mode, cache_dir=tmp_path / "cache")
+        data.decoded_cache.fill(data.train_dataset, 1)
+        assert data.train_dataset.masks.store is not None
+        for ours, theirs in zip(data.train_dataset.batch(keys), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_evaluation_sees_whole_images_one_at_a_time(folder):
+    write_pair(folder, "tall", size=(90, 48), seed=9)
+    data = set_up(folder, val_fraction=0.5, batch_size=4)
+    sizes = [(tuple(images.shape), tuple(targets.shape)) for images, targets in data.val_dataloader()]
+    assert {shape[0][0] for shape in sizes} == {1}
+    assert all(image[2:] == target[1:] for image, target in sizes)
+    assert {min(image[2:]) for image, _ in sizes} == {32}
+    assert {min(i.shape[2:]) for i, _ in set_up(folder, val_fraction=0.5, short_side=0).val_dataloader()} >= {40}
+
+
+def test_splits_of_ones_own(tmp_path):
+    root = tmp_path / "own"
+    for split, count in (("Train", 3), ("validation", 2), ("test", 1)):
+        for number in range(count):
+            write_pair(root, f"{split}_{number}", split=split)
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    data = set_up(root)
+    assert (len(data.train_dataset), len(data.val_dataset)) == (3, 2)
+    data.setup("test")
+    assert data.test_dataset.paths == ["test/images/test_0.png"]
+
+
+def test_a_palette_png_and_an_ignored_value(folder):
+    mask = Image.open(folder / "masks" / "photo_0.png")
+    values = np.array(mask)
+    values[0] = 255
+    palette = Image.fromarray(values, mode="P")
+    palette.putpalette([channel for value in range(256) for channel in (value, 255 - value, 7)])
+    palette.save(folder / "masks" / "photo_0.png")
+    assert np.array_equal(decode_mask(folder / "masks" / "photo_0.png"), values)
+    data = set_up(folder)
+    assert sum(data.class_counts(data.train_dataset.images + data.val_dataset.images).values()) == 6 * 40 * 56 - 56
+    with pytest.raises(BadImageError, match="values 255, which are no class; known are 0 ground, 1 cat, 2 dog"):
+        set_up(folder, ignore_index=None)
+
+
+def test_balanced_class_weights_count_pixels(folder):
+    weights = set_up(folder, class_weights="balanced").class_weight_tensor
+    assert weights.argmax() == 2  # the band that is cut off
+    assert weights.mean() == pytest.approx(1.0, abs=0.01)
+    assert set_up(folder).class_weight_tensor is None
+
+
+def test_pets_with_and_without_the_border(tmp_path):
+    data = SegmentationSample(tmp_path, img_size=64, cache="none")
+    data.prepare_data()
+    data.setup("fit")
+    assert data.classes == ["background", "pet"]
+    _, targets = data.val_dataset.batch([0])
+    assert set(targets.unique().tolist()) == {0, 1, IGNORED}
+    breeds = {image.path.rpartition("/")[2].rpartition("_")[0] for image in data.val_dataset.images}
+    assert len(breeds) == 5  # stratified by breed
+    three = PetsSegmentation(tmp_path, border="class", img_size=64, cache="none")
+    three.setup("test")
+    assert three.classes == ["background", "pet", "border"]
+    assert set(three.test_dataset.batch([0])[1].unique().tolist()) == {0, 1, 2}
+    cover = [data.class_counts([image])["pet"] / 80**2 for image in data.train_dataset.images]
+    assert min(cover) > 0.15
+    assert max(cover) < 0.85
+
+
+@pytest.mark.skipif("GN_TRANSFER_TEST_DATA" not in os.environ, reason="GN_TRANSFER_TEST_DATA is not set")
+def test_real_trimaps():
+    data = PetsSegmentation(Path(os.environ["GN_TRANSFER_TEST_DATA"]) / "pets_seg2", cache="none")
+    data.setup("fit")
+    data.setup("test")
+    assert [len(dataset) for dataset in data.datasets().values()] == [160, 40, 198]
+    shares = data.pixel_counts(data.train_dataset.images) / data.pixel_counts(data.train_dataset.images).sum()
+    assert 0.2 < shares[1] < 0.5
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------------
+
+
+def rewrite(folder, change, name="photo_0.png"):
+    path = folder / "masks" / name
+    change(Image.open(path)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda mask: mask.convert("RGB"), "a mask in colours.*8-bit grey or palette PNG"),
+        (lambda mask: Image.fromarray(np.array(mask).astype(np.uint16) * 200), "a mask of 16 bits"),
+        (lambda mask: mask.resize((28, 20)), "28 x 20 pixels for an image of 56 x 40"),
+        (
+            lambda mask: Image.fromarray(cv2.GaussianBlur(np.array(mask) * 100, (9, 9), 3)),
+            "values that are no class, from .*soft edges",
+        ),
+        (lambda mask: Image.fromarray(np.array(mask) + 3), "values 3, 4, 5, which are no class; known are 0 ground"),
+    ],
+)
+def test_masks_that_are_not_what_they_should_be(folder, change, message):
+    rewrite(folder, change)
+    with pytest.raises(BadImageError, match=message) as caught:
+        set_up(folder)
+    assert "photo_0" in str(caught.value)
+    data = set_up(folder, on_bad_image="skip")
+    assert [path for path, _ in data.bad_images] == ["images/photo_0.png"]
+    assert len(data.train_dataset) + len(data.val_dataset) == 5
+
+
+def test_a_jpeg_is_no_mask(folder):
+    path = folder / "masks" / "photo_0.png"
+    Image.open(path).save(path.with_suffix(".jpg"))
+    path.unlink()
+    with pytest.raises(BadImageError, match="a JPEG, which changes the values of a mask"):
+        set_up(folder)
+
+
+def test_pairs_that_do_not_match(folder):
+    for path in (folder / "masks").iterdir():
+        path.rename(path.with_name(f"{path.stem}_mask.png"))
+    with pytest.raises(ConfigError, match=r"6 images have no mask .*6 masks have no image .*'_mask' in the names"):
+        set_up(folder)
+    for path in (folder / "masks").iterdir():
+        path.rename(path.with_name(path.name.replace("_mask", "")))
+    (folder / "masks" / "photo_3.png").unlink()
+    with pytest.raises(ConfigError, match=r"1 images have no mask \(.*photo_3.png\)"):
+        set_up(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file. Write the names.*The first masks hold the values 0, 1, 2"),
+        ("ground\ncat\n", "values 2, which are no class"),
+        ("ground\n", "names 1 classes"),
+        ("a\na\nb\n", "a occurs twice"),
+        ("ground\ncat\ndog\nhorse\n", "no training image of horse"),
+    ],
+)
+def test_class_names(folder, text, message):
+    (folder / "classes.txt").unlink()
+    if text is not None:
+        (folder / "classes.txt").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        set_up(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"img_size": 100}, "not a multiple of 32.*use 96"),
+        ({"tile_size": 20}, "tile_size=20 is not a multiple"),
+        ({"short_side": -1}, "short_side=-1"),
+        ({"ignore_index": 300}, "no value of a mask"),
+        ({"recipe": "bit"}, "recipe of classification"),
+    ],
+)
+def test_options(folder, options, message):
+    with pytest.raises(ConfigError, match=message):
+        set_up(folder, **options)
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(ConfigError, match="no such folder"):
+        set_up(tmp_path / "nothing")
+    (tmp_path / "cats").mkdir()
+    with pytest.raises(ConfigError, match=r"no folder images .*there: cats"):
+        set_up(tmp_path)
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ConfigError, match="no folder masks"):
+        set_up(tmp_path)
+
+
+# ---- parts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["none", "light", "crop_flip", "strong"])
+def test_small_images_are_padded_with_pixels_that_do_not_count(recipe):
+    image, mask = PairAugmentation(recipe, 64)(np.full((40, 50, 3), 200, np.uint8), np.ones((40, 50), np.uint8), seed=1)
+    assert image.shape == (64, 64, 3)
+    assert set(np.unique(mask)) == {1, IGNORED}
+    if recipe != "strong":
+        assert (image[mask == IGNORED] == 127).all()
+
+
+def test_tiles_cover_and_blend():
+    for length in (128, 129, 200, 1000):
+        covered = np.zeros(length, int)
+        for start in tile_starts(length, 128):
+            assert 0 <= start <= length - 128
+            covered[start : start + 128] += 1
+        assert covered.min() >= 1
+        assert all(b - a <= 96 for a, b in zip(tile_starts(length, 128), tile_starts(length, 128)[1:], strict=False))
+    window = blending_window(64, 32)
+    assert window.shape == (64, 32)
+    assert window.min() > 0
+    assert window[32, 16] == window.max() == 1
+
+
+def test_values():
+    values = MaskValues(("a", "b"), {7: 0, 9: 1}, frozenset({3}))
+    assert values.to_targets(np.array([[7, 9, 3]], np.uint8), "x").tolist() == [[0, 1, IGNORED]]
