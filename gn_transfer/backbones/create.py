@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -67,6 +68,7 @@ def create_backbone(
     in_chans: int = 3,
     output_stride: int = 32,
     progress: ProgressBar = no_progress,
+    conversion_cache: Path | None = None,
 ) -> Backbone:
     """Build a timm model under a norm, with or without pretrained weights.
 
@@ -95,6 +97,8 @@ def create_backbone(
         in_chans: Channels of the images.
         output_stride: Side of the image over that of the last feature map; less than 32 dilates the last convolutions.
         progress: Shows how far a conversion is; :func:`gn_transfer.data.progress.progress_bar` or one like it.
+        conversion_cache: Folder where what came of ``calibrated`` and ``distilled`` is kept: the same weights, images
+            and settings are converted once. None converts anew.
 
     Returns:
         The model with its pixel statistics, head name and transfer report.
@@ -135,7 +139,17 @@ def create_backbone(
         if calibration is None:
             raise ConfigError(f"model.conversion={conversion} needs training images; none were given.")
         images = TrainingImages(calibration, mean, std)
-        report = fit_norms(model, norm, images, report, head=head, groups=groups, conversion=conversion, show=progress)
+        report = fit_norms(
+            model,
+            norm,
+            images,
+            report,
+            head=head,
+            groups=groups,
+            conversion=conversion,
+            show=progress,
+            cache=conversion_cache,
+        )
     return Backbone(model, mean, std, head, report)
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gn_transfer.backbones.transfer import Conversion, TransferReport
 from gn_transfer.config import Norm
-from gn_transfer.layers import Replacement, convert_norm
+from gn_transfer.layers import Replacement, convert_norm, group_counts
 from gn_transfer.layers.distill import IMAGES_PER_STEP, distill
 
 CALIBRATION_IMAGES = 256
@@ -24,6 +30,7 @@ CALIBRATION_IMAGES = 256
 DISTILLATION_SAMPLES = 1024
 """Training images, with repetitions, that a distillation takes."""
 
+_VERSION = 1  # raise it with every change of what a conversion computes
 _PIXELS_AT_ONCE = 32 * 64 * 64  # few large blocks of memory cost more than what is computed on them
 
 ProgressBar: TypeAlias = Callable[[str, int], AbstractContextManager[Callable[[], object]]]
@@ -71,8 +78,9 @@ def fit_norms(
     groups: Mapping[str, Any],
     conversion: Conversion,
     show: ProgressBar,
+    cache: Path | None = None,
 ) -> TransferReport:
-    """Replace batch norms by group norms that reproduce them, in place.
+    """Replace batch norms by group norms that reproduce them, in place, or take what came of it before.
 
     Args:
         model: timm's model with batch norms and their trained statistics.
@@ -83,10 +91,24 @@ def fit_norms(
         groups: ``num_groups`` and ``group_size`` of :func:`gn_transfer.layers.convert_norm`.
         conversion: ``calibrated``, or ``distilled``, which calibrates first.
         show: Shows how far it is.
+        cache: Folder of conversions; None computes anew.
 
     Returns:
         The report, with what came of it.
     """
+    if cache is not None:
+        digest = _digest(model, images, head, [norm, dict(groups), conversion])
+        place = cache / f"{digest}.safetensors"
+        kept = _kept(place)
+        if kept is None:
+            found = fit_norms(model, norm, images, report, head=head, groups=groups, conversion=conversion, show=show)
+            notes = list(found.notes[len(report.notes) :])
+            _keep(place, model, head, {"groups": group_counts(model), "r2": found.r2, "notes": notes})
+            return found
+        state, what = kept
+        convert_norm(model, norm, num_groups=what["groups"], skip={head})
+        model.load_state_dict(state, strict=False)
+        return replace(report, r2=what["r2"], notes=(*report.notes, *what["notes"]))
     teacher = deepcopy(model) if conversion == "distilled" else None
     replacements: list[Replacement] = []
     parts = images.parts()
@@ -99,6 +121,43 @@ def fit_norms(
         with show("distilling", -(-DISTILLATION_SAMPLES // IMAGES_PER_STEP)) as advance:
             notes.append(_distill(model, teacher, images, advance))
     return replace(report, r2=r2, notes=tuple(notes))
+
+
+def _digest(model: nn.Module, images: TrainingImages, head: str, settings: Sequence[object]) -> str:
+    """Fingerprint all that a conversion depends on, the rounding of this machine's threads included."""
+    said = [settings, list(images.mean), list(images.std), torch.__version__, torch.get_num_threads(), _VERSION]
+    digest = hashlib.sha256(json.dumps(said).encode())
+    digest.update(images.pixels.numpy().tobytes())
+    for name, tensor in _without_head(model, head).items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _without_head(model: nn.Module, head: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{head}.")}
+
+
+def _kept(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Read a conversion; None where there is none, or it cannot be read."""
+    try:
+        with safe_open(place, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["conversion"])  # noqa: SIM118
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError):
+        return None
+
+
+def _keep(place: Path, model: nn.Module, head: str, what: Mapping[str, Any]) -> None:
+    """Write a conversion, whole or not at all; a full disk costs the next run the computation."""
+    partial = place.with_name(f".{place.name}.{os.getpid()}.part")
+    state = {name: tensor.contiguous() for name, tensor in _without_head(model, head).items()}
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, partial, metadata={"conversion": json.dumps(what)})
+        partial.replace(place)
+    except (OSError, SafetensorError):
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _counted(batch: Tensor, advance: Callable[[], object]) -> Tensor:

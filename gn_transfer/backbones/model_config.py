@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -87,6 +88,7 @@ def build_backbone(
     *,
     calibration: Tensor | None = None,
     progress: ProgressBar = no_progress,
+    conversion_cache: Path | None = None,
 ) -> Backbone:
     """Build the model of a configuration; see :func:`gn_transfer.backbones.create_backbone`."""
     built = create_backbone(
@@ -99,6 +101,7 @@ def build_backbone(
         conversion=config.conversion,
         calibration=calibration,
         progress=progress,
+        conversion_cache=conversion_cache,
         in_chans=config.resolved_in_chans,
         output_stride=config.output_stride,
     )

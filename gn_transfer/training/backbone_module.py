@@ -114,6 +114,7 @@ class BackboneModule(LightningModule, ABC):
             data.classes,
             class_weight=data.class_weight_tensor if fits else None,
             calibration_images=data.training_images if fits else None,
+            conversion_cache=_conversion_cache(data),
         )
 
     def build(
@@ -122,6 +123,7 @@ class BackboneModule(LightningModule, ABC):
         *,
         class_weight: Tensor | None = None,
         calibration_images: Callable[[int], Tensor] | None = None,
+        conversion_cache: Path | None = None,
     ) -> None:
         """Build the model for these classes. Does nothing if it is built already.
 
@@ -130,6 +132,7 @@ class BackboneModule(LightningModule, ABC):
             class_weight: Weight of each class in the training loss, shape ``(num_classes,)``, float32.
             calibration_images: Returns that many training images, uint8 ``(N, in_chans, H, W)``, preprocessed as in
                 evaluation. Needed for ``conversion: calibrated`` and ``distilled``.
+            conversion_cache: Folder where what came of these is kept; None converts anew.
 
         Raises:
             ConfigError: See :func:`gn_transfer.backbones.create_backbone`.
@@ -142,7 +145,13 @@ class BackboneModule(LightningModule, ABC):
         else:
             number = {"calibrated": CALIBRATION_IMAGES, "distilled": DISTILLATION_SAMPLES}.get(config.conversion)
             images = calibration_images(number) if number and calibration_images is not None else None
-            built = build_backbone(config, len(classes), calibration=images, progress=progress_bar)
+            built = build_backbone(
+                config,
+                len(classes),
+                calibration=images,
+                progress=progress_bar,
+                conversion_cache=conversion_cache,
+            )
         self.model, self.head, self.report = built.model, built.head, built.report
         if config.gradient_checkpointing:
             if not hasattr(self.model, "set_grad_checkpointing"):
@@ -250,3 +259,9 @@ class BackboneModule(LightningModule, ABC):
         """Refuse a checkpoint of other classes."""
         if self.classes:
             checkpoint.check_classes(content["gn_transfer"]["classes"], self.classes)
+
+
+def _conversion_cache(data: Any) -> Path | None:
+    """Where conversions are kept: beside the decoded images, if those may be kept on the disk."""
+    cache = getattr(data, "decoded_cache", None)
+    return cache.folder / "conversions" if cache is not None and cache.mode in ("auto", "disk") else None
