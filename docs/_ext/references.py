@@ -12,7 +12,7 @@ from docstring_parser import parse
 from gn_transfer.__main__ import COMMANDS
 from gn_transfer.commands import backbones, compare, data, export, predict, report, sweep
 from gn_transfer.commands.short_help import DATA_COMMANDS
-from gn_transfer.commands.training_cli import CALLBACKS, CONFIGS, DATA
+from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA
 from gn_transfer.data import ImageDataModule
 
 INTRODUCTION = """\

@@ -210,7 +210,8 @@ def add_decoder(
     """
     encoder = Encoder(built.model, in_chans)
     model = SegmentationModel(encoder, decoder, num_classes, norm, num_groups=num_groups, group_size=group_size)
-    return replace(built, model=model, head="decoder")
+    report = replace(built.report, reinitialized=("decoder",))
+    return replace(built, model=model, head="decoder", report=report)
 
 
 def _undilated(strides: list[int]) -> list[int]:

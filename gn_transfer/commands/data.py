@@ -15,20 +15,20 @@ from gn_transfer.commands.parsing import Parser
 from gn_transfer.commands.short_help import DATA_COMMANDS
 from gn_transfer.commands.training_cli import parsed
 from gn_transfer.config import ConfigError, did_you_mean
-from gn_transfer.data import Folder, ImageDataModule, Pets
+from gn_transfer.data import Folder, ImageDataModule, Pets, SegmentationDataModule
 from gn_transfer.data.cache import mib
 from gn_transfer.data.check import CheckResult, check_images, list_all
 from gn_transfer.data.duplicates import Inspected
+from gn_transfer.data.mask_check import MaskCheckResult, check_split_masks
 from gn_transfer.data.pets_counts import BREEDS, compare_counts
 from gn_transfer.data.progress import progress_bar
 from gn_transfer.data.sample import write_sample
 from gn_transfer.data.workers import core_count
-from gn_transfer.training.classification import TransferClassifier
-from gn_transfer.training.tensorboard import training_contact_sheet
+from gn_transfer.training.task import TransferTask
 
 _SHOWN = 10
 
-Task = Callable[[ImageDataModule, TransferClassifier, argparse.Namespace], int]
+Task = Callable[[ImageDataModule, TransferTask, argparse.Namespace], int]
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -64,34 +64,44 @@ def run(arguments: Sequence[str]) -> int:
         return tasks[command](cli.datamodule, cli.task, options)
 
 
-def check(data: ImageDataModule, task: TransferClassifier, options: argparse.Namespace) -> int:
+def check(data: ImageDataModule, task: TransferTask, options: argparse.Namespace) -> int:
     """Verify the images of all splits; see :func:`gn_transfer.data.check.check_images`."""
     splits, notes = list_all(data)
+    masks = None
+    classes = data.classes
+    if isinstance(data, SegmentationDataModule):
+        classes, splits = ["image"], {name: [one._replace(target=0) for one in some] for name, some in splits.items()}
+        with progress_bar("decoding masks", sum(map(len, splits.values()))) as advance:
+            masks = check_split_masks(data, splits, threads=core_count(), advance=advance)
     with progress_bar("decoding", sum(map(len, splits.values()))) as advance:
         report = check_images(
             Path(data.root),
             splits,
-            data.classes,
+            classes,
             skips_bad=data.on_bad_image == "skip",
             threads=core_count(),
             advance=advance,
         )
+    if masks is not None:
+        report.problems.extend(masks.problems)
+        report.warnings.extend(masks.warnings)
     if not report.problems:
         try:
             data.setup("fit")  # what it refuses would stop a training, too
         except ConfigError as error:
             report.problems.append(str(error))
-    if isinstance(data, Pets):
+    if isinstance(data, Pets) and masks is None:
         notes += _compare_with_official(report)
     if options.format == "json":
-        print(json.dumps({**report.as_dict(), "notes": notes}, indent=2, ensure_ascii=False))
+        of_masks = {} if masks is None else masks.as_dict()
+        print(json.dumps({**report.as_dict(), **of_masks, "notes": notes}, indent=2, ensure_ascii=False))
     else:
         console = get_console()
-        console.print(_table(report, notes, data), width=None if console.is_terminal else 400, crop=False)
+        console.print(_table(report, notes, data, masks), width=None if console.is_terminal else 400, crop=False)
     return 2 if report.problems else 0
 
 
-def cache(data: ImageDataModule, task: TransferClassifier, options: argparse.Namespace) -> int:
+def cache(data: ImageDataModule, task: TransferTask, options: argparse.Namespace) -> int:
     """Decode training and validation images into the disk cache."""
     data.setup("fit")
     plan = data.decoded_cache.plan
@@ -113,14 +123,13 @@ def cache(data: ImageDataModule, task: TransferClassifier, options: argparse.Nam
     return 0 if complete else 2
 
 
-def show(data: ImageDataModule, task: TransferClassifier, options: argparse.Namespace) -> int:
+def show(data: ImageDataModule, task: TransferTask, options: argparse.Namespace) -> int:
     """Write a contact sheet of the first training images as the model sees them."""
     data.setup("fit")
-    mixer = task.create_mixer(data.seed, rank=0)
     output = Path(options.output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(training_contact_sheet(data, mixer, options.count)).save(output)
+        Image.fromarray(task.training_sheet(data, options.count)).save(output)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--output {output} cannot be written ({error}); give a path that ends in .png.") from error
     print(f"{min(options.count, len(data.train_dataset))} training images, recipe {data.recipe}: {output}")
@@ -143,7 +152,9 @@ def _compare_with_official(report: CheckResult) -> list[str]:
     return notes
 
 
-def _table(report: CheckResult, notes: Sequence[str], data: ImageDataModule) -> Table:
+def _table(
+    report: CheckResult, notes: Sequence[str], data: ImageDataModule, masks: MaskCheckResult | None = None
+) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -156,13 +167,15 @@ def _table(report: CheckResult, notes: Sequence[str], data: ImageDataModule) -> 
         least, most = min(counts.values()), max(counts.values())
         spread = f"{least} per class" if least == most else f"{least} to {most} per class"
         cut = "; validation is cut from them" if split == "trainval" else ""
-        table.add_row(split, f"{sum(counts.values()):,} images, {len(counts)} classes, {spread}{cut}")
+        said = f"{len(counts)} classes, {spread}" if masks is None else masks.describe(split)
+        table.add_row(split, f"{sum(counts.values()):,} images, {said}{cut}")
     for name in ("formats", "modes"):
         table.add_row(name, ", ".join(f"{key} {count:,}" for key, count in facts[name].items()))
     if facts["short_side"]:
         side = facts["short_side"]
         table.add_row("short side", f"{side['least']} to {side['greatest']} px, median {side['median']}")
     _rows(table, "unreadable", [f"{_name(file)}: {file.error}" for file in report.unreadable])
+    _rows(table, "bad masks", [] if masks is None else [f"{path}: {reason}" for path, reason in masks.bad])
     _rows(table, "suspicious", [f"{_name(file)}: {file.warning}" for file in report.suspicious])
     _rows(table, "same pixels", [" = ".join(map(_name, group)) for group in report.duplicates])
     _rows(

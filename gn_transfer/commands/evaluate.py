@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gn_transfer.commands.training_cli import TrainingCLI, parsed
 from gn_transfer.data.describe import describe_data
 from gn_transfer.report.evaluation import wilson_interval
 from gn_transfer.training.checkpoint import check_classes
+from gn_transfer.training.classification import TransferClassifier
 from gn_transfer.training.predictions import ImagePredictions
 from gn_transfer.training.run_folder import run_of_checkpoint
 from gn_transfer.training.run_log import RunLog
@@ -55,11 +56,17 @@ def run_parsed(cli: TrainingCLI, stage: str) -> None:
     metrics = evaluate(task, data, trainer, checkpoint, stage, cli.log.print)
     for name, value in metrics.items():
         cli.log.print(f"{name:<20} {value:.4f}")
-    prefix, split = ("test", "test_dataset") if stage == "test" else ("val", "val_dataset")
-    images = min(len(getattr(data, split)), find(trainer, ImagePredictions).count)  # limit_val_batches
-    right = round(metrics[f"{prefix}/acc1"] * images)
+    if isinstance(task, TransferClassifier):
+        evaluated = len(data.test_dataset if stage == "test" else data.val_dataset)
+        images = min(evaluated, find(trainer, ImagePredictions).count)  # limit_val_batches; ranks are filled up
+        cli.log.print(_count_right(metrics, stage, images))
+        run = run_of_checkpoint(checkpoint)
+        if run is not None and (run.logs / "metrics.json").is_file():
+            cli.log.print(f"next       gn-transfer report {shlex.quote(str(run.logs))}")
+
+
+def _count_right(metrics: Mapping[str, float], stage: str, images: int) -> str:
+    """Say how many images were classified right, with an interval."""
+    right = round(metrics[f"{'test' if stage == 'test' else 'val'}/acc1"] * images)
     low, high = wilson_interval(right, images)
-    cli.log.print(f"{right:,} of {images:,} images are right: {right / images:.1%} [{100 * low:.1f}, {100 * high:.1f}]")
-    run = run_of_checkpoint(checkpoint)
-    if run is not None and (run.logs / "metrics.json").is_file():
-        cli.log.print(f"next       gn-transfer report {shlex.quote(str(run.logs))}")
+    return f"{right:,} of {images:,} images are right: {right / images:.1%} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -20,6 +20,7 @@ from gn_transfer.training.classification import TransferClassifier
 from gn_transfer.training.plan import Plan, epochs_of, make_plan
 from gn_transfer.training.progress import Throughput
 from gn_transfer.training.run_folder import RunFolder, claim_run, run_of_checkpoint
+from gn_transfer.training.task import TransferTask
 from gn_transfer.training.train import find, prepare, train
 
 _RUN_OF_THIS_TRAINING = "GN_TRANSFER_RUN"  # tells the other processes of a training the name of its run
@@ -157,13 +158,15 @@ def summary(cli: TrainingCLI, trainer: Trainer, run: RunFolder) -> list[str]:
         return ["done       training and validation ran for a batch or two (trainer.fast_dev_run); nothing was saved"]
     score, best = find(trainer, BestCheckpoint).best_model_score, run.checkpoints / "best.ckpt"
     speed = find(trainer, Throughput).images_per_sec
-    reached = [] if score is None else [f"reached    best val/acc1 {float(score):.4f}, {speed:.1f} images/s"]
+    reached = [] if score is None else [f"reached    best {cli.task.monitor} {float(score):.4f}, {speed:.1f} images/s"]
     checkpoint, logs = shlex.quote(str(best)), shlex.quote(str(run.root / "runs"))
-    commands = [
-        f"gn-transfer export {checkpoint} --output bundle",
-        f"gn-transfer report {shlex.quote(str(run.logs))}",
-        f"tensorboard --logdir {logs}",
-    ]
+    commands = [f"tensorboard --logdir {logs}"]
+    if isinstance(cli.task, TransferClassifier):
+        commands = [
+            f"gn-transfer export {checkpoint} --output bundle",
+            f"gn-transfer report {shlex.quote(str(run.logs))}",
+            *commands,
+        ]
     other = f"gn-transfer fit {shlex.join(_words_without_norm(cli.arguments.typed))} {_other_norm(cli.task)}"
     if test_images(cli.datamodule):
         commands.insert(0, f"gn-transfer test {checkpoint}")
@@ -181,7 +184,7 @@ def _continues(cli: TrainingCLI, run: RunFolder) -> bool:
     return checkpoint is not None and checkpoint.resolve().parent == run.checkpoints.resolve()
 
 
-def _other_norm(task: TransferClassifier) -> str:
+def _other_norm(task: TransferTask) -> str:
     """The norm that is worth comparing, as options that work with the weights that there are."""
     config = task.model_config
     if config.norm == "gn_ws":

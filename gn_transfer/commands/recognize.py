@@ -59,7 +59,42 @@ def recognize(path: Path, *, hub_answers: bool | None = None) -> Recognized:
             remarks = [f"Oxford-IIIT Pet in {path}: the official trainval and test lists"]
             weights, why = _choose_weights(hub_answers)
             return Recognized(["--config", "pets_gnws.yaml", "--data.root", str(path), *weights], [*remarks, why])
-    return _folder(path, hub_answers)
+    from gn_transfer.data.layout import holds_pairs
+
+    return _pairs(path, hub_answers) if holds_pairs(path) else _folder(path, hub_answers)
+
+
+def _pairs(path: Path, hub_answers: bool | None) -> Recognized:
+    """Choose options for images with masks."""
+    from gn_transfer.data.layout import IMAGE_FOLDERS, image_files, named_folder, split_of, subfolders
+
+    folders = subfolders(path)
+    of_images = named_folder(folders, IMAGE_FOLDERS)
+    splits = {split_of(folder.name): folder for folder in folders} if of_images is None else {}
+    of_images = of_images or named_folder(subfolders(splits["train"]), IMAGE_FOLDERS)
+    assert of_images is not None
+    images = len(image_files(of_images))
+    options = ["--config", "segmentation_folder.yaml", "--data.root", str(path)]
+    remarks = [f"images with masks in {path}: {images:,} images to train on"]
+    held_out = []
+    if "test" not in splits:
+        options += ["--data.test_fraction", f"{TEST_FRACTION:g}"]
+        held_out.append(f"{TEST_FRACTION:.0%} for the test")
+        images = round(images * (1 - TEST_FRACTION))
+    if "val" not in splits:
+        held_out.append("20% of the rest for validation" if held_out else "20% for validation")
+        images = round(images * 0.8)
+    if held_out:
+        remarks.append(f"held out: {', '.join(held_out)}")
+    if images <= _GROUPED:
+        options += ["--data.group_duplicates", "true"]
+    weights, why = _choose_weights(hub_answers)
+    if "224" in weights:
+        weights[weights.index("224")] = "256"
+        why = why.replace("224 px", "256 px")
+    epochs = min(30, max(3, round(_SAMPLES / max(images, 1))))
+    options += [*weights, "--trainer.max_epochs", str(epochs)]
+    return Recognized(options, [*remarks, why, f"{epochs} epochs for about {images:,} images, effective batch 8"])
 
 
 def _folder(path: Path, hub_answers: bool | None) -> Recognized:

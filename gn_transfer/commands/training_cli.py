@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import importlib
 import logging
 import os
 import sys
@@ -16,49 +16,23 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instantiate_class
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from gn_transfer.backbones.model_config import ModelConfig
 from gn_transfer.commands.arguments import Arguments
 from gn_transfer.commands.parsing import explain
+from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA, known_keys
 from gn_transfer.config import ConfigError
-from gn_transfer.data import Digits, Folder, ImageDataModule, Pets, Sample, TinyImageNet
+from gn_transfer.data import ImageDataModule, SegmentationDataModule
 from gn_transfer.data.workers import core_count
-from gn_transfer.training.accumulation import GradientAccumulation
-from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
-from gn_transfer.training.checkpoint_callbacks import LastCheckpoint
 from gn_transfer.training.classification import RegularizationConfig, TransferClassifier
-from gn_transfer.training.early_stopping import EarlyStopping
-from gn_transfer.training.ema import ExponentialMovingAverage
-from gn_transfer.training.freezing import BackboneFreezing
-from gn_transfer.training.optimizer import OptimizerConfig
 from gn_transfer.training.precision import MixedPrecisionConfig, device_type
 from gn_transfer.training.run_log import RunLog
+from gn_transfer.training.segmentation import SegmentationConfig, TransferSegmenter
+from gn_transfer.training.task import TransferTask
 from gn_transfer.training.train import TRAINER_DEFAULTS, create_trainer
-
-DATA: tuple[type[ImageDataModule], ...] = (Sample, Pets, Folder, TinyImageNet, Digits)
-"""What ``--data NAME`` offers; jsonargparse finds subclasses of ImageDataModule that are imported."""
-
-CONFIGS: dict[str, type] = {
-    "model": ModelConfig,
-    "optimizer": OptimizerConfig,
-    "regularization": RegularizationConfig,
-    "mixed_precision": MixedPrecisionConfig,
-}
-"""Groups of keys that configure the module and its precision."""
-
-CALLBACKS: dict[str, type[Callback]] = {
-    "accumulation": GradientAccumulation,
-    "batch_norm": BatchNormStatistics,
-    "freezing": BackboneFreezing,
-    "ema": ExponentialMovingAverage,
-    "checkpoint": LastCheckpoint,
-    "early_stopping": EarlyStopping,
-}
-"""Groups of keys that configure a callback each."""
 
 # What decides the course of a training: a resumed run must not change it. The number of epochs may grow.
 _FIXED_ON_RESUME = ("seed_everything", "data", *CONFIGS, "accumulation", "batch_norm", "freezing", "ema")
@@ -89,7 +63,7 @@ class TrainingCLI(LightningCLI):
         builds: Build module and data; False only checks the configuration.
 
     Attributes:
-        task: The module.
+        task: The module; the data decide which.
         datamodule: The data.
         augmentation_changes: How a resumed run augments otherwise than its checkpoint.
     """
@@ -207,11 +181,32 @@ class TrainingCLI(LightningCLI):
         section = config[str(self.subcommand)]
         self.mixed_precision: MixedPrecisionConfig = section.mixed_precision
         if self._builds:
-            self.task = TransferClassifier(section.model, section.optimizer, section.regularization)
             self.datamodule = section.data
+            self.task = self._create_task(section)
             batch_norm = self.callback("batch_norm")
             batch_norm.check(self.task.norm)
             self.datamodule.evaluate_in_training_batches = batch_norm.evaluation == "batch"
+
+    def _create_task(self, section: Namespace) -> TransferTask:
+        """Create the module of the task that the data are for; keys of the other task are refused."""
+        segments = self._segments()
+        other, default = (
+            ("regularization", RegularizationConfig()) if segments else ("segmentation", SegmentationConfig())
+        )
+        if section[other] != default:
+            raise ConfigError(
+                f"{other}.* are keys of {'classification' if segments else 'segmentation'}, and "
+                f"{type(self.datamodule).__name__} holds {'images with masks' if segments else 'images by class'}; "
+                "leave them out."
+            )
+        if segments:
+            return TransferSegmenter(section.model, section.optimizer, section.segmentation)
+        return TransferClassifier(section.model, section.optimizer, section.regularization)
+
+    def _segments(self) -> bool:
+        """Whether the data that are configured are images with masks."""
+        module, _, name = str(self.section.data.class_path).rpartition(".")
+        return issubclass(getattr(importlib.import_module(module), name), SegmentationDataModule)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run nothing; see ``commands/fit.py`` and ``commands/evaluate.py``."""
@@ -240,6 +235,7 @@ class TrainingCLI(LightningCLI):
         plain: dict[str, Any] = {key: value for key, value in dumped.items() if key not in _OF_THIS_CALL}
         # The data's seed is linked to seed_everything, and refused when it is given.
         plain["data"]["init_args"].pop("seed", None)
+        plain.pop("regularization" if self._segments() else "segmentation", None)
         return plain
 
     def build_trainer(self, *, figures: bool = True) -> Trainer:
@@ -307,25 +303,6 @@ def parsed(
                     f"the disk is full: {error}; free some room and continue with --ckpt_path last."
                 ) from error
             raise
-
-
-def known_keys() -> list[str]:
-    """List the keys that a configuration may have, over all data modules."""
-    groups: list[tuple[str, type]] = [
-        *(("data", kind) for kind in DATA),
-        *CONFIGS.items(),
-        *CALLBACKS.items(),
-        ("trainer", Trainer),
-    ]
-    keys = [
-        f"{group}.{name}"
-        for group, kind in groups
-        for part in kind.__mro__[:-1]  # data modules pass what they do not name themselves on to their base
-        if part.__module__.startswith("gn_transfer") or part is Trainer
-        for name, parameter in inspect.signature(part).parameters.items()
-        if parameter.kind is not parameter.VAR_KEYWORD
-    ]
-    return ["seed_everything", *dict.fromkeys(keys), "samples", "ckpt_path", "dry_run"]
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -18,6 +18,12 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
 }
 """Names of split folders, in any case."""
 
+IMAGE_FOLDERS = ("images", "image", "imgs", "img")
+"""Names of the folder of images whose pixels are classified, in any case."""
+
+MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "segmentation")
+"""Names of the folder of their masks, in any case."""
+
 _SYSTEM = frozenset({"__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini"})
 _NEAR = 0.75  # likeness from which on a folder's name counts as a misspelled split
 
@@ -109,6 +115,19 @@ def find_layout(root: Path) -> Layout:
     if "train" in splits:
         return Layout(root, classsubfolders(splits["train"]), splits, beside)
     return Layout(root, classsubfolders(root), {"train": root})
+
+
+def named_folder(folders: Sequence[Path], names: Sequence[str]) -> Path | None:
+    """Find the first folder that has one of some names, in any case."""
+    return next((folder for name in names for folder in folders if folder.name.lower() == name), None)
+
+
+def holds_pairs(root: Path) -> bool:
+    """Say whether a folder, or its split for training, holds images with masks rather than images by class."""
+    folders = subfolders(root)
+    train = next((folder for folder in folders if split_of(folder.name) == "train"), None)
+    inside = [*([folders] if folders else []), *([subfolders(train)] if train is not None else [])]
+    return any(named_folder(some, IMAGE_FOLDERS) and named_folder(some, MASK_FOLDERS) for some in inside)
 
 
 def split_of(name: str) -> str | None:

@@ -13,15 +13,9 @@ from gn_transfer.data.datamodule import ListedImages
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.data.decode import BadImageError, decode_mask
 from gn_transfer.data.hold_out import hold_out
-from gn_transfer.data.layout import image_files, split_of, subfolders
+from gn_transfer.data.layout import IMAGE_FOLDERS, MASK_FOLDERS, image_files, named_folder, split_of, subfolders
 from gn_transfer.data.masks import IGNORED, MaskValues
 from gn_transfer.data.segmentation import SegmentationDataModule
-
-IMAGE_FOLDERS = ("images", "image", "imgs", "img")
-"""Names of the folder of images, in any case."""
-
-MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "segmentation")
-"""Names of the folder of masks, in any case."""
 
 CLASSES = "classes.txt"
 """File with the names of the classes, one a line: the first line is the value 0 of a mask."""
@@ -128,7 +122,7 @@ class SegmentationFolder(SegmentationDataModule):
         if not root.is_dir():
             raise ConfigError(f"data.root={root}: no such folder; give the folder of images and masks.")
         folders = subfolders(root)
-        if _named(folders, IMAGE_FOLDERS):
+        if named_folder(folders, IMAGE_FOLDERS):
             return {"train": root}
         splits: dict[str, Path] = {}
         for folder in folders:
@@ -147,7 +141,7 @@ class SegmentationFolder(SegmentationDataModule):
 
     def _pairs(self, split: Path) -> list[LabeledImage]:
         folders = subfolders(split)
-        of_images, of_masks = _named(folders, IMAGE_FOLDERS), _named(folders, MASK_FOLDERS)
+        of_images, of_masks = named_folder(folders, IMAGE_FOLDERS), named_folder(folders, MASK_FOLDERS)
         if of_images is None or of_masks is None:
             lacks = "images" if of_images is None else "masks"
             raise ConfigError(f"{split}: no folder {lacks}; put images into images and their masks into masks.")
@@ -166,10 +160,6 @@ class SegmentationFolder(SegmentationDataModule):
         # One test split for every run: no seed may train on images that another seed tests on.
         root = Path(self.root) if self.group_duplicates else None
         return hold_out(images, self.test_fraction, seed=0, key="data.test_fraction", root=root)
-
-
-def _named(folders: list[Path], names: tuple[str, ...]) -> Path | None:
-    return next((folder for name in names for folder in folders if folder.name.lower() == name), None)
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:

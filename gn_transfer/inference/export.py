@@ -310,6 +310,8 @@ def _check_exportable(stored: Mapping[str, Any], checkpoint: Path) -> None:
             f"{checkpoint} lacks {', '.join(missing)}, which export needs: it was not written by gn-transfer fit, or "
             "by an older one. Continue its run for an epoch with gn-transfer fit --ckpt_path, and export the result."
         )
+    if "decoder" in stored["architecture"]:
+        raise ConfigError(f"{checkpoint} is a segmentation; export knows classification only so far.")
     if stored["architecture"].get("in_chans", 3) != 3:
         raise ConfigError(
             f"{checkpoint} is a model of {stored['architecture']['in_chans']}-channel images, and a bundle takes RGB "

@@ -249,6 +249,8 @@ def read_run(folder: Path, *, unfinished: bool = False) -> Run:
         raise UnusableRunError(
             f"a newer gn-transfer wrote it (format_version {version}, this one reads {FORMAT_VERSION}); update this one"
         )
+    if "decoder" in metrics:
+        raise UnusableRunError("a segmentation; report and compare know classification only so far")
     status = metrics["status"]
     if unfinished and "val/acc1" not in metrics:
         raise UnusableRunError(f"the run is {status} and has no validation yet; its run.log says more")

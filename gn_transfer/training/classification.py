@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,8 +15,10 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from gn_transfer.backbones.model_config import ModelConfig
 from gn_transfer.config import ConfigError, check_range
+from gn_transfer.data import ImageDataModule
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.data.segmentation import SegmentationDataModule
+from gn_transfer.training.classification_figures import ClassificationFigures, training_contact_sheet
 from gn_transfer.training.mixing import MixupCutmix
 from gn_transfer.training.optimizer import OptimizerConfig
 from gn_transfer.training.task import TransferTask
@@ -95,6 +98,14 @@ class TransferClassifier(TransferTask):
                 "acc_per_class": MulticlassAccuracy(num_classes, average="macro"),
             }
         )
+
+    def training_sheet(self, data: ImageDataModule, count: int) -> np.ndarray:
+        """Draw training images with their labels, mixed as in training."""
+        return training_contact_sheet(data, self.create_mixer(data.seed, 0), count)
+
+    def create_figures(self) -> ClassificationFigures:
+        """Create the confusion matrix and the worst predictions."""
+        return ClassificationFigures(self.classes, self.device)
 
     def own_config(self) -> dict[str, dict[str, Any]]:
         """Give the keys ``regularization``."""

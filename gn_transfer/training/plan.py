@@ -108,6 +108,7 @@ def make_plan(
     rows = [
         *describe_data(data),
         ("model", f"{report.architecture}, norm {config.norm}{groups}, {parameters:.1f} M parameters"),
+        *([("", f"decoder {config.decoder}, norm {config.resolved_decoder_norm}")] if config.decoder else []),
         *([("", narrow)] if narrow else []),
         ("weights", report.summary()),
         *([("", f"pretrained on {report.pretrained_on}")] if report.pretrained_on else []),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from segmentation_models_pytorch.losses import DiceLoss
@@ -15,11 +16,13 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, M
 
 from gn_transfer.backbones.model_config import ModelConfig
 from gn_transfer.config import ConfigError
+from gn_transfer.data import ImageDataModule
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.data.masks import IGNORED
 from gn_transfer.data.segmentation import STRIDE, SegmentationDataModule
 from gn_transfer.data.tiles import blending_window, padded, tile_starts
 from gn_transfer.training.optimizer import OptimizerConfig
+from gn_transfer.training.segmentation_figures import SegmentationFigures, training_pairs
 from gn_transfer.training.task import TransferTask
 
 
@@ -83,6 +86,14 @@ class TransferSegmenter(TransferTask):
                 "iou": ClasswiseWrapper(of_class, labels=self.classes, prefix="iou_"),
             }
         )
+
+    def training_sheet(self, data: ImageDataModule, count: int) -> np.ndarray:
+        """Draw training images with their masks over them."""
+        return training_pairs(data, count)
+
+    def create_figures(self) -> SegmentationFigures:
+        """Create the views of the images that were segmented worst."""
+        return SegmentationFigures(self.classes)
 
     def own_config(self) -> dict[str, dict[str, Any]]:
         """Give the keys ``segmentation``."""

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from gn_transfer.backbones import ModelConfig, parameter_depths
+from gn_transfer.data import ImageDataModule
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.training.accumulation import MicroBatch
 from gn_transfer.training.backbone_module import BackboneModule
 from gn_transfer.training.optimizer import OptimizerConfig
 
 Batch = tuple[Tensor, Tensor]
+
+
+class EvaluationFigures(Protocol):
+    """Draws an evaluation, batch by batch."""
+
+    def update(self, logits: Tensor, images: Tensor, targets: Tensor) -> None:
+        """Take a batch: the model's output, pixels uint8 ``(B, C, H, W)``, and targets."""
+
+    def draw(self) -> tuple[dict[str, Figure], dict[str, np.ndarray]]:
+        """Give figures and images (uint8, ``(H, W, 3)``) by their name in TensorBoard."""
+        ...
 
 
 class TransferTask(BackboneModule):
@@ -58,6 +72,14 @@ class TransferTask(BackboneModule):
         self, scores: Tensor, images: Sequence[LabeledImage]
     ) -> tuple[Sequence[str], Iterable[Sequence[object]]]:
         """Give the table of the scores of images, shape ``(S, N)``: its columns and a row for every image."""
+
+    @abstractmethod
+    def training_sheet(self, data: ImageDataModule, count: int) -> np.ndarray:
+        """Draw the first training images as the model sees them: pixels uint8, shape ``(H, W, 3)``."""
+
+    @abstractmethod
+    def create_figures(self) -> EvaluationFigures:
+        """Create what draws a validation for TensorBoard."""
 
     @abstractmethod
     def own_config(self) -> dict[str, dict[str, Any]]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -16,14 +13,11 @@ from PIL import Image
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams as hparams_summary
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from gn_transfer.backbones import ModelConfig
 from gn_transfer.data import ImageDataModule
-from gn_transfer.data.contact_sheet import contact_sheet
-from gn_transfer.data.sampler import epoch_order
-from gn_transfer.training.mixing import MixupCutmix
 from gn_transfer.training.run_folder import RunFolder
+from gn_transfer.training.task import EvaluationFigures
 
 HPARAMS_FIRST = ("norm", "batch_size", "num_groups", "lr", "seed")
 """The hyper-parameters that the HPARAMS tab shows first; the others are a click away."""
@@ -141,30 +135,6 @@ def _summaries(flat: dict[str, Any]) -> tuple[Any, Any, Any]:
     return experiment, start, end
 
 
-def training_contact_sheet(data: ImageDataModule, mixer: MixupCutmix | None, count: int) -> np.ndarray:
-    """Show the first training images of epoch 0 as the model sees them, with their labels.
-
-    Args:
-        data: Set up for fit.
-        mixer: What mixes training images, or None.
-        count: How many to show, as one accumulation step where they are mixed.
-
-    Returns:
-        Pixels uint8, shape ``(H, W, 3)``.
-    """
-    dataset, sampler = data.train_dataset, data.train_sampler
-    order = epoch_order(len(dataset), sampler.seed, 0, sampler.shuffle)[:count]
-    images, targets = dataset.batch([(0, index) for index in order])
-    captions = [[data.classes[target]] for target in targets.tolist()]
-    if mixer is not None:
-        mixed = mixer(images.float(), targets, step=0, offset=0)
-        images = mixed.pixels.round().byte()
-        for caption, partner, weight in zip(captions, mixed.partners.tolist(), mixed.weights.tolist(), strict=True):
-            caption.append(f"{weight:.0%}, {data.classes[partner]} {1 - weight:.0%}" if weight < 1 else "100%")
-    pixels = images.permute(0, 2, 3, 1).numpy()
-    return contact_sheet(list(zip(pixels, captions, strict=True)))
-
-
 class TrainingImages(Callback):
     """Show training images as the model sees them, at the start of ``fit``: in TensorBoard, and in a file of the run.
 
@@ -184,7 +154,7 @@ class TrainingImages(Callback):
         loggers = _tensorboard_loggers(trainer)
         if trainer.is_global_zero and (loggers or self.path is not None):
             data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
-            sheet = training_contact_sheet(data, pl_module.create_mixer(data.seed, 0), self.count)
+            sheet = pl_module.training_sheet(data, self.count)
             for logger in loggers:
                 logger.experiment.add_image("train/images", sheet, trainer.global_step, dataformats="HWC")
             if self.path is not None:
@@ -192,22 +162,14 @@ class TrainingImages(Callback):
 
 
 class ValidationFigures(Callback):
-    """Log a confusion matrix and the worst predictions of each validation to TensorBoard.
+    """Log what the task draws of each validation to TensorBoard."""
 
-    Args:
-        worst: How many images to show, those with the highest loss.
-    """
-
-    def __init__(self, worst: int = 12) -> None:
-        self.worst = worst
-        self._confusion: MulticlassConfusionMatrix | None = None
-        self._heap: list[tuple[float, int, np.ndarray, int, int, float]] = []
-        self._serial = 0
+    def __init__(self) -> None:
+        self._figures: EvaluationFigures | None = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Forget the previous validation."""
-        self._confusion = MulticlassConfusionMatrix(len(pl_module.classes)).to(pl_module.device)
-        self._heap, self._serial = [], 0
+        self._figures = pl_module.create_figures()
 
     def on_validation_batch_end(
         self,
@@ -218,42 +180,21 @@ class ValidationFigures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count, and keep the worst images so far; only those are copied."""
-        assert self._confusion is not None
-        images, targets = batch
-        self._confusion.update(outputs, targets)
-        probs = F.softmax(outputs.float(), dim=1)
-        preds = probs.argmax(dim=1)
-        losses = F.cross_entropy(outputs.float(), targets, reduction="none")
-        for index, loss in enumerate(losses.tolist()):
-            if len(self._heap) == self.worst and loss <= self._heap[0][0]:
-                continue
-            self._serial += 1
-            pixels = images[index].expand(3, -1, -1).permute(1, 2, 0).contiguous().cpu().numpy().copy()  # grey, too
-            pred = int(preds[index])
-            entry = (loss, self._serial, pixels, int(targets[index]), pred, float(probs[index, pred]))
-            (heapq.heappush if len(self._heap) < self.worst else heapq.heapreplace)(self._heap, entry)
+        """Hand the batch on."""
+        assert self._figures is not None
+        self._figures.update(outputs, *batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Log to each TensorBoard logger."""
         loggers = _tensorboard_loggers(trainer)
-        if trainer.sanity_checking or not loggers or not self._heap:
+        if trainer.sanity_checking or not loggers or self._figures is None:
             return
-        assert self._confusion is not None
-        classes = pl_module.classes
-        figure, _ = self._confusion.plot(labels=classes, add_text=len(classes) <= 20, cmap="Blues")
-        size = min(14.0, 3.0 + 0.35 * len(classes))
-        figure.set_size_inches(size, size)
-        worst = contact_sheet(
-            [
-                (pixels, [classes[target], f"predicted {classes[pred]}", f"probability {prob:.0%}"])
-                for _, _, pixels, target, pred, prob in sorted(self._heap, key=lambda entry: -entry[0])
-            ],
-            columns=4,
-        )
+        figures, images = self._figures.draw()
         for logger in loggers:
-            logger.experiment.add_figure("val/confusion", figure, global_step=trainer.global_step)
-            logger.experiment.add_image("val/worst_predictions", worst, trainer.global_step, dataformats="HWC")
+            for name, figure in figures.items():
+                logger.experiment.add_figure(name, figure, global_step=trainer.global_step)
+            for name, image in images.items():
+                logger.experiment.add_image(name, image, trainer.global_step, dataformats="HWC")
 
 
 def _tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:

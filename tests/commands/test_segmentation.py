@@ -1,0 +1,130 @@
+"""Segmentation on the command line: a run from images to a test figure, checks of masks, what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from gn_transfer.__main__ import main
+from gn_transfer.commands.recognize import recognize
+
+SHORT = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "4", "--trainer.limit_val_batches", "3"]
+SMALL = ["--model.backbone", "resnetv2_18", "--data.img_size", "32", "--data.cache", "none", "--model.decoder", "fpn"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten images of 56 x 40 pixels, the left part ground, the right part cat."""
+    root = tmp_path / "own"
+    for kind in ("images", "masks"):
+        (root / kind).mkdir(parents=True)
+    for number in range(10):
+        generator = np.random.default_rng(number)
+        mask = np.zeros((40, 56), np.uint8)
+        mask[:, 20 + number :] = 1
+        Image.fromarray(mask).save(root / "masks" / f"{number}.png")
+        pixels = generator.integers(0, 90, (40, 56, 3), np.uint8) + 120 * mask[..., None]
+        Image.fromarray(pixels).save(root / "images" / f"{number}.png")
+    (root / "classes.txt").write_text("ground\ncat\n")
+    return root
+
+
+def fit(folder, *more):
+    return main(["fit", "--config", "segmentation_folder.yaml", "--data.root", str(folder), *SMALL, *SHORT, *more])
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_from_images_to_a_test_figure(folder, work, capsys):
+    assert fit(folder, "--data.test_fraction", "0.2", "--model.pretrained", "null") == 0
+    out = capsys.readouterr().out
+    assert "reached    best val/miou 0." in out
+    assert "ground 4" in out
+    [run] = (work / "runs" / "segmentation_folder").iterdir()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["segmentation"] == {"loss": "both"}
+    assert "regularization" not in config
+    assert (run / "training_images.jpg").is_file()
+    [best] = (work / "checkpoints" / "segmentation_folder").glob("*/best.ckpt")
+    assert main(["test", str(best)]) == 0
+    assert "test/miou" in capsys.readouterr().out
+    assert "test/miou" in json.loads((run / "metrics.json").read_text())
+    for command in (["export", str(best), "--output", "bundle"], ["report", str(run)], ["compare", str(run)]):
+        assert main(command) == 2
+        assert "segmentation" in capsys.readouterr().err
+    last = best.with_name("last.ckpt")
+    assert main(["fit", "--ckpt_path", str(last), "--trainer.max_epochs", "2"]) == 0
+    assert "epoch 2/2" in capsys.readouterr().out
+
+
+def test_a_folder_of_pairs_is_recognized(folder):
+    found = recognize(folder, hub_answers=True)
+    assert found.options[:2] == ["--config", "segmentation_folder.yaml"]
+    assert "--data.test_fraction" in found.options
+    assert "images with masks" in found.remarks[0]
+    for split in ("train", "val", "test"):
+        (folder / split).mkdir()
+    for kind in ("images", "masks"):
+        (folder / kind).rename(folder / "train" / kind)
+    assert "--data.test_fraction" not in recognize(folder, hub_answers=True).options
+
+
+def test_checking_masks(folder, work, capsys):
+    arguments = ["data", "check", "--config", "segmentation_folder.yaml", "--data.root", str(folder), *SMALL]
+    assert main(arguments) == 0
+    assert "of the pixels" in capsys.readouterr().out
+    Image.fromarray(np.full((40, 56), 9, np.uint8)).save(folder / "masks" / "3.png")
+    Image.fromarray(np.full((40, 56), 255, np.uint8)).save(folder / "masks" / "4.png")
+    assert main([*arguments, "--format", "json"]) == 2
+    report = json.loads(capsys.readouterr().out)
+    assert [bad["path"] for bad in report["bad_masks"]] == ["masks/3.png"]
+    assert any("1 masks have no labeled pixel" in warning for warning in report["warnings"])
+    assert any("1 masks cannot be used" in problem for problem in report["problems"])
+
+
+def test_showing_and_caching_pairs(folder, work, capsys):
+    arguments = ["--config", "segmentation_folder.yaml", "--data.root", str(folder), "--data.img_size", "32"]
+    assert main(["data", "show", "--output", "sheet.png", *arguments]) == 0
+    with Image.open("sheet.png") as sheet:
+        assert sheet.size[0] > 100
+    assert main(["data", "cache", "--data.cache_dir", str(work / "kept"), *arguments]) == 0
+    assert "masks there" in capsys.readouterr().out
+    assert {path.parent.parent.name.partition("-")[0] for path in Path("kept").glob("*/*/*/*.px")} == {"whole", "mask"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--regularization.mixup", "0.2"], "regularization.* are keys of classification"),
+        (["--model.decoder_norm", "bn_frozen"], "no statistics to freeze"),
+        (["--data.img_size", "50"], "not a multiple of 32"),
+        (["--model.decoder", "upernet", "--model.norm", "bn"], "model.decoder=upernet"),
+        (["--model.decoder", "pspnet"], "pspnet"),
+    ],
+)
+def test_refused_with_exit_2(folder, work, capsys, options, message):
+    assert fit(folder, "--model.pretrained", "null", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (work / "runs").exists()
+
+
+def test_keys_of_segmentation_are_refused_for_images_by_class(work, capsys):
+    for options, message in (
+        (["--segmentation.loss", "dice"], "segmentation.* are keys of segmentation"),
+        (["--model.decoder", "unet"], "model.decoder=unet is for segmentation"),
+    ):
+        assert main(["fit", "--config", "sample_gnws.yaml", *SHORT, *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_study_of_segmentations_is_refused(work, capsys):
+    (work / "study.yaml").write_text("base: sample_segmentation_gnws.yaml\ngrid: {model.norm: [gn, gn_ws]}\n")
+    assert main(["sweep", "--config", "study.yaml", "--dry_run"]) == 2
+    assert "sweep knows classification only" in capsys.readouterr().err
