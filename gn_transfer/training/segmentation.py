@@ -92,7 +92,7 @@ class TransferSegmenter(TransferTask):
         return training_pairs(data, count)
 
     def create_figures(self) -> SegmentationFigures:
-        """Create the views of the images that were segmented worst."""
+        """Create the figure of the images that were segmented worst."""
         return SegmentationFigures(self.classes)
 
     def own_config(self) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class EvaluationFigures(Protocol):
-    """Draws an evaluation, batch by batch."""
+    """Figures of an evaluation, made batch by batch."""
 
     def update(self, logits: Tensor, images: Tensor, targets: Tensor) -> None:
         """Take a batch: the model's output, pixels uint8 ``(B, C, H, W)``, and targets."""
@@ -75,11 +75,11 @@ class TransferTask(BackboneModule):
 
     @abstractmethod
     def training_sheet(self, data: ImageDataModule, count: int) -> np.ndarray:
-        """Draw the first training images as the model sees them: pixels uint8, shape ``(H, W, 3)``."""
+        """Lay out the first training images as the model sees them: pixels uint8, shape ``(H, W, 3)``."""
 
     @abstractmethod
     def create_figures(self) -> EvaluationFigures:
-        """Create what draws a validation for TensorBoard."""
+        """Create the figures of a validation for TensorBoard."""
 
     @abstractmethod
     def own_config(self) -> dict[str, dict[str, Any]]:

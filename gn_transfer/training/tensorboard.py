@@ -162,7 +162,7 @@ class TrainingImages(Callback):
 
 
 class ValidationFigures(Callback):
-    """Log what the task draws of each validation to TensorBoard."""
+    """Log the task's figures of each validation to TensorBoard."""
 
     def __init__(self) -> None:
         self._figures: EvaluationFigures | None = None
