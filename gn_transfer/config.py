@@ -16,6 +16,9 @@ NORMS: tuple[Norm, ...] = get_args(Norm)
 DecoderName = Literal["unet", "fpn", "deeplabv3plus", "upernet"]
 """The ``model.decoder`` option: what turns the feature maps of a backbone into a segmentation."""
 
+STRIDE = 32
+"""Sides of the images of a segmentation are multiples of it: the last feature map of a backbone is so much smaller."""
+
 
 class ConfigError(ValueError):
     """The user's mistake or a missing input: the message says what is wrong, the value got and what to do.

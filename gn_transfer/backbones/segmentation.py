@@ -23,11 +23,8 @@ from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from torch import Tensor, nn
 
 from gn_transfer.backbones.create import Backbone
-from gn_transfer.config import ConfigError, DecoderName, Norm
+from gn_transfer.config import STRIDE, ConfigError, DecoderName, Norm
 from gn_transfer.layers import convert_norm
-
-STRIDE = 32
-"""Sides of the images must be multiples of it, in pixels."""
 
 _UNET_CHANNELS = (256, 128, 64, 32, 16)
 _CHANNELS = 256  # of the other decoders, as in their papers
@@ -168,7 +165,7 @@ class SegmentationModel(nn.Module):
         """Compute logits.
 
         Args:
-            pixels: Normalized pixels, shape ``(B, in_chans, H, W)``; sides are multiples of :data:`STRIDE`.
+            pixels: Normalized pixels, shape ``(B, in_chans, H, W)``; sides are multiples of 32.
 
         Returns:
             Shape ``(B, num_classes, H, W)``.
@@ -231,9 +228,10 @@ def _remove_unused(model: nn.Module, arguments: dict[str, Any], in_chans: int) -
         sum(each.sum() for each in maps), list(named.values()), allow_unused=True, materialize_grads=False
     )
     used = {name for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
+    removed: list[str] = []
     for name, layer in list(model.named_modules()):
         inside = [f"{name}.{inner}" for inner, _ in layer.named_parameters()]
-        if name and inside and used.isdisjoint(inside):
+        if name and inside and used.isdisjoint(inside) and not name.startswith(tuple(f"{gone}." for gone in removed)):
             parent, _, child = name.rpartition(".")
-            if isinstance(dict(model.named_modules()).get(name), type(layer)):  # its parent may be gone already
-                setattr(model.get_submodule(parent), child, nn.Identity())
+            setattr(model.get_submodule(parent), child, nn.Identity())
+            removed.append(name)

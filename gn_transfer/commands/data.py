@@ -20,6 +20,7 @@ from gn_transfer.data.cache import mib
 from gn_transfer.data.check import CheckResult, check_images, list_all
 from gn_transfer.data.duplicates import Inspected
 from gn_transfer.data.mask_check import MaskCheckResult, check_split_masks
+from gn_transfer.data.masks import describe_shares
 from gn_transfer.data.pets_counts import BREEDS, compare_counts
 from gn_transfer.data.progress import progress_bar
 from gn_transfer.data.sample import write_sample
@@ -167,7 +168,7 @@ def _table(
         least, most = min(counts.values()), max(counts.values())
         spread = f"{least} per class" if least == most else f"{least} to {most} per class"
         cut = "; validation is cut from them" if split == "trainval" else ""
-        said = f"{len(counts)} classes, {spread}" if masks is None else masks.describe(split)
+        said = f"{len(counts)} classes, {spread}" if masks is None else describe_shares(masks.pixels[split])
         table.add_row(split, f"{sum(counts.values()):,} images, {said}{cut}")
     for name in ("formats", "modes"):
         table.add_row(name, ", ".join(f"{key} {count:,}" for key, count in facts[name].items()))

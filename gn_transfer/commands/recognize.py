@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,14 +76,8 @@ def _pairs(path: Path, hub_answers: bool | None) -> Recognized:
     images = len(image_files(of_images))
     options = ["--config", "segmentation_folder.yaml", "--data.root", str(path)]
     remarks = [f"images with masks in {path}: {images:,} images to train on"]
-    held_out = []
-    if "test" not in splits:
-        options += ["--data.test_fraction", f"{TEST_FRACTION:g}"]
-        held_out.append(f"{TEST_FRACTION:.0%} for the test")
-        images = round(images * (1 - TEST_FRACTION))
-    if "val" not in splits:
-        held_out.append("20% of the rest for validation" if held_out else "20% for validation")
-        images = round(images * 0.8)
+    more, held_out, images = _hold_out(splits, images)
+    options += more
     if held_out:
         remarks.append(f"held out: {', '.join(held_out)}")
     if images <= _GROUPED:
@@ -105,14 +99,8 @@ def _folder(path: Path, hub_answers: bool | None) -> Recognized:
     splits = ", ".join(f"{folder.name}/" for folder in layout.splits.values() if folder != path)
     found = f"{len(layout.classes)} classes, {images:,} images" + (f" to train on; splits {splits}" if splits else "")
     options, remarks = ["--config", "folder.yaml", "--data.root", str(path)], [f"images by class in {path}: {found}"]
-    held_out = []
-    if "test" not in layout.splits:
-        options += ["--data.test_fraction", f"{TEST_FRACTION:g}"]
-        held_out.append(f"{TEST_FRACTION:.0%} for the test")
-        images = round(images * (1 - TEST_FRACTION))
-    if "val" not in layout.splits:
-        held_out.append("20% of the rest for validation" if held_out else "20% for validation")
-        images = round(images * 0.8)
+    more, held_out, images = _hold_out(layout.splits, images)
+    options += more
     if held_out:
         remarks.append(f"held out, stratified by class: {', '.join(held_out)}")
         if images <= _GROUPED:
@@ -126,6 +114,19 @@ def _folder(path: Path, hub_answers: bool | None) -> Recognized:
     return Recognized(
         options, [*remarks, why, f"{epochs} epochs and effective batch {batch} for about {images:,} images"]
     )
+
+
+def _hold_out(splits: Collection[str | None], images: int) -> tuple[list[str], list[str], int]:
+    """Choose what is held out where there are no folders for it: options, what to say, the images that are left."""
+    options, held_out = [], []
+    if "test" not in splits:
+        options = ["--data.test_fraction", f"{TEST_FRACTION:g}"]
+        held_out.append(f"{TEST_FRACTION:.0%} for the test")
+        images = round(images * (1 - TEST_FRACTION))
+    if "val" not in splits:
+        held_out.append("20% of the rest for validation" if held_out else "20% for validation")
+        images = round(images * 0.8)
+    return options, held_out, images
 
 
 def _choose_weights(hub_answers: bool | None) -> tuple[list[str], str]:

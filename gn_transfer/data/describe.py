@@ -10,6 +10,7 @@ from gn_transfer.config import ConfigError
 from gn_transfer.data.datamodule import ImageDataModule
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.data.folder import Folder
+from gn_transfer.data.masks import describe_shares
 from gn_transfer.data.segmentation import SegmentationDataModule
 from gn_transfer.data.workers import core_count
 
@@ -28,7 +29,7 @@ def describe_data(data: ImageDataModule) -> list[tuple[str, str]]:
     crops = "" if data.min_crop_scale is None else f", crops from {data.min_crop_scale:.0%} of the area"
     recipe = f"recipe {data.recipe}{crops}" if data.augmentation is None else f"augmentation {data.augmentation}"
     per_class = data.class_counts(datasets.get("train", next(iter(datasets.values()))).images)
-    balance = _shares(per_class) if isinstance(data, SegmentationDataModule) else _balance(per_class)
+    balance = describe_shares(per_class) if isinstance(data, SegmentationDataModule) else _balance(per_class)
     rows = [
         ("data", f"{type(data).__name__} in {data.root}"),
         ("images", f"{images}; {data.img_size} px{f', {recipe}' if trains else ''}"),
@@ -54,12 +55,6 @@ def test_images(data: ImageDataModule) -> list[LabeledImage]:
 
 def _shortened(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")
-
-
-def _shares(per_class: Mapping[str, int]) -> str:
-    """Say how many of the pixels belong to each class."""
-    total = max(1, sum(per_class.values()))
-    return _shortened([f"{name} {count / total:.1%}" for name, count in per_class.items()]) + " of the pixels"
 
 
 def _balance(per_class: Mapping[str, int]) -> str:

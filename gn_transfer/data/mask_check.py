@@ -40,12 +40,6 @@ class MaskCheckResult:
             "bad_masks": [{"path": path, "error": reason} for path, reason in self.bad],
         }
 
-    def describe(self, split: str) -> str:
-        """Say how the labeled pixels of a split are shared by the classes."""
-        counts = self.pixels[split]
-        total = max(1, sum(counts.values()))
-        return ", ".join(f"{name} {count / total:.1%}" for name, count in counts.items()) + " of the pixels"
-
 
 def check_split_masks(
     data: SegmentationDataModule,

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gn_transfer.data.dataset import CachedFiles, LabeledImage
+from gn_transfer.data.cache_store import PixelStore
+from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.data.decode import BadImageError, decode_mask, read_size
 from gn_transfer.data.resolution import Resolution
 
@@ -88,7 +88,7 @@ class MaskFiles:
     root: Path
     paths: list[str]
     resolution: Resolution
-    store: Any = None
+    store: PixelStore | None = None
 
 
 def check_mask(root: Path, image: LabeledImage, values: MaskValues) -> npt.NDArray[np.int64]:
@@ -150,4 +150,12 @@ def mask_files(root: Path, images: Sequence[LabeledImage], short_side: int) -> M
     return MaskFiles(root, [image.mask for image in images], Resolution("mask", short_side))
 
 
-__all__ = ["IGNORED", "CachedFiles", "MaskFiles", "MaskValues", "check_mask", "check_masks", "mask_files"]
+def describe_shares(pixels: Mapping[str, int]) -> str:
+    """Say how the labeled pixels are shared by the classes.
+
+    Example:
+        >>> describe_shares({"ground": 30, "cat": 10})
+        'ground 75.0%, cat 25.0% of the pixels'
+    """
+    total = max(1, sum(pixels.values()))
+    return ", ".join(f"{name} {count / total:.1%}" for name, count in pixels.items()) + " of the pixels"

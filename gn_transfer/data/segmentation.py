@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gn_transfer.config import ConfigError
+from gn_transfer.config import STRIDE, ConfigError
 from gn_transfer.data.augmentation import read_pipeline
 from gn_transfer.data.datamodule import ImageDataModule
 from gn_transfer.data.dataset import CachedFiles, ImageDataset, LabeledImage, with_remedy
@@ -25,9 +25,6 @@ from gn_transfer.data.progress import progress_bar
 from gn_transfer.data.resolution import Resolution
 from gn_transfer.data.sampler import Key, sample_seed
 from gn_transfer.data.workers import core_count
-
-STRIDE = 32
-"""Sides of the images of a batch are multiples of it: the last feature map of a backbone is so much smaller."""
 
 
 class SegmentationDataset(ImageDataset):
@@ -150,9 +147,21 @@ class SegmentationDataModule(ImageDataModule):
                 )
         if short_side is not None and short_side < 0:
             raise ConfigError(f"data.short_side={short_side} is out of range; give a length in pixels, 0, or null.")
+        for key in sorted(self.NOT_OPTIONS & options.keys()):
+            if options[key] is not None and key in SegmentationDataModule.NOT_OPTIONS:
+                raise ConfigError(f"data.{key}={options[key]} is for images by class; leave it out.")
         self.short_side = short_side
         self.tile_size = tile_size
         self._pixels: dict[str, npt.NDArray[np.int64]] = {}
+
+    def setup(self, stage: str) -> None:
+        """List, verify and split the images; see :meth:`ImageDataModule.setup`."""
+        if self.evaluate_in_training_batches and self.batch_size > 1:
+            raise ConfigError(
+                "batch_norm.evaluation=batch: a segmentation is evaluated one whole image at a time, and "
+                f"data.batch_size={self.batch_size}; use batch_norm.evaluation=running."
+            )
+        super().setup(stage)
 
     @abstractmethod
     def mask_values(self) -> MaskValues:

@@ -85,8 +85,8 @@ class TransferClassifier(TransferTask):
         """Build the model for a data module that is set up; see :meth:`BackboneModule.build_for`."""
         if isinstance(data, SegmentationDataModule):
             raise ConfigError(
-                f"{type(data).__name__} has masks, and this model classifies whole images; train a TransferSegmenter "
-                "(segmentation works from Python so far), or give images by class."
+                f"{type(data).__name__} has masks, and this module classifies whole images; train a "
+                "TransferSegmenter, or give images by class."
             )
         super().build_for(data)
 

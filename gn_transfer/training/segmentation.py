@@ -15,11 +15,11 @@ from torchmetrics import ClasswiseWrapper, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassJaccardIndex
 
 from gn_transfer.backbones.model_config import ModelConfig
-from gn_transfer.config import ConfigError
+from gn_transfer.config import STRIDE, ConfigError
 from gn_transfer.data import ImageDataModule
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.data.masks import IGNORED
-from gn_transfer.data.segmentation import STRIDE, SegmentationDataModule
+from gn_transfer.data.segmentation import SegmentationDataModule
 from gn_transfer.data.tiles import blending_window, padded, tile_starts
 from gn_transfer.training.optimizer import OptimizerConfig
 from gn_transfer.training.segmentation_figures import SegmentationFigures, training_pairs
@@ -179,7 +179,7 @@ class TransferSegmenter(TransferTask):
 
     def _padded_logits(self, images: Tensor) -> Tensor:
         height, width = images.shape[2:]
-        pixels = super().normalize(images)
+        pixels = self.normalize(images)
         pixels = F.pad(pixels, (0, padded(width, STRIDE) - width, 0, padded(height, STRIDE) - height))
         return self.compute_logits(pixels)[:, :, :height, :width]
 

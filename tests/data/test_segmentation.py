@@ -236,11 +236,19 @@ def test_class_names(folder, text, message):
         ({"short_side": -1}, "short_side=-1"),
         ({"ignore_index": 300}, "no value of a mask"),
         ({"recipe": "bit"}, "recipe of classification"),
+        ({"shots_per_class": 3}, "shots_per_class=3 is for images by class"),
     ],
 )
 def test_options(folder, options, message):
     with pytest.raises(ConfigError, match=message):
         set_up(folder, **options)
+
+
+def test_batch_statistics_of_whole_images_are_refused(folder):
+    data = data_of(folder, batch_size=2)
+    data.evaluate_in_training_batches = True
+    with pytest.raises(ConfigError, match="one whole image at a time"):
+        data.setup("fit")
 
 
 def test_folders_that_are_none(tmp_path):
