@@ -30,11 +30,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
-from gn_transfer.comparison.statistics import holm, image_bootstrap, interval, sign_flip_test
+from gn_transfer.comparison.statistics import holm, interval, sign_flip_test
 from gn_transfer.data import Pets
 from gn_transfer.data.duplicates import group_duplicates
 from gn_transfer.data.workers import core_count
 from gn_transfer.files import read_json, write_csv, write_json, write_text
+from gn_transfer.report.predictions import image_weights
 from gn_transfer.training.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -170,7 +171,8 @@ def finals(rows: Sequence[Mapping[str, str]], predictions: Sequence[Mapping[str,
         return {}
     runs = [run for by_seed in arms.values() for run in by_seed.values()]
     correct = {run: np.array([image[run] == image["target"] for image in images], dtype=np.float32) for run in runs}
-    resampled = dict(zip(runs, image_bootstrap({"test": [correct[run] for run in runs]})["test"], strict=True))
+    weights = image_weights(len(images), 0)
+    resampled = {run: weights @ right / len(images) for run, right in correct.items()}
     result: dict[str, Any] = {"images": len(images), "left_out": len(predictions) - len(images), "arms": {}}
     p_values = []
     for arm, by_seed in arms.items():

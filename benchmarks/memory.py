@@ -35,7 +35,7 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
     task = TransferClassifier(config)
     task.build([f"class{index}" for index in range(37)])
     assert task.model is not None
-    memory_format = task.memory_format("cpu", settings["batch"])
+    memory_format = task.memory_format("cpu")
     model = task.model.to(memory_format=memory_format).train()
     engine = AccumulationEngine(model)
     optimizer = create_optimizer(

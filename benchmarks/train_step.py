@@ -6,6 +6,7 @@ and ratios within a round. The floor is the time that the convolutions of the mo
 the shapes of the step. Peak memory is what a process that runs one arm alone takes beyond its imports.
 
     python benchmarks/train_step.py --backbone resnetv2_50 --batch 1 --accumulate 16 --precision bf16 --json
+    python benchmarks/train_step.py --backbone resnetv2_50 --decoder unet --img_size 256 --precision fp32 --json
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
@@ -28,6 +29,8 @@ from timm.layers import StdConv2d as TimmStdConv2d
 from torch import Tensor, nn
 
 from gn_transfer.backbones.create import create_backbone
+from gn_transfer.backbones.segmentation import Encoder, SegmentationModel
+from gn_transfer.config import DecoderName
 from gn_transfer.layers import AccumulationEngine, fitting_group_count, preferred_memory_format
 from gn_transfer.training.environment import environment
 from gn_transfer.training.progress import peak_memory_mib
@@ -39,22 +42,30 @@ CLASSES = 37
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
-def build(arm: str, backbone: str) -> nn.Module:
-    """Build an arm's model, from scratch."""
+def build(arm: str, options: argparse.Namespace) -> nn.Module:
+    """Build an arm's model, from scratch; with a decoder it segments, and frozen norms get a decoder under gn."""
     torch.manual_seed(0)
     side, norm = arm.split()[:2]
+    model = _classifier(side, norm, options)
+    if options.decoder is None:
+        return model
+    decoder_norm = "gn" if norm == "bn_frozen" else norm
+    segments = SegmentationModel(Encoder(model, 3), options.decoder, CLASSES, decoder_norm if side == "ours" else "bn")
+    if side == "timm" and decoder_norm != "bn":
+        with_torch_group_norm(segments.decoder)
+    return segments
+
+
+def _classifier(side: str, norm: str, options: argparse.Namespace) -> nn.Module:
+    backbone, stride = options.backbone, 16 if options.decoder == "deeplabv3plus" else 32
     if side == "ours":
-        return create_backbone(backbone, norm=norm, num_classes=CLASSES).model
-    if norm in ("bn", "bn_frozen"):
-        return timm.create_model(backbone, num_classes=CLASSES)
-    if norm == "gn":
-        return with_torch_group_norm(timm.create_model(backbone, num_classes=CLASSES))
-    return timm.create_model(
-        backbone,
-        num_classes=CLASSES,
-        norm_layer=partial(GroupNormAct, num_groups=32),
-        conv_layer=partial(TimmStdConv2d, eps=1e-8),
-    )
+        return create_backbone(backbone, norm=norm, num_classes=CLASSES, output_stride=stride).model
+    arguments: dict[str, Any] = {"num_classes": CLASSES, **({"output_stride": stride} if stride != 32 else {})}
+    if norm == "gn_ws":
+        arguments["norm_layer"] = partial(GroupNormAct, num_groups=32)
+        arguments["conv_layer"] = partial(TimmStdConv2d, eps=1e-8)
+    model = timm.create_model(backbone, **arguments)
+    return with_torch_group_norm(model) if norm == "gn" else model
 
 
 def with_torch_group_norm(model: nn.Module) -> nn.Module:
@@ -73,7 +84,7 @@ class Arm:
 
     def __init__(self, arm: str, layout: str, options: argparse.Namespace) -> None:
         self.options = options
-        self.model = build(arm, options.backbone).train().to(memory_format=LAYOUTS[layout])
+        self.model = build(arm, options).train().to(memory_format=LAYOUTS[layout])
         if arm == "timm bn_frozen":
             for layer in self.model.modules():
                 if isinstance(layer, nn.BatchNorm2d):
@@ -85,7 +96,8 @@ class Arm:
         size = options.img_size
         images = torch.randn(options.batch, 3, size, size)
         self.images = images.contiguous(memory_format=LAYOUTS[layout])
-        self.targets = torch.arange(options.batch) % CLASSES
+        shape = (options.batch,) if options.decoder is None else (options.batch, size, size)
+        self.targets = torch.randint(CLASSES, shape)
         if self.engine is not None:
             self.engine.fold_norms(self.images)
 
@@ -112,7 +124,7 @@ def autocast(options: argparse.Namespace) -> torch.autocast:
 def best_layout(arm: str, options: argparse.Namespace) -> str:
     """Find the faster layout of an arm: ours takes its own rule, the others are tried."""
     if arm.startswith("ours"):
-        format_ = preferred_memory_format(arm.split()[1], "cpu", batch_size=options.batch)  # type: ignore[arg-type]
+        format_ = preferred_memory_format(arm.split()[1], "cpu", segments=options.decoder is not None)  # type: ignore[arg-type]
         return next(name for name, value in LAYOUTS.items() if value == format_)
     speeds = {}
     for layout in LAYOUTS:
@@ -124,7 +136,7 @@ def best_layout(arm: str, options: argparse.Namespace) -> str:
 
 def floor_seconds(options: argparse.Namespace) -> float:
     """Time the model's convolutions alone, forward and backward of a micro-batch, weights cast beforehand."""
-    model = timm.create_model(options.backbone, num_classes=CLASSES)
+    model = build("timm bn", options)
     calls: list[tuple[nn.Conv2d, Tensor]] = []
 
     def note(module: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
@@ -144,7 +156,8 @@ def floor_seconds(options: argparse.Namespace) -> float:
         x = torch.randn(shape).to(dtype, memory_format=torch.channels_last).requires_grad_(index > 0)
         w = module.weight.detach().to(dtype, memory_format=torch.channels_last).requires_grad_()
         same = "Same" in type(module).__name__  # TensorFlow's padding: as much, up to one row and column
-        geometry = (module.stride, module.kernel_size[0] // 2 if same else module.padding, 1, module.groups)
+        padding = module.kernel_size[0] // 2 if same else module.padding
+        geometry = (module.stride, padding, module.dilation, module.groups)
         work.append((x, w, geometry, torch.randn_like(F.conv2d(x, w, None, *geometry))))
     times = []
     for _ in range(options.rounds + 1):
@@ -191,7 +204,7 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
                 ratios = [ours / theirs for ours, theirs in zip(values, speeds[other], strict=True)]
                 row[f"ratio to {other}"] = round(statistics.median(ratios), 3)
         rows.append(row)
-    keys = ("backbone", "batch", "accumulate", "precision", "img_size", "rounds")
+    keys = ("backbone", "decoder", "batch", "accumulate", "precision", "img_size", "rounds")
     return {
         **{key: getattr(options, key) for key in keys},
         "floor_images_per_sec": round(floor, 3),
@@ -205,6 +218,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="resnetv2_50")
+    parser.add_argument("--decoder", choices=get_args(DecoderName), help="segment, with this decoder")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--accumulate", type=int, default=16)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")

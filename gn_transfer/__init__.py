@@ -20,8 +20,10 @@ if TYPE_CHECKING:
         TinyImageNet,
     )
     from gn_transfer.data.decode import BadImageError
-    from gn_transfer.inference.bundle import Bundle, Prediction, load_bundle
-    from gn_transfer.inference.load import load
+    from gn_transfer.inference.bundle import Bundle
+    from gn_transfer.inference.classification import ClassificationBundle, Prediction
+    from gn_transfer.inference.load import load, load_bundle, load_for_training
+    from gn_transfer.inference.segmentation import Segmentation, SegmentationBundle
     from gn_transfer.layers import convert_norm
     from gn_transfer.training.accumulation import GradientAccumulation
     from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
@@ -39,6 +41,7 @@ _HOMES = {
     "BadImageError": "data.decode",
     "BatchNormStatistics": "training.batch_norm_statistics",
     "Bundle": "inference.bundle",
+    "ClassificationBundle": "inference.classification",
     "Digits": "data",
     "ExponentialMovingAverage": "training.ema",
     "Folder": "data",
@@ -48,9 +51,11 @@ _HOMES = {
     "OptimizerConfig": "training.optimizer",
     "Pets": "data",
     "PetsSegmentation": "data",
-    "Prediction": "inference.bundle",
+    "Prediction": "inference.classification",
     "RegularizationConfig": "training.classification",
     "Sample": "data",
+    "Segmentation": "inference.segmentation",
+    "SegmentationBundle": "inference.segmentation",
     "SegmentationConfig": "training.segmentation",
     "SegmentationDataModule": "data",
     "SegmentationFolder": "data",
@@ -60,7 +65,8 @@ _HOMES = {
     "TransferSegmenter": "training.segmentation",
     "convert_norm": "layers",
     "load": "inference.load",
-    "load_bundle": "inference.bundle",
+    "load_bundle": "inference.load",
+    "load_for_training": "inference.load",
 }
 
 __all__ = [
@@ -68,6 +74,7 @@ __all__ = [
     "BadImageError",
     "BatchNormStatistics",
     "Bundle",
+    "ClassificationBundle",
     "Digits",
     "ExponentialMovingAverage",
     "Folder",
@@ -80,6 +87,8 @@ __all__ = [
     "Prediction",
     "RegularizationConfig",
     "Sample",
+    "Segmentation",
+    "SegmentationBundle",
     "SegmentationConfig",
     "SegmentationDataModule",
     "SegmentationFolder",
@@ -90,6 +99,7 @@ __all__ = [
     "convert_norm",
     "load",
     "load_bundle",
+    "load_for_training",
 ]
 
 

@@ -21,7 +21,8 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from gn_transfer.inference.bundle import FORMAT, FORMAT_VERSION, GRAPH, METADATA, metadata_sha256, sha256
+from gn_transfer.files import sha256
+from gn_transfer.inference.bundle_files import FORMAT, FORMAT_VERSION, GRAPH, METADATA, metadata_sha256
 
 WriteImage = Callable[..., Path]
 BUNDLE_CLASSES = ["red", "green", "blue"]

@@ -81,7 +81,9 @@ def create_parser() -> Parser:
     )
     parser.add_argument("--where", metavar="KEY=VALUE[|VALUE...][,...]", help="compare only runs with these settings")
     parser.add_argument(
-        "--metric", metavar="NAME", help="test/acc1, val/acc1 or best/val/acc1 (default: test where all runs have it)"
+        "--metric",
+        metavar="NAME",
+        help="test/acc1, val/acc1 or best/val/acc1, miou of segmentations (default: test where all runs have it)",
     )
     parser.add_argument("--title", help="heading of the page (default: that of the study)")
     parser.add_argument("--force", action="store_true", help="compare what is not comparable, and say so on the page")

@@ -1,33 +1,47 @@
-"""The command ``predict``: classify images with a bundle. Imports no torch, lightning, timm or albumentations."""
+"""The command ``predict``: classify or segment images with a bundle. Imports no torch, lightning or timm."""
 
 from __future__ import annotations
 
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import cv2
+import numpy as np
+import numpy.typing as npt
 
 from gn_transfer.commands.parsing import Parser
 from gn_transfer.config import ConfigError, check_range
-from gn_transfer.data.decode import BadImageError
+from gn_transfer.data.contact_sheet import Line
+from gn_transfer.data.decode import BadImageError, decode_image
 from gn_transfer.data.layout import describe_ignored
 from gn_transfer.data.progress import progress_bar
 from gn_transfer.files import whole_file
-from gn_transfer.inference.bundle import Bundle, Prediction, load_bundle
+from gn_transfer.inference.classification import ClassificationBundle, Prediction
 from gn_transfer.inference.image_files import find_images, shown
-from gn_transfer.inference.prediction_formats import FORMATS, Columns, Writer
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from gn_transfer.inference.load import load_bundle
+from gn_transfer.inference.mask_files import MaskWriter
+from gn_transfer.inference.prediction_formats import (
+    FORMATS,
+    ClassificationLayout,
+    Layout,
+    Results,
+    SegmentationLayout,
+    Writer,
+)
+from gn_transfer.inference.segmentation import Segmentation, SegmentationBundle
 
 FIGURE_IMAGES = 24
 """Number of images that ``--figure`` shows: the first ones."""
 
+_BATCH_SIZE = 16
 _MANY = 50  # images from which on a progress bar is worth its place
+_SIDE = 224  # of a segmented image in the figure
+
+Tile = tuple[npt.NDArray[np.uint8], list[Line]]
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -52,24 +66,35 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--figure {options.figure}: give a path in an existing folder that ends in .png.")
     cv2.setNumThreads(0)  # its pool would compete with the graph's threads
     bundle = load_bundle(options.bundle, threads=options.threads)
+    _check_options(options, bundle)
     paths = find_images(options.images)
+    masks = None if options.masks is None else MaskWriter(options.masks, paths)
+    layout: Layout = SegmentationLayout(bundle.classes)
+    how: dict[str, int] = {}
+    if isinstance(bundle, ClassificationBundle):
+        how = {"top_k": options.top_k or 1, "batch_size": options.batch_size or _BATCH_SIZE}
+        layout = ClassificationLayout(bundle.classes, how["top_k"])
     ending = "" if options.output is None else options.output.suffix.lower().removeprefix(".")
     write = FORMATS[options.format or (ending if ending in FORMATS else "table")]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what decoders warn of is either read, or refused and listed
-            first, failed = predict(bundle, paths, options.top_k, options.batch_size, write, options.output)
+            results = _Results(bundle, paths, how, masks, figure=options.figure is not None)
+            _write(results, write, layout, options.output)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if options.output is not None:
         print(f"results {options.output}", file=sys.stderr)
     if options.figure is not None:
-        write_figure(bundle, first, options.figure)
+        _write_figure(results.tiles, options.figure)
         print(f"figure {options.figure}", file=sys.stderr)
+    if options.masks is not None:
+        print(f"masks {options.masks}", file=sys.stderr)
     for folder in (Path(source) for source in options.images):
         if folder.is_dir() and (ignored := describe_ignored(folder)):
             print(f"ignored in {shown(str(folder))}: {ignored}", file=sys.stderr)
+    failed = results.failed
     if failed:
         print(f"{len(failed):,} of {len(paths):,} images could not be read:", file=sys.stderr)
         for path, reason in failed.items():
@@ -79,7 +104,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def create_parser() -> Parser:
     """Create the parser of the command."""
-    parser = Parser(prog="gn-transfer predict", description="Classify images with a bundle of gn-transfer export.")
+    parser = Parser(
+        prog="gn-transfer predict",
+        description="Classify images, or their pixels, with a bundle of gn-transfer export.",
+    )
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="the bundle's folder")
     parser.add_argument(
         "images",
@@ -87,7 +115,7 @@ def create_parser() -> Parser:
         nargs="+",
         help='image files, folders (with all below them), or patterns in quotes, such as "holiday/**/*.jpg"',
     )
-    parser.add_argument("--top_k", type=int, default=1, metavar="K", help="classes per image (default 1)")
+    parser.add_argument("--top_k", type=int, metavar="K", help="classes per image (default 1); not for masks")
     parser.add_argument(
         "--format", choices=list(FORMATS), help="default: by the ending of --output (.json, .csv), else table"
     )
@@ -95,7 +123,10 @@ def create_parser() -> Parser:
         "--output", type=Path, metavar="FILE", help="write the results there instead of to standard output"
     )
     parser.add_argument(
-        "--batch_size", type=int, default=16, metavar="N", help="images per run of the graph (default 16)"
+        "--batch_size",
+        type=int,
+        metavar="N",
+        help=f"images per run of the graph (default {_BATCH_SIZE}); not for masks",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="compute threads (default: OMP_NUM_THREADS, else all cores)"
@@ -103,61 +134,100 @@ def create_parser() -> Parser:
     parser.add_argument(
         "--figure", type=Path, metavar="FILE", help=f"show the first {FIGURE_IMAGES} images with their classes in a PNG"
     )
+    parser.add_argument(
+        "--masks",
+        type=Path,
+        metavar="DIR",
+        help="write the mask of every image there, a PNG whose values are the numbers of the classes (segmentation)",
+    )
     return parser
 
 
-def predict(
-    bundle: Bundle, paths: list[str], top_k: int, batch_size: int, write: Writer, output: Path | None
-) -> tuple[list[Prediction], dict[str, str]]:
-    """Predict, and write the results while they come.
+def _check_options(options: Any, bundle: ClassificationBundle | SegmentationBundle) -> None:
+    """Refuse options that mean nothing for the task of the bundle."""
+    if isinstance(bundle, ClassificationBundle) and options.masks is not None:
+        raise ConfigError(f"--masks {options.masks}: {options.bundle} classifies whole images and gives no masks.")
+    if isinstance(bundle, SegmentationBundle):
+        for name in ("top_k", "batch_size"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"--{name}: {options.bundle} segments images, one at a time; leave it out.")
+
+
+class _Results:
+    """The predictions of images, one by one, and what is kept of them.
 
     Args:
         bundle: The bundle.
         paths: The images.
-        top_k: Classes per image.
-        batch_size: Images per run of the graph.
-        write: Writes the results; one of :data:`gn_transfer.inference.prediction_formats.FORMATS`.
-        output: File for the results, which appears when it is whole; None takes standard output.
+        options: Of the bundle's ``iter_predict``.
+        masks: Writes the masks; None writes none.
+        figure: Whether the first images are kept for a figure.
 
-    Returns:
-        The first predictions, for a figure, and the images that failed with the reason.
+    Attributes:
+        tiles: The first images for the figure.
+        failed: Images that could not be read, with the reason.
     """
-    first: list[Prediction] = []
-    failed: dict[str, str] = {}
 
-    def results() -> Iterator[Prediction | BadImageError]:
-        with progress_bar("images", len(paths), fewest=_MANY) as advance:
-            for result in bundle.iter_predict(paths, top_k=top_k, batch_size=batch_size):
+    def __init__(
+        self,
+        bundle: ClassificationBundle | SegmentationBundle,
+        paths: list[str],
+        options: dict[str, int],
+        masks: MaskWriter | None,
+        *,
+        figure: bool,
+    ) -> None:
+        self.bundle, self.paths, self.options, self.masks = bundle, paths, options, masks
+        self.tiles: list[Tile] = []
+        self.failed: dict[str, str] = {}
+        self._shown = FIGURE_IMAGES if figure else 0
+
+    def __iter__(self) -> Iterator[Prediction | Segmentation | BadImageError]:
+        with progress_bar("images", len(self.paths), fewest=_MANY) as advance:
+            for result in self.bundle.iter_predict(self.paths, **self.options):
                 if isinstance(result, BadImageError):
-                    failed[result.path] = result.reason
-                elif len(first) < FIGURE_IMAGES:
-                    first.append(result)
+                    self.failed[result.path] = result.reason
+                else:
+                    if self.masks is not None and isinstance(result, Segmentation):
+                        self.masks.write(result)
+                    if len(self.tiles) < self._shown:
+                        self.tiles.append(_tile(self.bundle, result))
                 advance()
                 yield result
 
-    widths = [max(map(len, names)) for names in (map(shown, paths), bundle.classes)]
-    columns = Columns(min(top_k, len(bundle.classes)), *widths)
+
+def _write(results: _Results, write: Writer, layout: Layout, output: Path | None) -> None:
+    """Write results while they come; a file appears when it is whole."""
+    path_width = max(len(shown(path)) for path in results.paths)
+    everything: Results = results
     if output is None:
-        write(results(), columns, sys.stdout)
+        write(everything, layout, path_width, sys.stdout)
         sys.stdout.flush()
     else:
         with whole_file(output) as file:
-            write(results(), columns, file)
-    return first, failed
+            write(everything, layout, path_width, file)
 
 
-def write_figure(bundle: Bundle, predictions: Sequence[Prediction], target: Path) -> None:
-    """Write a contact sheet of images with their classes.
+def _tile(bundle: ClassificationBundle | SegmentationBundle, result: Prediction | Segmentation) -> Tile:
+    """Show an image: with its class, or with the colors of its classes over it."""
+    assert result.path is not None
+    if isinstance(result, Prediction):
+        assert isinstance(bundle, ClassificationBundle)
+        return bundle.square(result.path), [result.label, f"{result.prob:.1%}"]
 
-    Args:
-        bundle: The bundle.
-        predictions: Its predictions of image files, at least one.
-        target: PNG file to write.
-    """
+    from gn_transfer.data.overlay import legend, overlay, square
+
+    number = len(result.classes)
+    shares = [(name, count / result.mask.size) for name, count in result.pixels.items()]
+    texts = {place: f"{name} {share:.1%}" for place, (name, share) in enumerate(shares) if share}
+    return square(overlay(decode_image(result.path), result.mask, number), _SIDE), legend(texts, number)
+
+
+def _write_figure(tiles: list[Tile], target: Path) -> None:
+    """Write images with their classes as a contact sheet."""
     from PIL import Image
 
     from gn_transfer.data.contact_sheet import contact_sheet
 
-    tiles = [(bundle.square(p.path), [p.label, f"{p.prob:.1%}"]) for p in predictions if p.path is not None]
     if tiles:
         Image.fromarray(contact_sheet(tiles)).save(target)

@@ -13,9 +13,9 @@ from rich.table import Table
 from gn_transfer.backbones import resolve_pretrained
 from gn_transfer.commands.fit import fit
 from gn_transfer.commands.training_cli import parsed
-from gn_transfer.commands.training_keys import DATA, known_keys
+from gn_transfer.commands.training_keys import known_keys
 from gn_transfer.config import ConfigError, did_you_mean
-from gn_transfer.data import Folder, SegmentationDataModule
+from gn_transfer.data import Folder
 from gn_transfer.data.workers import core_count
 from gn_transfer.report.runs import short_name
 from gn_transfer.study.definition import Study
@@ -39,9 +39,6 @@ def check_keys(study: Study) -> None:
     Raises:
         ConfigError: With the key and what is near.
     """
-    with_masks = {kind.__name__ for kind in DATA if issubclass(kind, SegmentationDataModule)}
-    if str(study.settings.get("data")).rpartition(".")[2] in with_masks:
-        raise ConfigError(f"{study.name}: {study.base} is a segmentation, and sweep knows classification only so far.")
     known = ["data", *known_keys()]
     named: set[str] = set()
     for arm in study.arms:

@@ -54,7 +54,7 @@ def answer(comparison: Comparison) -> list[str]:
 
 def _no_better_than_guessing(comparison: Comparison, groups: list[Group]) -> list[str]:
     """Name the groups that are not clearly above a model that always names the most frequent class."""
-    guess = comparison.most_frequent_share
+    guess = comparison.guess
     if guess is None:
         return []
     some = [group.label for group in groups if (group.mean if group.low is None else group.low) <= guess]

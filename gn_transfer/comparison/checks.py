@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from gn_transfer.comparison.grouping import Grouping, shown
 from gn_transfer.config import ConfigError, did_you_mean
-from gn_transfer.report.runs import PREDICTIONS, Run
+from gn_transfer.report.runs import MAIN_METRICS, PREDICTIONS, Run
 
 FEW_SEEDS = 6
 """Below so many seeds a bootstrap interval is too narrow and no sign-flip test reaches 0.05."""
@@ -16,7 +16,7 @@ FEW_SEEDS = 6
 def choose_metric(runs: Sequence[Run], asked: str | None) -> tuple[str, str]:
     """Choose the one metric that all runs are compared by.
 
-    The test accuracy where every run has it from the same kind of checkpoint; else that of the last validation, since
+    The test figure where every run has it from the same kind of checkpoint; else that of the last validation, since
     the best of many validations flatters noisy curves.
 
     Args:
@@ -27,20 +27,30 @@ def choose_metric(runs: Sequence[Run], asked: str | None) -> tuple[str, str]:
         A key of metrics.json, and what to say about it.
 
     Raises:
-        ConfigError: The user's choice is none, or some runs lack it.
+        ConfigError: Runs of different tasks, or the user's choice is none, or some runs lack it.
     """
-    lacking = [run.name for run in runs if "test/acc1" not in run.metrics]
+    tasks = sorted({run.main_metric for run in runs})
+    if len(tasks) > 1:
+        some = next(run.name for run in runs if run.main_metric == "miou")
+        raise ConfigError(
+            f"some runs classify images and others segment them ({some}); their figures cannot be compared. Name the "
+            "folders of either."
+        )
+    name, word = tasks[0], MAIN_METRICS[tasks[0]]
+    test = f"test/{name}"
+    lacking = [run.name for run in runs if test not in run.metrics]
     kinds = sorted({str(run.metrics.get("test/checkpoint")) for run in runs})
     if asked is not None:
-        if asked not in PREDICTIONS:
-            raise ConfigError(f"--metric {asked} is not one to compare by; {did_you_mean(asked, PREDICTIONS)}.")
+        known = [f"{evaluation}/{name}" for evaluation in PREDICTIONS]
+        if asked not in known:
+            raise ConfigError(f"--metric {asked} is not one to compare by; {did_you_mean(asked, known)}.")
         without = [run.name for run in runs if asked not in run.metrics]
         if without:
             raise ConfigError(f"--metric {asked}: {_some(without)} have no such figure; run gn-transfer test on them.")
-    if asked == "test/acc1" or (asked is None and not lacking and len(kinds) == 1):
-        return "test/acc1", f"accuracy on the test split, of {' and '.join(kinds)}"
-    if asked == "best/val/acc1":
-        return asked, "accuracy on validation in each run's best epoch, which flatters noisy curves"
+    if asked == test or (asked is None and not lacking and len(kinds) == 1):
+        return test, f"{word} on the test split, of {' and '.join(kinds)}"
+    if asked == f"best/val/{name}":
+        return asked, f"{word} on validation in each run's best epoch, which flatters noisy curves"
     if asked is not None:
         reason = "as asked"
     elif len(lacking) == len(runs):
@@ -49,7 +59,7 @@ def choose_metric(runs: Sequence[Run], asked: str | None) -> tuple[str, str]:
         reason = f"{len(lacking)} of {len(runs)} runs have not been tested"
     else:
         reason = f"the runs were tested with different checkpoints: {', '.join(kinds)}"
-    return "val/acc1", f"accuracy on validation after the last epoch ({reason}); choices made on it flatter it"
+    return f"val/{name}", f"{word} on validation after the last epoch ({reason}); choices made on it flatter it"
 
 
 def incomparable(runs: Sequence[Run], metric: str) -> list[str]:
@@ -64,10 +74,11 @@ def incomparable(runs: Sequence[Run], metric: str) -> list[str]:
         apart.
     """
     reasons = _differences(runs, "img_size", lambda run: run.settings["img_size"])
+    reasons += _differences(runs, "the length of the short side", _short_side)
     samples = [run.metrics["samples_seen"] for run in runs]
     if max(samples) - min(samples) > max(run.metrics["effective_batch_size"] for run in runs):
         reasons += _differences(runs, "samples_seen", lambda run: run.metrics["samples_seen"])
-    if metric == "test/acc1":
+    if metric.startswith("test/"):
         reasons += _differences(runs, "the list of test images", lambda run: run.metrics.get("test_split"))
         return reasons
     for seed, same in sorted(_by_seed(runs).items()):
@@ -220,6 +231,12 @@ def _differences(runs: Sequence[Run], name: str, value_of: Callable[[Run], objec
         return []
     rarest_last = sorted(by_value.items(), key=lambda item: -len(item[1]))
     return [f"{name} differs: " + "; ".join(f"{value} in {_some(names)}" for value, names in rarest_last)]
+
+
+def _short_side(run: Run) -> object:
+    """The size at which a segmentation is evaluated; None of a classification."""
+    side = run.settings.get("short_side")
+    return run.settings["img_size"] if side == "null" else side
 
 
 def _digest(name: str) -> Callable[[Run], object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +12,15 @@ import numpy as np
 from gn_transfer.comparison.checks import choose_metric, confounds, incomparable, too_many_contrasts
 from gn_transfer.comparison.grouping import Grouping, find_baselines, group_runs, label, select, shown
 from gn_transfer.comparison.statistics import (
-    RESAMPLES,
     Array,
     PairedTest,
     holm,
-    image_bootstrap,
     interval,
     sign_flip_test,
 )
 from gn_transfer.config import ConfigError
-from gn_transfer.report.runs import Predictions, Problem, Run, Setting, find_run_folders, read_runs, short_name
+from gn_transfer.report.predictions import RESAMPLES, SplitPredictions, image_weights
+from gn_transfer.report.runs import Problem, Run, Setting, find_run_folders, read_runs, short_name
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Group:
         label_settings: Those of them that the label names.
         label: The same in words.
         runs: Its runs.
-        by_seed: Accuracy of each seed, as a fraction; runs of the same seed are averaged.
+        by_seed: The metric of each seed, as a fraction; runs of the same seed are averaged.
         low: Lower end of the 95 % interval of the mean; None for one seed without predictions.
         high: Upper end.
     """
@@ -53,7 +52,7 @@ class Group:
 
     @property
     def mean(self) -> float:
-        """Mean accuracy over seeds."""
+        """Mean of the metric over seeds."""
         return float(np.mean(list(self.by_seed.values())))
 
     @property
@@ -74,7 +73,7 @@ class Contrast:
     Attributes:
         group: The group.
         baseline: What it is measured against.
-        difference: Mean difference of the accuracies over the seeds that both have.
+        difference: Mean difference of the metric over the seeds that both have.
         low: Lower end of its 95 % interval.
         high: Upper end.
         test: The paired test.
@@ -133,7 +132,7 @@ class Comparison:
     forced: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    predictions: dict[Path, Predictions] = field(default_factory=dict)
+    predictions: dict[Path, SplitPredictions] = field(default_factory=dict)
     runner_up: Contrast | None = None
 
     @property
@@ -142,10 +141,9 @@ class Comparison:
         return [run for group in self.groups for run in group.runs]
 
     @property
-    def most_frequent_share(self) -> float | None:
-        """Share of the most frequent class among the images of the metric; None where no run stored predictions."""
-        targets = next((found.targets for found in self.predictions.values()), None)
-        return None if not targets else max(Counter(targets).values()) / len(targets)
+    def guess(self) -> float | None:
+        """The metric of always naming the most frequent class; None where no run stored predictions."""
+        return next((found.guess for found in self.predictions.values()), None)
 
     @property
     def exit_code(self) -> int:
@@ -177,7 +175,8 @@ def compare(
         baseline: What the others are measured against, such as ``{"norm": "bn"}``; None takes that where the runs
             differ in the norm and some have ``bn``.
         where: Compare only runs with these settings, such as ``{"batch_size": "1"}``.
-        metric: ``test/acc1``, ``val/acc1`` or ``best/val/acc1``; None chooses one that all runs have.
+        metric: ``test/``, ``val/`` or ``best/val/`` with ``acc1``, of segmentations ``miou``; None chooses one that all
+            runs have.
         title: Heading of the report.
         notes: What the caller has to say beside the result.
         force: Compare what is not comparable, and say so.
@@ -273,18 +272,20 @@ def _without_common_seed(sides: Sequence[tuple[Group, Group]]) -> list[str]:
     ]
 
 
-def _resample(runs: Sequence[Run], metric: str, predictions: Mapping[Path, Predictions]) -> dict[Path, Array]:
-    """Give each run's accuracy on every sample of images; without predictions the accuracy repeated."""
+def _resample(runs: Sequence[Run], metric: str, predictions: Mapping[Path, SplitPredictions]) -> dict[Path, Array]:
+    """Give each run's metric on every sample of images; without predictions its value repeated.
+
+    Runs that were evaluated on the same images get the same samples, so that differences between them are paired by
+    image.
+    """
     on: dict[str, list[Run]] = defaultdict(list)
     resampled = {run.folder: np.full(RESAMPLES, float(run.metrics[metric])) for run in runs}
     for run in runs:
         if run.folder in predictions:
             on[predictions[run.folder].digest].append(run)
-    resamples = image_bootstrap(
-        {digest: [predictions[run.folder].correct for run in some] for digest, some in on.items()}
-    )
-    for digest, some in on.items():
-        resampled |= {run.folder: values for run, values in zip(some, resamples[digest], strict=True)}
+    for number, (_, some) in enumerate(sorted(on.items())):
+        weights = image_weights(len(predictions[some[0].folder].paths), number)
+        resampled |= {run.folder: predictions[run.folder].measure(weights) for run in some}
     return resampled
 
 
@@ -293,7 +294,7 @@ def _summarize(
     key: tuple[Setting, ...],
     metric: str,
     resampled: Mapping[Path, Array],
-    predictions: Mapping[Path, Predictions],
+    predictions: Mapping[Path, SplitPredictions],
 ) -> Group:
     runs = grouping.groups[key]
     values: dict[int, list[float]] = defaultdict(list)

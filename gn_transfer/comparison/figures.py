@@ -15,7 +15,7 @@ from gn_transfer.comparison.comparison import Comparison, Group
 from gn_transfer.comparison.grouping import label, shown
 from gn_transfer.comparison.images import ClassDifference
 from gn_transfer.comparison.importance import INTERACTIONS, REST, Importance
-from gn_transfer.report.runs import Setting
+from gn_transfer.report.runs import MAIN_METRICS, Setting
 from gn_transfer.report.svg import COLORS, INK, STYLE, PageFigure, as_svg, hover, on_lines
 
 _OF_NORM = dict(zip(("gn_ws", "bn", "gn", "bn_frozen", "ln", "bn_ws", "in", "none", "bn_sync"), COLORS, strict=True))
@@ -41,14 +41,16 @@ def create_figures(
         The figures, the most informative first.
     """
     found: list[PageFigure] = []
+    main = comparison.metric.rpartition("/")[2]
+    error = "1 - mIoU" if main == "miou" else "error"
     with matplotlib.rc_context(STYLE):
         panels = batch_panels(comparison.groups)
         if panels:
             found.append(
                 PageFigure(
                     "batch_size",
-                    "Error against batch size",
-                    as_svg(_batch_figure(panels), "batch_size"),
+                    f"{error[0].upper()}{error[1:]} against batch size",
+                    as_svg(_batch_figure(panels, error), "batch_size"),
                     "Mean over seeds with its 95 % interval; pale dots are single seeds. Under accumulation, a norm "
                     "that does not look across images has the same gradient at every micro-batch.",
                 )
@@ -70,7 +72,10 @@ def create_figures(
         if curves is not None:
             found.append(
                 PageFigure(
-                    "curves", "Learning curves", as_svg(curves, "curves"), "Validation accuracy; bands span the seeds."
+                    "curves",
+                    "Learning curves",
+                    as_svg(curves, "curves"),
+                    f"The {MAIN_METRICS[main]} on validation; bands span the seeds.",
                 )
             )
         if comparison.grouping.keys and len(comparison.runs) > 2:
@@ -98,7 +103,8 @@ def create_figures(
                     "classes",
                     "Class by class",
                     as_svg(_class_figure(by_class), "classes"),
-                    f"Accuracy of {by_class.first.label} less that of {by_class.second.label}, in percentage points, "
+                    f"{'IoU' if main == 'miou' else 'Accuracy'} of {by_class.first.label} less that of "
+                    f"{by_class.second.label}, in percentage points, "
                     f"on the images that both were evaluated on ({by_class.images:,}).",
                 )
             )
@@ -145,7 +151,7 @@ def _has_effective(effective: int) -> Callable[[Group], bool]:
     return lambda group: group.runs[0].settings["effective_batch_size"] == effective
 
 
-def _batch_figure(panels: Sequence[tuple[str, list[Group]]]) -> Figure:
+def _batch_figure(panels: Sequence[tuple[str, list[Group]]], error: str) -> Figure:
     series: dict[str, None] = {}
     for _, groups in panels:
         series |= {_series(group): None for group in groups}
@@ -165,32 +171,32 @@ def _batch_figure(panels: Sequence[tuple[str, list[Group]]]) -> Figure:
             for place, group in zip(x, members, strict=True):
                 for seed, value in group.by_seed.items():
                     [dot] = axes.plot([place], [100 * (1 - value)], "o", color=color, alpha=0.25, markersize=3)
-                    hover(dot, f"{group.label}, seed {seed}: error {100 * (1 - value):.1f} %")
+                    hover(dot, f"{group.label}, seed {seed}: {error} {100 * (1 - value):.1f} %")
             y, below, above = _errors(members)
             bars = axes.errorbar(x, y, (below, above), color=color, linestyle=dashes, marker="o", ms=5, capsize=2)
             handles.setdefault(name, bars)
             for place, group in zip(x, members, strict=True):
                 [point] = axes.plot([place], [100 * (1 - group.mean)], "o", color=color, markersize=5)
-                hover(point, _group_text(group, error=True))
+                hover(point, _group_text(group, error))
         ticks = sorted({_batch_size(group) for group in groups})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_xlabel("batch size (images per forward)")
         axes.set_title(title, loc="left")
-    all_axes[0].set_ylabel("error, %")
+    all_axes[0].set_ylabel(f"{error}, %")
     columns = 2 if max(map(len, handles)) < 40 else 1
     figure.legend(list(handles.values()), list(handles), loc="outside lower left", ncols=columns)
     return figure
 
 
-def _group_text(group: Group, *, error: bool = False) -> str:
-    """What is read under the pointer: label, mean, interval, seeds."""
+def _group_text(group: Group, error: str = "") -> str:
+    """What is read under the pointer: label, mean (or the error of this name), interval, seeds."""
     mean, low, high = group.mean, group.low, group.high
     if error:
         mean, low, high = 1 - mean, None if high is None else 1 - high, None if low is None else 1 - low
     interval = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{group.label}: {'error ' if error else ''}{100 * mean:.1f} %{interval}, {group.n} seeds"
+    return f"{group.label}: {f'{error} ' if error else ''}{100 * mean:.1f} %{interval}, {group.n} seeds"
 
 
 def _errors(groups: Sequence[Group]) -> tuple[list[float], list[float], list[float]]:
@@ -226,12 +232,13 @@ def _curves(comparison: Comparison) -> Figure | None:
     figure = Figure(figsize=(7.6, 4.0), layout="constrained")
     axes = figure.add_subplot()
     names = [group.label for group in comparison.groups]
+    name = f"val/{comparison.metric.rpartition('/')[2]}"
     for group in comparison.groups:
-        runs = [rows for run in group.runs if (rows := run.epochs()) and {"val/acc1", "samples_seen"} <= rows[0].keys()]
+        runs = [rows for run in group.runs if (rows := run.epochs()) and {name, "samples_seen"} <= rows[0].keys()]
         length = min(map(len, runs), default=0)
         if length < 2:  # one point is no curve
             continue
-        values = 100 * np.array([[row["val/acc1"] for row in rows[:length]] for rows in runs])
+        values = 100 * np.array([[row[name] for row in rows[:length]] for rows in runs])
         samples = [row["samples_seen"] for row in runs[0][:length]]
         color, dashes = (_norm_color(group), "-") if many else _look(group.label, names)
         said = str(group.runs[0].settings["norm"]) if many else group.label
@@ -245,7 +252,7 @@ def _curves(comparison: Comparison) -> Figure | None:
     if not axes.lines:
         return None
     axes.set_xlabel("training images seen")
-    axes.set_ylabel("val/acc1, %")
+    axes.set_ylabel(f"{name}, %")
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
     figure.legend(list(once.values()), list(once), loc="outside lower left", ncols=2)

@@ -17,6 +17,7 @@ _SHORT = {
     "effective_batch_size": "effective batch",
     "num_groups": "groups",
     "group_size": "channels per group",
+    "decoder_norm": "decoder with",
 }
 
 

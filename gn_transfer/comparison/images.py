@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from gn_transfer.comparison.comparison import Comparison, Group
 from gn_transfer.report.images import find_image
-from gn_transfer.report.runs import Predictions
+from gn_transfer.report.predictions import SplitPredictions
 
 
 @dataclass(frozen=True)
@@ -17,19 +18,12 @@ class Opinion:
     """What the runs of a group say of an image.
 
     Attributes:
-        runs: Number of runs that were evaluated on it.
-        right: How many were right.
-        said: The class that most of them gave.
+        score: Mean score of the image over the runs: the share that were right, or the mean IoU.
+        text: The same in a few words.
     """
 
-    runs: int
-    right: int
-    said: str
-
-    @property
-    def share(self) -> float:
-        """Share of the runs that were right."""
-        return self.right / self.runs
+    score: float
+    text: str
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,7 @@ class Disagreement:
 
     Attributes:
         path: Relative to the data's root.
-        target: Its class.
+        target: Its class; empty of a segmentation.
         first: What the first group says.
         second: What the second group says.
         file: Path of the image; None where it is not there any more.
@@ -58,7 +52,7 @@ class ClassDifference:
     Attributes:
         first: The group that is measured.
         second: What it is measured against.
-        difference: Accuracy of the first less that of the second, by class.
+        difference: Accuracy, or IoU, of the first less that of the second, by class.
         images: How many images both were evaluated on.
         disagreements: Those on which they differ most, the first group's gains before its losses.
     """
@@ -90,7 +84,7 @@ def choose_pair(comparison: Comparison) -> tuple[Group, Group] | None:
 
 
 def class_difference(
-    first: Group, second: Group, predictions: Mapping[Path, Predictions], most: int = 8
+    first: Group, second: Group, predictions: Mapping[Path, SplitPredictions], most: int = 8
 ) -> ClassDifference | None:
     """Compare two groups image by image.
 
@@ -107,13 +101,12 @@ def class_difference(
     common = [key for key in ours if key in theirs]
     if not common:
         return None
-    by_class: dict[str, list[float]] = defaultdict(list)
-    for key in common:
-        by_class[key[1]].append(ours[key].share - theirs[key].share)
-    difference = {name: sum(values) / len(values) for name, values in by_class.items()}
-    ordered = sorted(common, key=lambda key: (theirs[key].share - ours[key].share, key))
-    gains = [key for key in ordered[:most] if ours[key].share > theirs[key].share]
-    losses = [key for key in ordered[::-1][:most] if ours[key].share < theirs[key].share]
+    paths = {path for path, _ in common}
+    of_first, of_second = (_by_class(group, predictions, paths) for group in (first, second))
+    difference = {name: value - of_second[name] for name, value in of_first.items() if name in of_second}
+    ordered = sorted(common, key=lambda key: (theirs[key].score - ours[key].score, key))
+    gains = [key for key in ordered[:most] if ours[key].score > theirs[key].score]
+    losses = [key for key in ordered[::-1][:most] if ours[key].score < theirs[key].score]
     roots = [Path(run.data_root) for group in (first, second) for run in group.runs[:1]]
     shown = [
         Disagreement(path, target, ours[path, target], theirs[path, target], find_image(path, roots))
@@ -122,14 +115,29 @@ def class_difference(
     return ClassDifference(first, second, difference, len(common), shown)
 
 
-def _opinions(group: Group, predictions: Mapping[Path, Predictions]) -> dict[tuple[str, str], Opinion]:
-    said: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+def _by_class(group: Group, predictions: Mapping[Path, SplitPredictions], paths: Set[str]) -> dict[str, float]:
+    """Average the metric of every class on some images over the runs of a group that have it."""
+    values: dict[str, list[float]] = defaultdict(list)
     for run in group.runs:
-        stored = predictions.get(run.folder)
-        if stored is not None:
-            for path, target, predicted in zip(stored.paths, stored.targets, stored.predicted, strict=True):
-                said[path, target][predicted] += 1
-    return {
-        (path, target): Opinion(counts.total(), counts[target], counts.most_common(1)[0][0])
-        for (path, target), counts in said.items()
-    }
+        if run.folder in predictions:
+            for name, value in predictions[run.folder].by_class(paths).items():
+                values[name].append(value)
+    return {name: fmean(some) for name, some in values.items()}
+
+
+def _opinions(group: Group, predictions: Mapping[Path, SplitPredictions]) -> dict[tuple[str, str], Opinion]:
+    found: dict[tuple[str, str], list[tuple[float, str]]] = defaultdict(list)
+    for run in group.runs:
+        if run.folder in predictions:
+            for path, target, score, said in predictions[run.folder].opinions():
+                found[path, target].append((score, said))
+    return {key: Opinion(fmean(score for score, _ in some), _text(key[1], some)) for key, some in found.items()}
+
+
+def _text(target: str, opinions: Sequence[tuple[float, str]]) -> str:
+    """Say how many runs were right and what most of them said, or how well the pixels were found."""
+    if not target:
+        return f"IoU {100 * fmean(score for score, _ in opinions):.0f} %"
+    right = sum(said == target for _, said in opinions)
+    [(most, _)] = Counter(said for _, said in opinions).most_common(1)
+    return f"{right}/{len(opinions)}" + (f", {most}" if most != target else "")

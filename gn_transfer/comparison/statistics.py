@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-Array: TypeAlias = npt.NDArray[np.float64]
+from gn_transfer.report.predictions import RESAMPLES
 
-RESAMPLES = 2000
-"""Bootstrap samples of an interval."""
+Array: TypeAlias = npt.NDArray[np.float64]
 
 MOST_ENUMERATED = 16
 """Pairs up to which all sign flips are tried; beyond, 2^16 random ones."""
@@ -89,35 +88,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def image_bootstrap(correct: Mapping[str, Sequence[npt.NDArray[np.float32]]], seed: int = 0) -> dict[str, list[Array]]:
-    """Compute how accurate runs would have been on resampled images.
-
-    Runs that were evaluated on the same images get the same resamples, so that differences between them are paired by
-    image.
-
-    Args:
-        correct: For each list of images (by its digest), one array per run, 1 where it was right, else 0, shape
-            ``(P,)``.
-        seed: Seed of the samples.
-
-    Returns:
-        In the same places, the accuracy on each resample, shape ``(RESAMPLES,)``.
-    """
-    resampled = {}
-    for number, digest in enumerate(sorted(correct)):
-        stacked = np.stack(correct[digest])
-        images = stacked.shape[1]
-        generator = np.random.default_rng([seed, number])
-        counts = generator.multinomial(images, np.full(images, 1 / images), size=RESAMPLES).astype(np.float32)
-        resampled[digest] = list((stacked @ counts.T / images).astype(np.float64))
-    return resampled
-
-
 def interval(seeds: Sequence[Array], level: float = 0.95, seed: int = 1) -> tuple[float, float]:
     """Bootstrap a mean over seeds: seeds are resampled, on top of the variation within each.
 
     Args:
-        seeds: For each seed its value on every sample of images (see :func:`image_bootstrap`), or its one value
+        seeds: For each seed its value on every sample of images
+            (:func:`gn_transfer.report.predictions.image_weights`), or its one value
             repeated, shape ``(RESAMPLES,)``.
         level: Coverage of the percentile interval.
         seed: Seed of the samples.

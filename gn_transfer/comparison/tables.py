@@ -15,7 +15,7 @@ from rich.text import Text
 from gn_transfer.comparison.answer import answer
 from gn_transfer.comparison.comparison import Comparison, Contrast, Group
 from gn_transfer.comparison.grouping import label, shown
-from gn_transfer.report.runs import Run, Setting
+from gn_transfer.report.runs import PREDICTIONS, Run, Setting
 
 Row: TypeAlias = dict[str, str]
 
@@ -23,7 +23,7 @@ _FIGURES = ("images_per_sec", "peak_memory_mib", "wall_time_s")
 
 
 def group_rows(comparison: Comparison) -> list[Row]:
-    """Tabulate the groups, accuracy in percent."""
+    """Tabulate the groups, the metric in percent."""
     return [
         {
             **{key: shown(value) for key, value in group.settings.items()},
@@ -98,7 +98,8 @@ def group_count_tables(comparison: Comparison) -> list[tuple[str, list[Row]]]:
                 {"": "above the best"} | {k: "-" if g is None else _percent(best - g.mean) for k, g in cells.items()}
             )
         if rows:
-            tables.append((f"Error in percent by number of {heading}", rows))
+            error = "1 - mIoU" if comparison.metric.endswith("miou") else "Error"
+            tables.append((f"{error} in percent by number of {heading}", rows))
     return tables
 
 
@@ -109,7 +110,7 @@ def run_rows(comparison: Comparison) -> list[dict[str, Setting]]:
 
 def _run_row(comparison: Comparison, run: Run) -> dict[str, Setting]:
     names = [*comparison.grouping.keys, *comparison.grouping.tied]
-    wanted = ("test/acc1", "val/acc1", "best/val/acc1", "val/loss", "samples_seen", *_FIGURES)
+    wanted = (*(f"{evaluation}/{run.main_metric}" for evaluation in PREDICTIONS), "val/loss", "samples_seen", *_FIGURES)
     facts = ("weights", "device", "git_commit", "val_split", "test_split")
     return {
         "run": run.name,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+
+Line: TypeAlias = str | tuple[str, tuple[int, ...]]
+"""A line of text; with a color (RGB) it stands behind a square of that color."""
 
 _LINE = 15
 _GAP = 6
@@ -15,7 +19,7 @@ _TILE = (96, 256)  # least and greatest side of a tile; smaller images are magni
 
 
 def contact_sheet(
-    images: Sequence[tuple[npt.NDArray[np.uint8], Sequence[str]]], columns: int = 6
+    images: Sequence[tuple[npt.NDArray[np.uint8], Sequence[Line]]], columns: int = 6
 ) -> npt.NDArray[np.uint8]:
     """Lay images out in rows.
 
@@ -41,9 +45,13 @@ def contact_sheet(
         )
         sheet.paste(Image.fromarray(np.asarray(shown, dtype=np.uint8)), (left, top))
         for number, line in enumerate(caption):
-            while pen.textlength(line, font) > tile and len(line) > 4:
-                line = line[:-2].rstrip(".") + "."
-            pen.text((left, top + tile + number * _LINE), line, "black", font)
+            text, indent = (line, 0) if isinstance(line, str) else (line[0], _LINE)
+            y = top + tile + number * _LINE
+            if not isinstance(line, str):
+                pen.rectangle((left, y + 2, left + _LINE - 5, y + _LINE - 3), fill=line[1], outline="grey")
+            while pen.textlength(text, font) > tile - indent and len(text) > 4:
+                text = text[:-2].rstrip(".") + "."
+            pen.text((left + indent, y), text, "black", font)
     return np.asarray(sheet)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import cv2
 import numpy as np
 import numpy.typing as npt
+
+from gn_transfer.data.contact_sheet import Line
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -42,6 +46,17 @@ def class_colors(number: int) -> Pixels:
     rounds = np.arange(number) // len(_PALETTE)
     colors = _PALETTE[np.arange(number) % len(_PALETTE)].astype(np.float32)
     return np.asarray(colors * (0.7**rounds)[:, None], dtype=np.uint8)
+
+
+def legend(texts: Mapping[int, str], number: int) -> list[Line]:
+    """Give lines of a contact sheet that explain the colors of classes.
+
+    Args:
+        texts: What to say of each class, by its number.
+        number: Classes.
+    """
+    colors = class_colors(number).tolist()
+    return [(text, tuple(colors[place])) for place, text in texts.items()]
 
 
 def overlay(image_HWC: Pixels, classes_HW: Pixels, number: int) -> Pixels:

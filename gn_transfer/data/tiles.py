@@ -39,6 +39,27 @@ def tile_starts(length: int, tile: int) -> list[int]:
     return [round(index * (length - tile) / (count - 1)) for index in range(count)]
 
 
+def tile_places(height: int, width: int, tile: int) -> list[tuple[slice, slice]]:
+    """Place tiles over an image, row by row.
+
+    Args:
+        height: Of the image, in pixels.
+        width: Likewise.
+        tile: Side of a tile, in pixels; a shorter side of the image is covered by one.
+
+    Returns:
+        Rows and columns of each tile.
+
+    Example:
+        >>> tile_places(100, 300, 200)
+        [(slice(0, 100, None), slice(0, 200, None)), (slice(0, 100, None), slice(100, 300, None))]
+    """
+    rows, columns = (
+        [slice(start, start + min(tile, length)) for start in tile_starts(length, tile)] for length in (height, width)
+    )
+    return [(row, column) for row in rows for column in columns]
+
+
 def blending_window(height: int, width: int) -> npt.NDArray[np.float32]:
     """Weigh the pixels of a tile: 1 in its middle, falling in a straight line over the overlap towards its edges.
 

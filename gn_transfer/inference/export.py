@@ -11,33 +11,38 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from safetensors.torch import save
 
 from gn_transfer import data as data_modules
-from gn_transfer.config import ConfigError
+from gn_transfer.config import STRIDE, ConfigError
 from gn_transfer.data.datamodule import ImageDataModule
 from gn_transfer.data.preprocess import CROP_FRACTION
 from gn_transfer.data.progress import working
+from gn_transfer.data.segmentation import SegmentationDataModule
 from gn_transfer.files import read_json, sha256, whole_folder, write_json
-from gn_transfer.inference.bundle import (
+from gn_transfer.inference.bundle_files import (
     CARD,
     FORMAT,
     FORMAT_VERSION,
     GRAPH,
     METADATA,
     WEIGHTS,
-    load_bundle,
     metadata_sha256,
 )
+from gn_transfer.inference.load import load_bundle
 from gn_transfer.inference.model_card import confused_pairs, model_card
 from gn_transfer.inference.onnx_graph import OPSET, InferenceModel, write_onnx
-from gn_transfer.inference.parity import Parity, ParityError, compare_with_checkpoint
+from gn_transfer.inference.onnx_segmentation import write_segmentation_onnx
+from gn_transfer.inference.parity import Parity, ParityError, class_ious, compare_with_checkpoint
 from gn_transfer.report.runs import runs_on_images
-from gn_transfer.training.checkpoint import check_classes, read_checkpoint, rebuild_task
-from gn_transfer.training.classification import TransferClassifier
+from gn_transfer.training.checkpoint import check_classes, read_checkpoint
 from gn_transfer.training.ema import AS_TRAINED
 from gn_transfer.training.environment import environment
 from gn_transfer.training.run_folder import run_of_checkpoint
+from gn_transfer.training.segmentation import TransferSegmenter
+from gn_transfer.training.task import TransferTask
+from gn_transfer.training.tasks import load_task
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -94,51 +99,48 @@ def export_bundle(
     stored = content["gn_transfer"]
     _check_exportable(stored, checkpoint)
     data = validation_data(stored["config"], stored["classes"], data_root)
-    task = rebuild_task(TransferClassifier, content, checkpoint).eval()
-    architecture, img_size = stored["architecture"], data.img_size
+    task = load_task(content, checkpoint)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(output) as folder:
-        say(
-            f"checkpoint  {checkpoint}: {architecture['architecture']}, norm {architecture['norm']}, {img_size} px, "
-            f"{len(stored['classes'])} classes"
-        )
+        say(f"checkpoint  {checkpoint}: {_described(stored, data)}")
         assert task.model is not None
         with working("writing the graph"):
-            write_onnx(InferenceModel(task.model, architecture["mean"], architecture["std"]), img_size, folder / GRAPH)
+            _write_graph(task, stored["architecture"], data, folder / GRAPH)
         weights = {name: tensor.contiguous() for name, tensor in task.model.state_dict().items()}
         (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))  # save_file would make it private
-        metadata = describe_bundle(content, checkpoint, img_size)
+        metadata = describe_bundle(content, checkpoint, data)
         _seal(folder, metadata)  # the comparison goes the user's way, through a bundle that loads
         bundle = load_bundle(folder)
-        found = compare_with_checkpoint(task, bundle, data)
-        counts = np.bincount(found.targets, minlength=len(bundle.classes)).tolist()
+        meter = compare_with_checkpoint(task, bundle, data)
+        parity = meter.compute()
         same = _same_split(checkpoint, data)
-        metadata["parity"] = asdict(found.parity)
+        metadata["parity"] = asdict(parity)
         metadata["validation"] = {
-            "images": dict(zip(bundle.classes, counts, strict=True)),
-            "confused": confused_pairs(found.targets, found.preds, bundle.classes),
+            "images": parity.images,
+            "by_class": _by_class(meter.confusion, bundle.classes, parity.metric),
+            "confused": confused_pairs(meter.confusion, bundle.classes),
             "same_images_as_the_run": same,
         }
         if same is False:
             say(
                 "warning     the validation images are not those of the run (see its split.json). Some may have been "
-                "trained on, so accuracies here may be too high."
+                "trained on, so figures here may be too high."
             )
-        if not found.parity.holds:
-            raise ParityError(f"the bundle differs from {checkpoint}: {found.parity.summary()}. No bundle was written.")
+        if not parity.holds:
+            raise ParityError(f"the bundle differs from {checkpoint}: {parity.summary()}. No bundle was written.")
         (folder / CARD).write_text(model_card(metadata), encoding="utf-8")
         _seal(folder, metadata)
-    return found.parity
+    return parity
 
 
-def describe_bundle(content: Mapping[str, Any], checkpoint: Path, img_size: int) -> dict[str, Any]:
+def describe_bundle(content: Mapping[str, Any], checkpoint: Path, data: ImageDataModule) -> dict[str, Any]:
     """Collect what bundle.json says beside the comparison.
 
     Args:
         content: The checkpoint.
         checkpoint: Its path.
-        img_size: Side of the square that the graph takes, in pixels.
+        data: The run's data, which says how images are preprocessed.
     """
     stored = content["gn_transfer"]
     architecture = stored["architecture"]
@@ -147,15 +149,9 @@ def describe_bundle(content: Mapping[str, Any], checkpoint: Path, img_size: int)
         "format_version": FORMAT_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "classes": stored["classes"],
-        "img_size": img_size,
-        "crop_fraction": CROP_FRACTION,
-        "preprocessing": "RGB, upright; the centre square of crop_fraction of the short side; resized to img_size "
-        "(averaged over areas where it shrinks, bilinear where it grows); then (x / 255 - mean) / std, which the "
-        "graph does itself",
+        **_inputs_and_outputs(data, len(stored["classes"])),
         "mean": architecture["mean"],
         "std": architecture["std"],
-        "inputs": {"images": f"uint8 (batch, {img_size}, {img_size}, 3), RGB"},
-        "outputs": dict.fromkeys(("logits", "probs"), f"float32 (batch, {len(stored['classes'])})"),
         "opset": OPSET,
         "norm": architecture["norm"],
         "backbone": architecture["backbone"],
@@ -165,6 +161,63 @@ def describe_bundle(content: Mapping[str, Any], checkpoint: Path, img_size: int)
         "evaluated_images": evaluated_images(checkpoint),
         "provenance": provenance(content, checkpoint),
         "versions": {**environment()["versions"], **{name: version(name) for name in ("onnx", "onnxruntime")}},
+    }
+
+
+def _inputs_and_outputs(data: ImageDataModule, classes: int) -> dict[str, Any]:
+    """Say what the graph takes and gives, and how an image is brought to it."""
+    if isinstance(data, SegmentationDataModule):
+        scores = f"float32 (batch, {classes}, height, width)"
+        return {
+            "task": "segmentation",
+            "short_side": data.resolved_short_side,
+            "tile_size": data.tile_size,
+            "preprocessing": "RGB, upright; where its short side exceeds short_side (0: any length), reduced to it, "
+            "averaged over areas; then (x / 255 - mean) / std and zeros below and to the right up to a multiple of "
+            f"{STRIDE}, which the graph does itself and cuts off again",
+            "inputs": {"images": "uint8 (batch, height, width, 3), RGB, of any height and width"},
+            "outputs": {"logits": scores, "probs": scores, "classes": "uint8 (batch, height, width)"},
+        }
+    return {
+        "task": "classification",
+        "img_size": data.img_size,
+        "crop_fraction": CROP_FRACTION,
+        "preprocessing": "RGB, upright; the centre square of crop_fraction of the short side; resized to img_size "
+        "(averaged over areas where it shrinks, bilinear where it grows); then (x / 255 - mean) / std, which the "
+        "graph does itself",
+        "inputs": {"images": f"uint8 (batch, {data.img_size}, {data.img_size}, 3), RGB"},
+        "outputs": dict.fromkeys(("logits", "probs"), f"float32 (batch, {classes})"),
+    }
+
+
+def _described(stored: Mapping[str, Any], data: ImageDataModule) -> str:
+    architecture = stored["architecture"]
+    parts = [architecture["architecture"], f"norm {architecture['norm']}"]
+    if "decoder" in architecture:
+        parts += [f"decoder {architecture['decoder']} with {architecture['decoder_norm']}", "images of any size"]
+    else:
+        parts += [f"{data.img_size} px"]
+    return ", ".join([*parts, f"{len(stored['classes'])} classes"])
+
+
+def _write_graph(task: TransferTask, architecture: Mapping[str, Any], data: ImageDataModule, path: Path) -> None:
+    assert task.model is not None
+    mean, std = architecture["mean"], architecture["std"]
+    if isinstance(task, TransferSegmenter):
+        write_segmentation_onnx(task.model, mean, std, len(task.classes), path)
+    else:
+        write_onnx(InferenceModel(task.model, mean, std), data.img_size, path)
+
+
+def _by_class(confusion: npt.NDArray[np.int64], classes: Sequence[str], metric: str) -> dict[str, dict[str, Any]]:
+    """Say of every class how often it occurs, and how well it was found: its recall, or the IoU of its pixels."""
+    counts = confusion.sum(1)
+    with np.errstate(invalid="ignore"):
+        scores = class_ious(confusion) if metric == "mIoU" else np.diag(confusion) / counts
+    score = "iou" if metric == "mIoU" else "recall"
+    return {
+        name: {"count": int(count), score: None if np.isnan(value) else float(value)}
+        for name, count, value in zip(classes, counts, scores, strict=True)
     }
 
 
@@ -310,8 +363,6 @@ def _check_exportable(stored: Mapping[str, Any], checkpoint: Path) -> None:
             f"{checkpoint} lacks {', '.join(missing)}, which export needs: it was not written by gn-transfer fit, or "
             "by an older one. Continue its run for an epoch with gn-transfer fit --ckpt_path, and export the result."
         )
-    if "decoder" in stored["architecture"]:
-        raise ConfigError(f"{checkpoint} is a segmentation; export knows classification only so far.")
     if stored["architecture"].get("in_chans", 3) != 3:
         raise ConfigError(
             f"{checkpoint} is a model of {stored['architecture']['in_chans']}-channel images, and a bundle takes RGB "

@@ -6,14 +6,19 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import onnxruntime
+
 from gn_transfer.config import ConfigError
-from gn_transfer.inference.bundle import METADATA, Bundle, load_bundle
+from gn_transfer.inference.bundle import open_graph
+from gn_transfer.inference.bundle_files import GRAPH, METADATA, WEIGHTS, read_metadata, verify_files
+from gn_transfer.inference.classification import ClassificationBundle
+from gn_transfer.inference.segmentation import SegmentationBundle
 
 if TYPE_CHECKING:
-    from gn_transfer.training.classification import TransferClassifier
+    from gn_transfer.training.task import TransferTask
 
 
-def load(path: str | os.PathLike[str]) -> Bundle | TransferClassifier:
+def load(path: str | os.PathLike[str]) -> ClassificationBundle | SegmentationBundle | TransferTask:
     """Load a bundle, or a checkpoint of ``gn-transfer fit``. No code in it is run.
 
     Args:
@@ -36,6 +41,65 @@ def load(path: str | os.PathLike[str]) -> Bundle | TransferClassifier:
             f"{path}: neither a bundle (a folder with {METADATA}) nor a checkpoint; give the folder of a bundle, a "
             ".ckpt file, or a folder checkpoints/CONFIG/RUN."
         )
-    from gn_transfer.training.classification import TransferClassifier
+    from gn_transfer.training.checkpoint import read_checkpoint
+    from gn_transfer.training.tasks import load_task
 
-    return TransferClassifier.load_from_checkpoint(path)
+    return load_task(read_checkpoint(path, argument="load"), path)
+
+
+def load_bundle(
+    folder: str | os.PathLike[str], *, threads: int | None = None
+) -> ClassificationBundle | SegmentationBundle:
+    """Verify a bundle and make it ready to run. No code of the bundle is run, only its graph.
+
+    ``model.safetensors``, which training needs and this does not, may have been left out of a copy.
+
+    Args:
+        folder: The bundle's folder.
+        threads: Compute threads; None takes ``OMP_NUM_THREADS`` where it is set, else every core given to us.
+
+    Returns:
+        The bundle, of the class of its task.
+
+    Raises:
+        ConfigError: Not a bundle, written by a newer version, a file missing or changed, or a graph that the installed
+            onnxruntime cannot run.
+    """
+    folder = Path(folder)
+    metadata = read_metadata(folder)
+    needed = {name: digest for name, digest in metadata["files"].items() if name != WEIGHTS or (folder / name).exists()}
+    verify_files(folder, needed)
+    try:
+        session = open_graph(folder / GRAPH, threads)
+    except Exception as error:  # onnxruntime's errors share no base class but this
+        raise ConfigError(
+            f"{folder / GRAPH}: onnxruntime {onnxruntime.__version__} cannot run it ({error}); it needs a version that "
+            f"knows opset {metadata.get('opset')}. Update onnxruntime, or export the checkpoint again."
+        ) from error
+    kind = SegmentationBundle if metadata["task"] == "segmentation" else ClassificationBundle
+    return kind(folder, metadata, session)
+
+
+def load_for_training(folder: str | os.PathLike[str]) -> TransferTask:
+    """Build the module of a bundle with its weights, to train on.
+
+    Args:
+        folder: The bundle's folder, with ``model.safetensors``.
+
+    Returns:
+        The module on the CPU, in training mode.
+
+    Raises:
+        ConfigError: Not a bundle, a file missing or changed, or weights that do not fit.
+    """
+    from safetensors.torch import load_file
+
+    from gn_transfer.training.tasks import load_task
+
+    folder = Path(folder)
+    metadata = read_metadata(folder)
+    verify_files(folder, {WEIGHTS: metadata["files"][WEIGHTS]})
+    stored = {key: metadata[key] for key in ("classes", "architecture")}
+    stored["transfer_report"] = metadata["provenance"]["transfer_report"]
+    weights = {f"model.{name}": tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+    return load_task({"gn_transfer": stored, "state_dict": weights}, folder).train()

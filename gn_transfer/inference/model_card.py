@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ _CARD = """\
 
 {classes}
 
-Images of {img_size} x {img_size} pixels; weights {weights}; {transfer}.
+{sizes}; weights {weights}; {transfer}.
 Run `{run}`, {checkpoint} (epoch {epoch}, {optimizer_steps} optimizer steps). Exported {created} by gn-transfer \
 {version}.
 
@@ -27,16 +26,33 @@ Run `{run}`, {checkpoint} (epoch {epoch}, {optimizer_steps} optimizer steps). Ex
 |---|---|
 {metrics}
 
-{confused}
+{errors}
 
 ## Agreement with the trained model
 
 On {images} validation images the logits of `model.onnx` and of the checkpoint in torch differ by at most \
-{max_difference:.1e} (allowed {tolerance:.1e}); the top class is equal on {same_class}; accuracy \
-{accuracy_bundle:.4f} against {accuracy_checkpoint:.4f}.
+{max_difference:.1e} (allowed {tolerance:.1e}); the top class is equal on {same_class:,} of {compared:,} {items}; \
+{metric} {metric_bundle:.4f} against {metric_checkpoint:.4f}.
 
 ## Use it with numpy and onnxruntime alone
 
+{usage}
+
+## Train on
+
+`model.safetensors` holds the weights under {names}; feed it pixels as `(x / 255 - mean) / std` with mean \
+{mean} and std {std}.
+
+```python
+{rebuild}
+```
+
+`bundle.json` holds all of this for programs, and the SHA-256 of every file.
+"""
+
+_LOAD = 'model.load_state_dict(load_file("model.safetensors"))'
+
+_CLASSIFICATION = """\
 ```python
 import json
 from pathlib import Path
@@ -61,20 +77,33 @@ from gn_transfer import load_bundle
 
 for prediction in load_bundle(".").predict(["cat.jpg"], top_k=3):
     print(prediction.path, prediction.label, prediction.prob, prediction.top)
+```"""
+
+_SEGMENTATION = """\
+```python
+import json
+from pathlib import Path
+import numpy as np
+import onnxruntime
+
+names = json.loads(Path("bundle.json").read_text())["classes"]
+session = onnxruntime.InferenceSession("model.onnx")
+images = np.load("images.npy")  # uint8, RGB, shape (batch, height, width, 3), any height and width
+logits, probs, classes = session.run(None, {{"images": images}})
+for number, name in enumerate(names):
+    print(name, f"{{(classes == number).mean():.1%}} of the pixels")
 ```
 
-## Train on
-
-`model.safetensors` holds the weights under timm's names; feed it pixels as `(x / 255 - mean) / std` with mean \
-{mean} and std {std}.
+An image is segmented as in validation: decode it upright to RGB{reduced}. The graph subtracts the mean, divides by \
+the standard deviation, and pads. {tiles}With gn-transfer installed, `gn-transfer predict BUNDLE IMAGES` does all of \
+it, and in Python:
 
 ```python
-{timm}
-model.load_state_dict(load_file("model.safetensors"))
-```
+from gn_transfer import load_bundle
 
-`bundle.json` holds all of this for programs, and the SHA-256 of every file.
-"""
+for segmentation in load_bundle(".").predict(["cat.jpg"]):
+    print(segmentation.path, segmentation.mask.shape, segmentation.pixels)
+```"""
 
 
 def model_card(metadata: Mapping[str, Any]) -> str:
@@ -86,55 +115,86 @@ def model_card(metadata: Mapping[str, Any]) -> str:
     Returns:
         Markdown.
     """
-    origin, parity, architecture = metadata["provenance"], metadata["parity"], metadata["architecture"]
-    report = origin["transfer_report"]
-    confused = metadata["validation"]["confused"]
-    rows = [f"| {pair['true']} | {pair['predicted']} | {pair['images']} |" for pair in confused]
-    table = "\n".join(["Most confused in validation:\n", "| true | seen as | images |", "|---|---|---|", *rows])
-    metrics = {**metadata["metrics"], "validation accuracy of this bundle": parity["accuracy_bundle"]}
+    origin, parity = metadata["provenance"], metadata["parity"]
+    report, classes = origin["transfer_report"], metadata["classes"]
+    metrics = {**metadata["metrics"], f"validation {parity['metric']} of this bundle": parity["metric_bundle"]}
     start = "trained from scratch" if report["source"] == "from scratch" else f"started from `{report['source']}`"
     return _CARD.format(
         backbone=metadata["backbone"],
         norm=metadata["norm"],
-        count=len(metadata["classes"]),
-        classes=", ".join(metadata["classes"]),
-        img_size=metadata["img_size"],
+        count=len(classes),
+        classes=", ".join(classes),
         weights=metadata["weights"],
         transfer=start,
         **{key: origin[key] for key in ("run", "checkpoint", "epoch", "optimizer_steps")},
         created=metadata["created"],
         version=metadata["versions"]["gn-transfer"],
         metrics="\n".join(_metric_row(name, value, metadata["evaluated_images"]) for name, value in metrics.items()),
-        confused=table if rows else "No validation image was taken for another class.",
         **parity,
-        crop_percent=100 * metadata["crop_fraction"],
         mean=metadata["mean"],
         std=metadata["std"],
-        timm=timm_lines(architecture, len(metadata["classes"])),
+        **(_of_segmentation(metadata) if metadata["task"] == "segmentation" else _of_classification(metadata)),
     )
 
 
-def confused_pairs(
-    targets: npt.NDArray[np.int64], preds: npt.NDArray[np.int64], classes: Sequence[str], most: int = 10
-) -> list[dict[str, Any]]:
+def _of_classification(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Write what a card says of a classification alone."""
+    confused, size = metadata["validation"]["confused"], metadata["img_size"]
+    rows = [f"| {pair['true']} | {pair['predicted']} | {pair['count']} |" for pair in confused]
+    table = "\n".join(["Most confused in validation:\n", "| true | seen as | images |", "|---|---|---|", *rows])
+    return {
+        "sizes": f"Images of {size} x {size} pixels",
+        "errors": table if rows else "No validation image was taken for another class.",
+        "items": "images",
+        "usage": _CLASSIFICATION.format(img_size=size, crop_percent=100 * metadata["crop_fraction"]),
+        "names": "timm's names",
+        "rebuild": f"{timm_lines(metadata['architecture'], len(metadata['classes']))}\n{_LOAD}",
+    }
+
+
+def _of_segmentation(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Write what a card says of a segmentation alone."""
+    architecture, short_side, tile = metadata["architecture"], metadata["short_side"], metadata["tile_size"]
+    rows = [
+        f"| {name} | {'-' if found['iou'] is None else format(found['iou'], '.4f')} | {found['count']:,} |"
+        for name, found in metadata["validation"]["by_class"].items()
+    ]
+    table = ["Intersection over union in validation, by class:\n", "| class | IoU | labeled pixels |", "|---|---|---|"]
+    reduced = f", reduce its short side to {short_side} pixels if it is longer (OpenCV's `INTER_AREA`)"
+    tiles = f"Larger images go through it in tiles of {tile} pixels, whose overlaps are blended. "
+    return {
+        "sizes": f"Images of any size, the decoder {architecture['decoder']} with {architecture['decoder_norm']}",
+        "errors": "\n".join([*table, *rows]),
+        "items": "labeled pixels",
+        "usage": _SEGMENTATION.format(reduced=reduced if short_side else "", tiles=tiles if tile else ""),
+        "names": "the names of gn_transfer's segmentation model",
+        "rebuild": 'from gn_transfer import load_for_training\n\ntask = load_for_training(".")',
+    }
+
+
+def confused_pairs(confusion: npt.NDArray[np.int64], classes: Sequence[str], most: int = 10) -> list[dict[str, Any]]:
     """Find the pairs of classes that are confused most.
 
     Args:
-        targets: True classes, shape ``(N,)``.
-        preds: Predicted classes, shape ``(N,)``.
+        confusion: Images, or pixels, of each class (rows) that were given each class (columns).
         classes: Their names.
         most: How many pairs to give.
 
     Returns:
-        ``true``, ``predicted`` and the number of ``images`` of each pair, the most frequent first.
+        ``true``, ``predicted`` and the ``count`` of each pair, the most frequent first.
 
     Example:
-        >>> confused_pairs(np.array([0, 0, 1]), np.array([1, 1, 1]), ["ant", "bee"])
-        [{'true': 'ant', 'predicted': 'bee', 'images': 2}]
+        >>> confused_pairs(np.array([[0, 1], [0, 1]]), ["ant", "bee"])
+        [{'true': 'ant', 'predicted': 'bee', 'count': 1}]
     """
-    wrong = Counter((int(t), int(p)) for t, p in zip(targets, preds, strict=True) if t != p)
-    ordered = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:most]
-    return [{"true": classes[t], "predicted": classes[p], "images": count} for (t, p), count in ordered]
+    wrong = confusion - np.diag(np.diag(confusion))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    pairs = [(int(place) // len(classes), int(place) % len(classes)) for place in order]
+    return [
+        {"true": classes[true], "predicted": classes[pred], "count": int(wrong[true, pred])}
+        for true, pred in pairs
+        if wrong[true, pred]
+    ]
 
 
 def _metric_row(name: str, value: float, images: Mapping[str, int]) -> str:

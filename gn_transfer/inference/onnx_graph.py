@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -101,7 +102,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def write_onnx(model: InferenceModel, img_size: int, path: Path) -> None:
-    """Write the graph as one ONNX file and check it.
+    """Write the graph of a classification as one ONNX file and check it.
 
     The exporter folds a BatchNorm into the convolution before it, where nothing stands between them. One that comes
     before a convolution (ResNetV2's, behind a ReLU's sum) cannot be folded and stays.
@@ -110,6 +111,29 @@ def write_onnx(model: InferenceModel, img_size: int, path: Path) -> None:
         model: The model.
         img_size: Side of the images, in pixels.
         path: File to write.
+
+    Raises:
+        ConfigError: A model of more than 1.9 GB, which one ONNX file cannot hold.
+    """
+    example = torch.zeros(2, img_size, img_size, 3, dtype=torch.uint8)  # two images: one would fix the batch to one
+    sizes = {0: torch.export.Dim("batch")}
+    save_graph(export_graph(model, example, sizes, "images", ["logits", "probs"]), path)
+
+
+def export_graph(
+    model: nn.Module, example: Tensor, sizes: Mapping[int, Any], name: str, outputs: list[str]
+) -> onnx.ModelProto:
+    """Trace a model of one input.
+
+    Args:
+        model: The model, in evaluation mode.
+        example: An input.
+        sizes: Which of its dimensions are free, as :func:`torch.export.export` takes them.
+        name: Of the input.
+        outputs: Names of the outputs.
+
+    Returns:
+        The graph, without the exporter's notes, which quote its source files by their paths.
 
     Raises:
         ConfigError: A model of more than 1.9 GB, which one ONNX file cannot hold.
@@ -123,29 +147,30 @@ def write_onnx(model: InferenceModel, img_size: int, path: Path) -> None:
     with _quiet():
         program = torch.onnx.export(
             model,
-            (_example(img_size),),
+            (example,),
             dynamo=True,
             opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits", "probs"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=[name],
+            output_names=outputs,
+            dynamic_shapes=(sizes,),
             external_data=False,
             verbose=False,
         )
     assert program is not None
-    model = program.model_proto
-    for node in model.graph.node:  # the exporter's notes quote its source files by their paths
+    graph: onnx.ModelProto = program.model_proto
+    for node in graph.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+    for value in (*graph.graph.value_info, *graph.graph.input, *graph.graph.output):
         del value.metadata_props[:]
-    del model.graph.metadata_props[:]
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, path)
+    del graph.graph.metadata_props[:]
+    return graph
 
 
-def _example(img_size: int) -> Tensor:
-    return torch.zeros(2, img_size, img_size, 3, dtype=torch.uint8)  # two images: one would fix the batch to one
+def save_graph(graph: onnx.ModelProto, path: Path) -> None:
+    """Check a graph and write it as one file."""
+    onnx.checker.check_model(graph, full_check=True)
+    onnx.save(graph, path)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,8 @@ from gn_transfer.training.task import TransferTask
 TOLERANCE = 1e-4
 """Greatest difference of a logit, absolute, or relative to the greatest logit where that exceeds 1."""
 
+Counts = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Parity:
@@ -28,95 +31,140 @@ class Parity:
         max_difference: Greatest absolute difference of a logit.
         max_logit: Greatest absolute logit of the checkpoint.
         tolerance: What :attr:`max_difference` may be.
-        same_class: Images with the same top class.
-        decided: Images whose two best logits are more than twice the tolerance apart.
-        decided_same_class: Those among them with the same top class.
-        accuracy_checkpoint: Share of right top classes, of the checkpoint in torch.
-        accuracy_bundle: Share of right top classes, of the bundle.
+        compared: Images, or labeled pixels of them.
+        same_class: Those of them with the same top class. Where the difference is within the tolerance, only classes
+            whose logits are closer than twice the tolerance can differ.
+        metric: ``accuracy`` or ``mIoU``.
+        metric_checkpoint: Its value for the checkpoint in torch.
+        metric_bundle: Its value for the bundle.
     """
 
     images: int
     max_difference: float
     max_logit: float
     tolerance: float
+    compared: int
     same_class: int
-    decided: int
-    decided_same_class: int
-    accuracy_checkpoint: float
-    accuracy_bundle: float
+    metric: str
+    metric_checkpoint: float
+    metric_bundle: float
 
     @property
     def holds(self) -> bool:
         """Whether the bundle computes what was trained."""
-        return self.max_difference <= self.tolerance and self.decided_same_class == self.decided
+        return self.max_difference <= self.tolerance
 
     def summary(self) -> str:
         """Say it in a line."""
+        equal = (
+            f"{self.same_class}"
+            if self.compared == self.images
+            else f"{self.same_class / max(1, self.compared):.4%} of the labeled pixels"
+        )
         return (
             f"{self.images} validation images: logits differ by at most {self.max_difference:.1e} (allowed "
-            f"{self.tolerance:.1e}), top class equal on {self.same_class}, accuracy {self.accuracy_bundle:.4f} "
-            f"(checkpoint {self.accuracy_checkpoint:.4f})"
+            f"{self.tolerance:.1e}), top class equal on {equal}, {self.metric} {self.metric_bundle:.4f} "
+            f"(checkpoint {self.metric_checkpoint:.4f})"
         )
-
-
-def measure_parity(
-    checkpoint_logits: npt.NDArray[np.float32], bundle_logits: npt.NDArray[np.float32], targets: npt.NDArray[np.int64]
-) -> Parity:
-    """Compare two sets of logits.
-
-    Args:
-        checkpoint_logits: Of the checkpoint in torch, shape ``(N, classes)``.
-        bundle_logits: Of the bundle, likewise.
-        targets: True classes, shape ``(N,)``.
-
-    Returns:
-        The comparison; a bundle whose logits are not finite differs by infinity.
-
-    Example:
-        >>> two = np.array([[1.0, 3.0], [2.0, 0.5]], np.float32)
-        >>> parity = measure_parity(two, two + 1e-5, np.array([1, 1]))
-        >>> parity.holds, parity.same_class, parity.accuracy_bundle
-        (True, 2, 0.5)
-    """
-    difference = float(np.abs(checkpoint_logits - bundle_logits).max())
-    largest = float(np.abs(checkpoint_logits).max())
-    tolerance = TOLERANCE * max(1.0, largest)
-    second, first = np.sort(checkpoint_logits, axis=1)[:, -2:].T
-    decided = first - second > 2 * tolerance
-    ours, theirs = bundle_logits.argmax(1), checkpoint_logits.argmax(1)
-    return Parity(
-        images=len(targets),
-        max_difference=difference if np.isfinite(difference) else float("inf"),
-        max_logit=largest,
-        tolerance=tolerance,
-        same_class=int((ours == theirs).sum()),
-        decided=int(decided.sum()),
-        decided_same_class=int((ours == theirs)[decided].sum()),
-        accuracy_checkpoint=float((theirs == targets).mean()),
-        accuracy_bundle=float((ours == targets).mean()),
-    )
 
 
 class ParityError(RuntimeError):
     """A bundle does not compute what was trained: a fault of the program, or of the libraries it exports with."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What a checkpoint and its bundle say about the validation images.
+class ParityMeter:
+    """Compare a bundle with its checkpoint, image by image.
+
+    Args:
+        num_classes: Number of classes.
 
     Attributes:
-        parity: How far they are apart.
-        targets: True classes, shape ``(N,)``.
-        preds: Classes that the bundle predicts, shape ``(N,)``.
+        confusion: Images, or labeled pixels, of each class (rows) that the bundle gave each class (columns).
+
+    Example:
+        >>> meter = ParityMeter(2)
+        >>> for logits, target in (([1.0, 3.0], 1), ([2.0, 0.5], 1)):
+        ...     of_checkpoint = np.array(logits, np.float32)
+        ...     meter.update(of_checkpoint, of_checkpoint + 1e-5, np.array(target))
+        >>> parity = meter.compute()
+        >>> parity.holds, parity.same_class, parity.metric, parity.metric_bundle
+        (True, 2, 'accuracy', 0.5)
     """
 
-    parity: Parity
-    targets: npt.NDArray[np.int64]
-    preds: npt.NDArray[np.int64]
+    def __init__(self, num_classes: int) -> None:
+        self.confusion: Counts = np.zeros((num_classes, num_classes), np.int64)
+        self._of_checkpoint = self.confusion.copy()
+        self._images = self._same = 0
+        self._difference = self._largest = 0.0
+        self._of_pixels = False
+
+    def update(
+        self,
+        of_checkpoint: npt.NDArray[np.float32],
+        of_bundle: npt.NDArray[np.float32],
+        target: npt.NDArray[np.integer],
+    ) -> None:
+        """Take the logits of an image.
+
+        Args:
+            of_checkpoint: Shape ``(classes,)``, or ``(classes, H, W)`` of a segmentation.
+            of_bundle: Likewise; what is not finite differs by infinity.
+            target: True class, or classes of shape ``(H, W)``; numbers that are no class do not count.
+
+        Raises:
+            ConfigError: The checkpoint's logits are not finite.
+        """
+        if not np.isfinite(of_checkpoint).all():
+            raise ConfigError(
+                "the checkpoint's logits are not finite on its validation images; use another checkpoint."
+            )
+        difference = float(np.abs(of_checkpoint - of_bundle).max())
+        self._difference = max(self._difference, difference if np.isfinite(difference) else float("inf"))
+        self._largest = max(self._largest, float(np.abs(of_checkpoint).max()))
+        number = len(self.confusion)
+        counts = target < number
+        preds = [logits.argmax(0)[counts] for logits in (of_checkpoint, of_bundle)]
+        for confusion, pred in zip((self._of_checkpoint, self.confusion), preds, strict=True):
+            pairs = target[counts].astype(np.int64) * number + pred
+            confusion += np.bincount(pairs, minlength=number**2).reshape(number, number)
+        self._same += int((preds[0] == preds[1]).sum())
+        self._images += 1
+        self._of_pixels = target.ndim > 0
+
+    def compute(self) -> Parity:
+        """Give the comparison of all images so far."""
+        measure = mean_iou if self._of_pixels else accuracy
+        return Parity(
+            images=self._images,
+            max_difference=self._difference,
+            max_logit=self._largest,
+            tolerance=TOLERANCE * max(1.0, self._largest),
+            compared=int(self.confusion.sum()),
+            same_class=self._same,
+            metric="mIoU" if self._of_pixels else "accuracy",
+            metric_checkpoint=measure(self._of_checkpoint),
+            metric_bundle=measure(self.confusion),
+        )
 
 
-def compare_with_checkpoint(task: TransferTask, bundle: Bundle, data: ImageDataModule) -> Comparison:
+def accuracy(confusion: Counts) -> float:
+    """Compute the share of right classes from a confusion matrix."""
+    return float(np.trace(confusion) / confusion.sum())
+
+
+def class_ious(confusion: Counts) -> npt.NDArray[np.float64]:
+    """Compute the intersection over union of every class; nan where it neither occurs nor was given."""
+    inside = np.diag(confusion)
+    union = confusion.sum(0) + confusion.sum(1) - inside
+    return np.where(union > 0, inside / np.maximum(union, 1), np.nan)
+
+
+def mean_iou(confusion: Counts) -> float:
+    """Compute the mean of :func:`class_ious` over the classes that occur or were given."""
+    return float(np.nanmean(class_ious(confusion)))
+
+
+def compare_with_checkpoint(task: TransferTask, bundle: Bundle, data: ImageDataModule) -> ParityMeter:
     """Run both over the validation images, from the files on: decoding and preprocessing are compared as well.
 
     Args:
@@ -128,22 +176,22 @@ def compare_with_checkpoint(task: TransferTask, bundle: Bundle, data: ImageDataM
         ConfigError: The checkpoint's logits are not finite.
     """
     images = data.val_dataset.images
-    logits, predicted = [], []
-    with progress_bar("comparing with the checkpoint", 2 * len(images)) as advance, torch.inference_mode():
-        for batch, _ in data.val_dataloader():
-            logits.append(task(batch).numpy())
-            for _ in batch:
-                advance()
-        ours = np.concatenate(logits)
-        if not np.isfinite(ours).all():
-            raise ConfigError(
-                "the checkpoint's logits are not finite on its validation images; use another checkpoint."
-            )
-        for prediction in bundle.iter_predict([data.val_dataset.root / image.path for image in images]):
+    meter = ParityMeter(len(bundle.classes))
+    predictions = bundle.iter_predict([data.val_dataset.root / image.path for image in images])
+    with progress_bar("comparing with the checkpoint", len(images)) as advance:
+        for (logits, target), prediction in zip(_evaluated(task, data), predictions, strict=True):
             if isinstance(prediction, BadImageError):
                 raise prediction
-            predicted.append(prediction.logits)
+            meter.update(logits, prediction.logits, target)
             advance()
-    theirs = np.stack(predicted)
-    targets = np.array([image.target for image in images])
-    return Comparison(measure_parity(ours, theirs, targets), targets, theirs.argmax(1))
+    return meter
+
+
+def _evaluated(
+    task: TransferTask, data: ImageDataModule
+) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.integer]]]:
+    """Give logits and target of every validation image."""
+    for batch, targets in data.val_dataloader():
+        with torch.inference_mode():
+            logits = task(batch).float().numpy()
+        yield from zip(logits, targets.numpy(), strict=True)

@@ -4,61 +4,116 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TextIO
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, TextIO
 
 from gn_transfer.data.decode import BadImageError
-from gn_transfer.inference.bundle import Prediction
+from gn_transfer.inference.classification import Prediction
 from gn_transfer.inference.image_files import shown
+from gn_transfer.inference.segmentation import Segmentation
 
 
-class Columns(NamedTuple):
-    """What a writer knows before the first result.
+class Layout(Protocol):
+    """What a prediction of a task looks like in each format."""
 
-    Attributes:
+    def line(self, result: Any) -> str:
+        """Give its line of a table, without the path."""
+        ...
+
+    def entry(self, result: Any) -> dict[str, Any]:
+        """Give its keys in JSON, without the path."""
+        ...
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Names of its columns in CSV, without path and error."""
+        ...
+
+    def row(self, result: Any) -> Sequence[object]:
+        """Give its values in these columns."""
+        ...
+
+
+class ClassificationLayout:
+    """Classes with their probabilities.
+
+    Args:
+        classes: Names of all classes.
         top_k: Classes per image.
-        path_width: Length of the longest path, in characters.
-        class_width: Length of the longest class name, in characters.
     """
 
-    top_k: int
-    path_width: int
-    class_width: int
+    def __init__(self, classes: Sequence[str], top_k: int) -> None:
+        self._width = max(map(len, classes))
+        more = [f"{name}_{place}" for place in range(2, min(top_k, len(classes)) + 1) for name in ("class", "prob")]
+        self.columns = ["class", "prob", *more]
+
+    def line(self, result: Prediction) -> str:
+        """See :class:`Layout`."""
+        return "  ".join(f"{prob:6.1%} {label:<{self._width}}" for label, prob in result.top)
+
+    def entry(self, result: Prediction) -> dict[str, Any]:
+        """See :class:`Layout`."""
+        top = [{"class": label, "prob": prob} for label, prob in result.top]
+        return {"class": result.label, "prob": result.prob, "top": top}
+
+    def row(self, result: Prediction) -> list[object]:
+        """See :class:`Layout`."""
+        return [value for pair in result.top for value in pair]
 
 
-Writer = Callable[[Iterable[Prediction | BadImageError], Columns, TextIO], None]
+class SegmentationLayout:
+    """Area of every class: its share of the image, and its pixels.
+
+    Args:
+        classes: Names of all classes.
+    """
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.columns = ["width", "height", *(f"pixels:{name}" for name in classes)]
+
+    def line(self, result: Segmentation) -> str:
+        """See :class:`Layout`."""
+        return "  ".join(f"{count / result.mask.size:6.1%} {name}" for name, count in result.pixels.items())
+
+    def entry(self, result: Segmentation) -> dict[str, Any]:
+        """See :class:`Layout`."""
+        height, width = result.mask.shape
+        return {"width": width, "height": height, "pixels": result.pixels}
+
+    def row(self, result: Segmentation) -> list[object]:
+        """See :class:`Layout`."""
+        height, width = result.mask.shape
+        return [width, height, *result.pixels.values()]
 
 
-def _write_table(results: Iterable[Prediction | BadImageError], columns: Columns, out: TextIO) -> None:
+Results = Iterable[Prediction | Segmentation | BadImageError]
+Writer = Callable[[Results, Layout, int, TextIO], None]
+"""Takes results, their layout, the length of the longest path in characters, and the file."""
+
+
+def _write_table(results: Results, layout: Layout, path_width: int, out: TextIO) -> None:
     for result in results:
-        if isinstance(result, Prediction):
-            classes = "  ".join(f"{prob:6.1%} {label:<{columns.class_width}}" for label, prob in result.top)
-            out.write(f"{shown(str(result.path)):<{columns.path_width}}  {classes}".rstrip() + "\n")
+        if not isinstance(result, BadImageError):
+            out.write(f"{shown(str(result.path)):<{path_width}}  {layout.line(result)}".rstrip() + "\n")
 
 
-def _write_json(results: Iterable[Prediction | BadImageError], columns: Columns, out: TextIO) -> None:
+def _write_json(results: Results, layout: Layout, path_width: int, out: TextIO) -> None:
     separator = "[\n"
     for result in results:
-        entry: dict[str, Any] = {"path": shown(str(result.path))}
-        if isinstance(result, BadImageError):
-            entry["error"] = result.reason
-        else:
-            entry |= {"class": result.label, "prob": result.prob}
-            entry["top"] = [{"class": label, "prob": prob} for label, prob in result.top]
-        out.write(separator + json.dumps(entry))
+        found = {"error": result.reason} if isinstance(result, BadImageError) else layout.entry(result)
+        out.write(separator + json.dumps({"path": shown(str(result.path)), **found}))
         separator = ",\n"
     out.write("\n]\n")
 
 
-def _write_csv(results: Iterable[Prediction | BadImageError], columns: Columns, out: TextIO) -> None:
+def _write_csv(results: Results, layout: Layout, path_width: int, out: TextIO) -> None:
     writer = csv.writer(out, lineterminator="\n")
-    more = [f"{name}_{place}" for place in range(2, columns.top_k + 1) for name in ("class", "prob")]
-    writer.writerow(["path", "class", "prob", *more, "error"])
+    writer.writerow(["path", *layout.columns, "error"])
     for result in results:
         if isinstance(result, BadImageError):
-            writer.writerow([shown(result.path), *[""] * (2 * columns.top_k), result.reason])
+            writer.writerow([shown(result.path), *[""] * len(layout.columns), result.reason])
         else:
-            writer.writerow([shown(str(result.path)), *(x for pair in result.top for x in pair), ""])
+            writer.writerow([shown(str(result.path)), *layout.row(result), ""])
 
 
 FORMATS: dict[str, Writer] = {"table": _write_table, "json": _write_json, "csv": _write_csv}

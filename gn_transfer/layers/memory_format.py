@@ -7,18 +7,20 @@ import torch
 from gn_transfer.config import Norm
 
 
-def preferred_memory_format(norm: Norm, device_type: str, *, batch_size: int = 1) -> torch.memory_format:
+def preferred_memory_format(norm: Norm, device_type: str, *, segments: bool = False) -> torch.memory_format:
     """Choose the layout of images and activations (``channels_last: auto``).
 
-    On a CPU channels-last wins for every norm and batch size (``benchmarks/README.md``): oneDNN's convolutions read it
-    as it is, and :func:`gn_transfer.layers.group_norm` has a kernel for it where torch's is slow. On CUDA batch norm
+    On a CPU channels-last wins for every norm and batch size of a classification (``benchmarks/README.md``): oneDNN's
+    convolutions read it as it is, and :func:`gn_transfer.layers.group_norm` has a kernel for it where torch's is slow.
+    The decoder of a segmentation has convolutions from many channels to few on large maps, whose weight gradients are
+    up to twice as slow in channels-last. On CUDA batch norm
     gains half again from it (RTX 3090, AMP, ResNet-50: 1,218 against 826 images/s) while group norm loses 10 %
     (482 against 532), since torch's group norm there leaves channels-last (timm's published benchmark).
 
     Args:
         norm: The normalization.
         device_type: ``cpu``, ``cuda``, ...
-        batch_size: Images per forward pass; the measured rule does not depend on it so far.
+        segments: Whether the model has a decoder.
 
     Returns:
         ``torch.channels_last`` or ``torch.contiguous_format``.
@@ -28,6 +30,6 @@ def preferred_memory_format(norm: Norm, device_type: str, *, batch_size: int = 1
         torch.contiguous_format
     """
     group_norm = norm in ("gn", "gn_ws", "ln", "in")
-    if device_type == "cpu" or (device_type == "cuda" and not group_norm):
+    if (device_type == "cpu" and not segments) or (device_type == "cuda" and not group_norm):
         return torch.channels_last
     return torch.contiguous_format

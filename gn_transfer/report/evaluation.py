@@ -9,7 +9,7 @@ import numpy.typing as npt
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from gn_transfer.report.runs import Predictions
+from gn_transfer.report.predictions import Predictions
 
 BINS = 10
 """Intervals of confidence of equal width in the calibration curve."""

@@ -11,20 +11,30 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from gn_transfer.report.evaluation import BINS, Calibration
+from gn_transfer.report.runs import MAIN_METRICS
 from gn_transfer.report.svg import COLORS, INK, STYLE, PageFigure, as_svg, hover
 
 _SIZE = (5.2, 3.3)
 _TRAINING, _VALIDATION = COLORS[1], COLORS[0]
+_CURVES = {
+    "acc1": {"val/acc1": "accuracy over images", "val/acc_per_class": "accuracy over classes"},
+    "miou": {"val/miou": "mean IoU", "val/dice": "Dice", "val/pixel_acc": "accuracy over pixels"},
+}
+_TRAINING_LOSS = {
+    "acc1": "with label smoothing and mixing where they are set",
+    "miou": "with class weights and Dice where they are set",
+}
 
 
 def create_figures(
-    epochs: Sequence[dict[str, float]], best_epoch: int | None, found: Calibration | None
+    epochs: Sequence[dict[str, float]], best_epoch: int | None, metric: str, found: Calibration | None
 ) -> list[PageFigure]:
     """Create the figures of a run.
 
     Args:
         epochs: The rows of its epochs.csv.
         best_epoch: The epoch of best.ckpt.
+        metric: Metric of the task, ``acc1`` or ``miou``.
         found: Calibration on the validation images; None where it is not known.
 
     Returns:
@@ -35,10 +45,10 @@ def create_figures(
         if epochs:
             figures.append(
                 PageFigure(
-                    "accuracy",
-                    "Accuracy",
-                    as_svg(_accuracy(epochs, best_epoch), "accuracy"),
-                    "Accuracy on the validation images after each epoch. "
+                    "metric",
+                    {"acc1": "Accuracy", "miou": "Mean IoU"}[metric],
+                    as_svg(_metric(epochs, best_epoch, metric), "metric"),
+                    f"The {MAIN_METRICS[metric]} on the validation images after each epoch. "
                     + ("The ring marks the epoch of best.ckpt." if best_epoch is not None else ""),
                 )
             )
@@ -47,8 +57,8 @@ def create_figures(
                     "loss",
                     "Loss",
                     as_svg(_loss(epochs), "loss"),
-                    "Mean cross entropy of each epoch. The training loss is taken on augmented images while the model "
-                    "changes, with label smoothing and mixing where they are set; the validation loss is plain.",
+                    "Mean loss of each epoch. The training loss is taken on augmented images while the model changes, "
+                    f"{_TRAINING_LOSS[metric]}; the validation loss is plain cross entropy.",
                 )
             )
         if found is not None:
@@ -65,15 +75,15 @@ def create_figures(
     return figures
 
 
-def _accuracy(epochs: Sequence[dict[str, float]], best_epoch: int | None) -> Figure:
+def _metric(epochs: Sequence[dict[str, float]], best_epoch: int | None, metric: str) -> Figure:
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot()
-    for name, said, color in (("val/acc1", "over images", COLORS[0]), ("val/acc_per_class", "over classes", COLORS[2])):
-        _curve(axes, epochs, name, f"accuracy {said}", color, lambda value: f"{100 * value:.1f} %", 100)
+    for (name, said), color in zip(_CURVES[metric].items(), (COLORS[0], COLORS[2], COLORS[1]), strict=False):
+        _curve(axes, epochs, name, said, color, lambda value: f"{100 * value:.1f} %", 100)
     for row in epochs:
         if row["epoch"] == best_epoch:
-            axes.plot([row["epoch"]], [100 * row["val/acc1"]], "o", mfc="none", mec=INK, ms=11, mew=1.2)
-    axes.set_ylabel("accuracy, %")
+            axes.plot([row["epoch"]], [100 * row[f"val/{metric}"]], "o", mfc="none", mec=INK, ms=11, mew=1.2)
+    axes.set_ylabel(f"{MAIN_METRICS[metric]}, %")
     _finish(axes)
     return figure
 

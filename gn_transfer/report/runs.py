@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import yaml
 
 from gn_transfer.config import ConfigError
 from gn_transfer.files import read_json
+from gn_transfer.report.predictions import SplitPredictions, read_predictions
 
 Setting: TypeAlias = bool | int | float | str | None
 
@@ -30,16 +26,16 @@ FORMAT_VERSION = 1
 STUDY = "study.json"
 """Title and notes of a study, in the folder of its runs."""
 
-PREDICTIONS = {
-    "test/acc1": "predictions_test.csv",
-    "val/acc1": "predictions_val.csv",
-    "best/val/acc1": "predictions_best_val.csv",
-}
-"""The metrics that runs can be compared by, with the file that holds each image's part in it."""
+MAIN_METRICS = {"acc1": "accuracy", "miou": "mIoU"}
+"""The metric of each task that runs are compared by, and its name in sentences."""
+
+PREDICTIONS = {"test": "predictions_test.csv", "val": "predictions_val.csv", "best/val": "predictions_best_val.csv"}
+"""The evaluations that runs can be compared by, with the file that holds each image's part in them."""
 
 # Where the images lie and who fetches them changes nothing that is learned; the seed is a dimension of its own.
 _NOT_SETTINGS = {"root", "num_workers", "cache", "cache_dir", "download", "on_bad_image", "seed"}
 _SECTIONS = ("batch_norm", "freezing", "mixed_precision", "ema", "early_stopping")
+_OF_TASK = ("regularization.", "segmentation.")
 _TRAINER = ("max_epochs", "max_steps", "limit_train_batches")
 
 
@@ -78,61 +74,33 @@ class Run:
         except (OSError, ValueError, TypeError, csv.Error):
             return []
 
-    def predictions(self, metric: str, *, probabilities: bool = False) -> Predictions | None:
+    @property
+    def main_metric(self) -> str:
+        """Metric of its task, ``acc1`` or ``miou``."""
+        return main_metric(self.metrics)
+
+    def predictions(self, metric: str, *, probabilities: bool = False) -> SplitPredictions | None:
         """Read what the model said of each image.
 
         Args:
-            metric: One of :data:`PREDICTIONS`.
+            metric: Such as ``test/acc1``; its evaluation is one of :data:`PREDICTIONS`.
             probabilities: Read them too.
 
         Returns:
             None where that was not stored, is corrupt, or does not fit the metric.
         """
-        try:
-            with (self.folder / PREDICTIONS[metric]).open(
-                encoding="utf-8", errors="surrogateescape", newline=""
-            ) as file:
-                rows = csv.reader(file)
-                if next(rows)[:3] != ["path", "target", "predicted"]:
-                    return None
-                # Interned: the same names come in every run.
-                # Sorted: BN evaluated with batch statistics sees its images in an order of its own.
-                width = 5 if probabilities else 3
-                table = sorted([*map(sys.intern, row[:3]), *row[3:width]] for row in rows)
-            paths, targets, predicted, *probs = map(list, zip(*table, strict=True))
-            found = Predictions(paths, targets, predicted, *(np.array(column, dtype=np.float64) for column in probs))
-        except (OSError, ValueError, StopIteration, TypeError, csv.Error):
-            return None
-        return found if math.isclose(float(found.correct.mean()), self.metrics[metric], abs_tol=1e-4) else None
+        file = self.folder / PREDICTIONS[metric.rpartition("/")[0]]
+        found = read_predictions(file, probabilities=probabilities)
+        return found if found and math.isclose(found.value, self.metrics[metric], abs_tol=1e-4) else None
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """What a model said of the images of a split.
+def main_metric(metrics: Mapping[str, Any]) -> str:
+    """Give the metric of the task of a run, ``acc1`` or ``miou``.
 
-    Attributes:
-        paths: Relative to the data's root, sorted.
-        targets: Names of their classes.
-        predicted: Names of the classes that the model gave.
-        prob_target: Probability of the target, shape ``(P,)``; None where it was not read.
-        prob_predicted: Probability of the predicted class, likewise; None also in runs of before it was stored.
+    Args:
+        metrics: Its metrics.json.
     """
-
-    paths: list[str]
-    targets: list[str]
-    predicted: list[str]
-    prob_target: npt.NDArray[np.float64] | None = None
-    prob_predicted: npt.NDArray[np.float64] | None = None
-
-    @cached_property
-    def correct(self) -> npt.NDArray[np.float32]:
-        """1 where the model was right, shape ``(P,)``."""
-        return np.array([a == b for a, b in zip(self.targets, self.predicted, strict=True)], dtype=np.float32)
-
-    @cached_property
-    def digest(self) -> str:
-        """Equal for runs that were evaluated on the same images, whatever the order was."""
-        return hashlib.sha256("\0".join(self.paths).encode("utf-8", "surrogateescape")).hexdigest()
+    return "miou" if "decoder" in metrics else "acc1"
 
 
 @dataclass(frozen=True)
@@ -249,10 +217,9 @@ def read_run(folder: Path, *, unfinished: bool = False) -> Run:
         raise UnusableRunError(
             f"a newer gn-transfer wrote it (format_version {version}, this one reads {FORMAT_VERSION}); update this one"
         )
-    if "decoder" in metrics:
-        raise UnusableRunError("a segmentation; report and compare know classification only so far")
     status = metrics["status"]
-    if unfinished and "val/acc1" not in metrics:
+    figure = f"val/{main_metric(metrics)}"
+    if unfinished and figure not in metrics:
         raise UnusableRunError(f"the run is {status} and has no validation yet; its run.log says more")
     if status == "running" and not unfinished:
         minutes = (time.time() - (folder / "metrics.json").stat().st_mtime) / 60
@@ -264,7 +231,7 @@ def read_run(folder: Path, *, unfinished: bool = False) -> Run:
     seed = metrics.get("seed")
     if not isinstance(seed, int):
         raise UnusableRunError(f"metrics.json has seed {seed}, not a whole number")
-    for name in ("val/acc1", "samples_seen", "effective_batch_size", "images_per_sec", "peak_memory_mib"):
+    for name in (figure, "samples_seen", "effective_batch_size", "images_per_sec", "peak_memory_mib"):
         value = metrics.get(name)
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise UnusableRunError(f"metrics.json has {name} {value}, not a number")
@@ -304,8 +271,10 @@ def flat_settings(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict
         "arm": metrics.get("arm") or None,  # before what a study chose for each arm
     }
     optimizer = {("optimizer" if name == "name" else name): value for name, value in config["optimizer"].items()}
-    regularization = config.get("regularization", {})
-    for name, value in (*model.items(), *optimizer.items(), *regularization.items(), *data["init_args"].items()):
+    of_task = {**config.get("regularization", {}), **config.get("segmentation", {})}
+    if "decoder" in metrics:
+        flat |= {"decoder": model["decoder"], "decoder_norm": metrics["decoder_norm"]}
+    for name, value in (*model.items(), *optimizer.items(), *of_task.items(), *data["init_args"].items()):
         if name not in _NOT_SETTINGS:
             flat.setdefault(name, value)
     for section in _SECTIONS:
@@ -334,7 +303,15 @@ def short_name(key: str) -> str:
     """
     if key == "optimizer.name":
         return "optimizer"
-    for prefix in ("data.init_args.", "data.", "model.", "optimizer.", "regularization.", "accumulation."):
+    for prefix in (
+        "data.init_args.",
+        "data.",
+        "model.",
+        "optimizer.",
+        "regularization.",
+        "segmentation.",
+        "accumulation.",
+    ):
         key = key.removeprefix(prefix)
     return key
 

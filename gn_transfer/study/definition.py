@@ -112,6 +112,11 @@ class Study:
     notes: tuple[str, ...]
     arms: tuple[Arm, ...]
 
+    @property
+    def metric(self) -> str:
+        """Metric that choices are made by: ``acc1``, of segmentations ``miou``."""
+        return "miou" if "Segmentation" in str(self.settings.get("data")) else "acc1"  # their data modules are named so
+
     def shared_settings(self) -> dict[str, Any]:
         """Give what all trials start from and all machines have to agree on."""
         return {key: value for key, value in self.settings.items() if key not in LOCAL_KEYS}

@@ -21,14 +21,14 @@ class Outcome:
 
     Attributes:
         state: Where it stands.
-        accuracy: Validation accuracy at the end (of a test: test accuracy).
+        value: The study's metric on validation at the end (of a test: on test).
         loss: The loss beside it.
         seconds: How long it took.
         reason: Why it failed.
     """
 
     state: State
-    accuracy: float = float("nan")
+    value: float = float("nan")
     loss: float = float("nan")
     seconds: float = 0.0
     reason: str = ""
@@ -47,13 +47,15 @@ class Choice:
         group: What it was chosen for, in words.
         key: The key.
         value: The value.
-        scores: Mean accuracy of each candidate; None where a run of it failed.
+        metric: What it was chosen by.
+        scores: Mean of the metric of each candidate; None where a run of it failed.
         at_edge: It is the first or last candidate, and the candidates may grow no more.
     """
 
     group: str
     key: str
     value: float
+    metric: str
     scores: Mapping[float, float | None]
     at_edge: bool
 
@@ -62,7 +64,7 @@ class Choice:
             f"{value:g} {'failed' if mean is None else f'{mean:.1%}'}" for value, mean in self.scores.items()
         )
         edge = "; at the edge of what was tried: the best may lie beyond, so give more values" if self.at_edge else ""
-        return f"{self.group}: {self.key} {self.value:g}, chosen by mean val/acc1 ({tried}){edge}"
+        return f"{self.group}: {self.key} {self.value:g}, chosen by mean val/{self.metric} ({tried}){edge}"
 
 
 @dataclass
@@ -136,7 +138,7 @@ def foresee(study: Study) -> Planned:
         for trial in fresh:
             select = middles.get(trial.arm)
             middle = select is not None and trial.overrides[select.key] == select.values[len(select.values) // 2]
-            outcomes[trial.name] = Outcome("complete", accuracy=float(middle), loss=0.0)
+            outcomes[trial.name] = Outcome("complete", value=float(middle), loss=0.0)
 
 
 def _select(
@@ -182,7 +184,7 @@ def _select(
                 values = extended(values, best)
                 continue
             shown = {value: means[value][0] if value in means else None for value in values}
-            planned.choices.append(Choice(group, select.key, best, shown, at_edge))
+            planned.choices.append(Choice(group, select.key, best, study.metric, shown, at_edge))
             chosen += [member.with_value(select.key, best) for member in members]
             break
         for some in trials.values():
@@ -205,13 +207,13 @@ def extended(values: Sequence[float], best: float) -> list[float]:
 
 
 def _score(trials: Sequence[Trial], outcomes: Mapping[str, Outcome]) -> tuple[float, float] | Literal["open", "failed"]:
-    """Average accuracy and negative loss over seeds; a candidate that fails once is none."""
+    """Average metric and negative loss over seeds; a candidate that fails once is none."""
     found = [outcomes.get(trial.name, Outcome("waiting")) for trial in trials]
     if not all(outcome.ended for outcome in found):
         return "open"
     if any(outcome.state == "failed" for outcome in found):
         return "failed"
-    return fmean(outcome.accuracy for outcome in found), -fmean(outcome.loss for outcome in found)
+    return fmean(outcome.value for outcome in found), -fmean(outcome.loss for outcome in found)
 
 
 def _words(values: Mapping[str, object]) -> list[str]:

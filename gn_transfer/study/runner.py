@@ -127,7 +127,7 @@ class StudyRunner:
                 outcome = outcomes[trial.name]
                 split = "test" if trial.stage == "test" else "val"
                 result = (
-                    f"{split}/acc1 {outcome.accuracy:.3f}"
+                    f"{split}/{self.context.study.metric} {outcome.value:.3f}"
                     if outcome.state == "complete"
                     else "failed: " + outcome.reason
                 )

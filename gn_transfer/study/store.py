@@ -254,7 +254,7 @@ class Store:
             self._storage.set_trial_user_attr(trial_id, key, value if value == value else None)
         complete = outcome.state == "complete"
         self._storage.set_trial_state_values(
-            trial_id, TrialState.COMPLETE if complete else TrialState.FAIL, [outcome.accuracy] if complete else None
+            trial_id, TrialState.COMPLETE if complete else TrialState.FAIL, [outcome.value] if complete else None
         )
 
 
@@ -263,7 +263,7 @@ def _outcome(entry: FrozenTrial) -> Outcome:
     loss = attributes.get("loss")
     return Outcome(
         _STATES.get(entry.state, "failed"),  # type: ignore[arg-type]
-        accuracy=float("nan") if entry.state != TrialState.COMPLETE else float(entry.values[0]),
+        value=float("nan") if entry.state != TrialState.COMPLETE else float(entry.values[0]),
         loss=float("nan") if loss is None else float(loss),
         seconds=float(attributes.get("seconds") or 0.0),
         reason=str(attributes.get("reason") or ""),

@@ -120,7 +120,7 @@ def run_trial(context: StudyContext, trial: Trial) -> Outcome:
     split = "test" if trial.stage == "test" else "val"
     try:
         record = _test(context, trial) if trial.stage == "test" else _train(context, trial)
-        accuracy, loss = float(record[f"{split}/acc1"]), float(record[f"{split}/loss"])
+        value, loss = float(record[f"{split}/{context.study.metric}"]), float(record[f"{split}/loss"])
     except (KeyboardInterrupt, SystemExit):
         raise
     except ConfigError as error:
@@ -130,7 +130,7 @@ def run_trial(context: StudyContext, trial: Trial) -> Outcome:
         return Outcome("failed", seconds=time.monotonic() - began, reason=f"{type(error).__name__}: {error}")
     seconds = time.monotonic() - began
     _tidy()
-    return Outcome("complete", accuracy, loss, seconds)
+    return Outcome("complete", value, loss, seconds)
 
 
 def _train(context: StudyContext, trial: Trial) -> dict[str, Any]:
@@ -169,14 +169,15 @@ def _is_readable(checkpoint: Path) -> bool:
 def _test(context: StudyContext, trial: Trial) -> dict[str, Any]:
     run = _folder(context, trial)
     record = read_json(run.logs / "metrics.json")
-    if "test/acc1" not in record:
+    tested = f"test/{context.study.metric}"
+    if tested not in record:
         checkpoint = run.checkpoints / f"{context.study.test}.ckpt"
         arguments = ["--ckpt_path", str(checkpoint)]
         root = trial.overrides.get("data.root")
         arguments += [] if root is None else ["--data.root", str(root)]
         context.test(arguments)
         record = read_json(run.logs / "metrics.json")
-    if context.study.keep == "none" and "test/acc1" in record:
+    if context.study.keep == "none" and tested in record:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     return record
 

@@ -94,8 +94,7 @@ class BackboneModule(LightningModule, ABC):
             self.build_for(self.trainer.datamodule)  # type: ignore[attr-defined]
         assert self.model is not None
         if self.trainer.state.fn == "fit":
-            batch_size = getattr(self.trainer.datamodule, "batch_size", 1)  # type: ignore[attr-defined]
-            self._memory_format = self.memory_format(self.trainer.strategy.root_device.type, batch_size)
+            self._memory_format = self.memory_format(self.trainer.strategy.root_device.type)
             self.model.to(memory_format=self._memory_format)  # type: ignore[call-overload]
 
     def build_for(self, data: Any) -> None:
@@ -232,10 +231,11 @@ class BackboneModule(LightningModule, ABC):
         logits: Tensor = self.model(pixels.contiguous(memory_format=self._memory_format))
         return logits
 
-    def memory_format(self, device_type: str, batch_size: int) -> torch.memory_format:
+    def memory_format(self, device_type: str) -> torch.memory_format:
         """Choose the memory format of training: ``model.channels_last``, or the format that measured faster."""
         if self.model_config.channels_last == "auto":
-            return preferred_memory_format(self.model_config.norm, device_type, batch_size=batch_size)
+            segments = self.model_config.decoder is not None
+            return preferred_memory_format(self.model_config.norm, device_type, segments=segments)
         return torch.channels_last if self.model_config.channels_last else torch.contiguous_format
 
     def on_fit_start(self) -> None:

@@ -15,6 +15,7 @@ from gn_transfer.data import ImageDataModule
 from gn_transfer.data.contact_sheet import contact_sheet
 from gn_transfer.data.sampler import epoch_order
 from gn_transfer.training.mixing import MixupCutmix
+from gn_transfer.training.task import WORST
 
 
 def training_contact_sheet(data: ImageDataModule, mixer: MixupCutmix | None, count: int) -> np.ndarray:
@@ -87,4 +88,4 @@ class ClassificationFigures:
             ],
             columns=4,
         )
-        return {"val/confusion": figure}, {"val/worst_predictions": worst}
+        return {"val/confusion": figure}, {WORST: worst}

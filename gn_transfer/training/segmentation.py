@@ -20,7 +20,7 @@ from gn_transfer.data import ImageDataModule
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.data.masks import IGNORED
 from gn_transfer.data.segmentation import SegmentationDataModule
-from gn_transfer.data.tiles import blending_window, padded, tile_starts
+from gn_transfer.data.tiles import blending_window, padded, tile_places
 from gn_transfer.training.optimizer import OptimizerConfig
 from gn_transfer.training.segmentation_figures import SegmentationFigures, training_pairs
 from gn_transfer.training.task import TransferTask
@@ -109,6 +109,11 @@ class TransferSegmenter(TransferTask):
         super().build_for(data)
         self.tile_size = getattr(data, "tile_size", None)
 
+    def restore(self, stored: dict[str, Any]) -> None:
+        """Build from a checkpoint's description later, and evaluate as its run did; see the base class."""
+        super().restore(stored)
+        self.tile_size = stored.get("config", {}).get("data", {}).get("init_args", {}).get("tile_size")
+
     def training_loss(self, pixels: Tensor, targets: Tensor) -> Tensor:
         """Compute the loss, with class weights in the cross entropy.
 
@@ -130,25 +135,25 @@ class TransferSegmenter(TransferTask):
         return mean_over_labeled(logits.float(), targets.long())
 
     def score_images(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Count, for every class, the pixels in the intersection and in the union of prediction and truth."""
+        """Count the pixels of every class: in intersection and union of prediction and truth, and in the truth."""
         preds, targets = logits.argmax(1), targets.long()
         labeled = targets != IGNORED
         scores = []
         for target in range(len(self.classes)):
             found, true = (preds == target) & labeled, targets == target
-            scores += [(found & true).sum((1, 2)), (found | true).sum((1, 2))]
+            scores += [(found & true).sum((1, 2)), (found | true).sum((1, 2)), true.sum((1, 2))]
         return torch.stack(scores).double()
 
     def describe_scores(
         self, scores: Tensor, images: Sequence[LabeledImage]
     ) -> tuple[Sequence[str], Iterable[Sequence[object]]]:
-        """Give path, the mean IoU over the classes that are there, and the pixels of either, by class."""
+        """Give path, the mean IoU over the classes that are there, and the three counts of each class."""
         columns = ["path", "miou"]
         for name in self.classes:
-            columns += [f"intersection:{name}", f"union:{name}"]
+            columns += [f"{count}:{name}" for count in ("intersection", "union", "pixels")]
         rows = []
         for image, pixels in zip(images, scores.t().tolist(), strict=True):
-            ious = [inside / union for inside, union in zip(pixels[::2], pixels[1::2], strict=True) if union]
+            ious = [inside / union for inside, union in zip(pixels[::3], pixels[1::3], strict=True) if union]
             miou = f"{sum(ious) / len(ious):.5f}" if ious else ""
             rows.append([image.path, miou, *(int(pixel) for pixel in pixels)])
         return columns, rows
@@ -166,15 +171,12 @@ class TransferSegmenter(TransferTask):
         tile = self.tile_size
         if tile is None or (height <= tile and width <= tile):
             return self._padded_logits(images)
-        rows, columns = min(tile, height), min(tile, width)
-        window = torch.from_numpy(blending_window(rows, columns)).to(images.device)
+        window = torch.from_numpy(blending_window(min(tile, height), min(tile, width))).to(images.device)
         total = images.new_zeros((len(images), len(self.classes), height, width), dtype=torch.float32)
         weights = images.new_zeros((height, width), dtype=torch.float32)
-        for top in tile_starts(height, tile):
-            for left in tile_starts(width, tile):
-                place = (..., slice(top, top + rows), slice(left, left + columns))
-                total[place] += window * self._padded_logits(images[place]).float()
-                weights[place] += window
+        for place in tile_places(height, width, tile):
+            total[..., *place] += window * self._padded_logits(images[..., *place]).float()
+            weights[place] += window
         return total / weights
 
     def _padded_logits(self, images: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from gn_transfer.data import ImageDataModule
-from gn_transfer.data.contact_sheet import contact_sheet
+from gn_transfer.data.contact_sheet import Line, contact_sheet
 from gn_transfer.data.masks import IGNORED
-from gn_transfer.data.overlay import mark_errors, overlay, square
+from gn_transfer.data.overlay import legend, mark_errors, overlay, square
 from gn_transfer.data.sampler import epoch_order
+from gn_transfer.training.task import WORST
 
 _SIDE = 192  # of an image on a sheet, in pixels
 
@@ -32,8 +33,9 @@ def training_pairs(data: ImageDataModule, count: int) -> np.ndarray:
     images, targets = dataset.batch([(0, index) for index in order])
     tiles = []
     for image, target in zip(images, targets.numpy(), strict=True):
-        present = [name for number, name in enumerate(data.classes) if (target == number).any()]
-        tiles.append((overlay(_pixels(image), target, len(data.classes)), [", ".join(present)]))
+        present = {number: name for number, name in enumerate(data.classes) if (target == number).any()}
+        colors = legend(present, len(data.classes))
+        tiles.append((overlay(_pixels(image), target, len(data.classes)), colors))
     return contact_sheet(tiles)
 
 
@@ -72,16 +74,18 @@ class SegmentationFigures:
 
     def draw(self) -> tuple[dict[str, Figure], dict[str, np.ndarray]]:
         """Draw a row for every image."""
-        tiles = []
+        tiles: list[tuple[np.ndarray, list[Line]]] = []
         for negative, _, image, pred, target in sorted(self._heap, reverse=True, key=lambda entry: entry[0]):
-            views = {
-                f"mean IoU {-negative:.2f}": image,
-                "truth": overlay(image, target, len(self.classes)),
-                "prediction": overlay(image, pred, len(self.classes)),
-                "errors": mark_errors(image, pred, target),
-            }
-            tiles += [(square(view, _SIDE), [caption]) for caption, view in views.items()]
-        return {}, {"val/worst_predictions": contact_sheet(tiles, columns=4)} if tiles else {}
+            number = len(self.classes)
+            for caption, view, classes in (
+                (f"mean IoU {-negative:.2f}", image, None),
+                ("truth", overlay(image, target, number), target),
+                ("prediction", overlay(image, pred, number), pred),
+                ("errors", mark_errors(image, pred, target), None),
+            ):
+                present = {} if classes is None else {n: c for n, c in enumerate(self.classes) if (classes == n).any()}
+                tiles.append((square(view, _SIDE), [caption, *legend(present, number)]))
+        return {}, {WORST: contact_sheet(tiles, columns=4)} if tiles else {}
 
 
 def _pixels(image: Tensor) -> np.ndarray:

@@ -59,7 +59,7 @@ def measure_step(
         What a step costs.
     """
     assert task.model is not None
-    memory_format = task.memory_format(device.type, batch_size)
+    memory_format = task.memory_format(device.type)
     model = deepcopy(task.model).to(device).train().to(memory_format=memory_format)  # type: ignore[call-overload]
     engine = AccumulationEngine(model) if cache_weights else None
     parameters = list(model.parameters())

@@ -22,6 +22,9 @@ from gn_transfer.training.optimizer import OptimizerConfig
 
 Batch = tuple[Tensor, Tensor]
 
+WORST = "val/worst_predictions"
+"""Name of the sheet of the worst images in TensorBoard."""
+
 
 class EvaluationFigures(Protocol):
     """Figures of an evaluation, made batch by batch."""

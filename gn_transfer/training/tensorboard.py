@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.tensorboard.summary import hparams as hparams_summary
 from gn_transfer.backbones import ModelConfig
 from gn_transfer.data import ImageDataModule
 from gn_transfer.training.run_folder import RunFolder
-from gn_transfer.training.task import EvaluationFigures
+from gn_transfer.training.task import WORST, EvaluationFigures
 
 HPARAMS_FIRST = ("norm", "batch_size", "num_groups", "lr", "seed")
 """The hyper-parameters that the HPARAMS tab shows first; the others are a click away."""
@@ -162,10 +163,16 @@ class TrainingImages(Callback):
 
 
 class ValidationFigures(Callback):
-    """Log the task's figures of each validation to TensorBoard."""
+    """Log the task's figures of each validation to TensorBoard, and keep the worst images of the best one in a file.
+
+    Attributes:
+        path: The file, a JPEG; None writes none.
+    """
 
     def __init__(self) -> None:
+        self.path: Path | None = None
         self._figures: EvaluationFigures | None = None
+        self._best = -math.inf
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Forget the previous validation."""
@@ -185,16 +192,30 @@ class ValidationFigures(Callback):
         self._figures.update(outputs, *batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Log to each TensorBoard logger."""
+        """Log to each TensorBoard logger, and write the file."""
         loggers = _tensorboard_loggers(trainer)
-        if trainer.sanity_checking or not loggers or self._figures is None:
+        if trainer.sanity_checking or not trainer.is_global_zero or self._figures is None:
+            return
+        value = float(trainer.callback_metrics[pl_module.monitor])
+        path, self._best = self.path if value > self._best else None, max(value, self._best)
+        if not loggers and path is None:
             return
         figures, images = self._figures.draw()
+        if path is not None and WORST in images:
+            Image.fromarray(images[WORST]).save(path, "JPEG", quality=90)
         for logger in loggers:
             for name, figure in figures.items():
                 logger.experiment.add_figure(name, figure, global_step=trainer.global_step)
             for name, image in images.items():
                 logger.experiment.add_image(name, image, trainer.global_step, dataformats="HWC")
+
+    def state_dict(self) -> dict[str, float]:
+        """Keep the best value for a resumed run."""
+        return {"best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on from there."""
+        self._best = state_dict["best"]
 
 
 def _tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:

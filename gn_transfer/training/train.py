@@ -187,6 +187,8 @@ def train(
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TrainingImages):
                 callback.path = run.logs / "training_images.jpg"
+            if isinstance(callback, ValidationFigures):
+                callback.path = run.logs / "worst_images.jpg"
         (log or own_log).attach(run.logs / "run.log")  # type: ignore[union-attr]
     if loggers is not None:
         tensorboard = RunLogger(run, hparams)

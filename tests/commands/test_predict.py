@@ -18,7 +18,7 @@ from gn_transfer.__main__ import main
 from gn_transfer.commands.predict import find_images
 from gn_transfer.config import ConfigError
 from gn_transfer.data.dataset import ImageDataset, LabeledImage
-from gn_transfer.inference.bundle import load_bundle
+from gn_transfer.inference.load import load_bundle
 
 CLASSES = ["red", "green", "blue"]
 COLOURS = dict(zip(CLASSES, [(200, 0, 0), (0, 200, 0), (0, 0, 200)], strict=True))

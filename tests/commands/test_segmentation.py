@@ -1,6 +1,7 @@
 """Segmentation on the command line: a run from images to a test figure, checks of masks, what is refused."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,18 @@ from PIL import Image
 
 from gn_transfer.__main__ import main
 from gn_transfer.commands.recognize import recognize
+from gn_transfer.commands.training_keys import DATA
+from gn_transfer.data import SegmentationDataModule
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from fabricate import fabricate
 
 SHORT = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "4", "--trainer.limit_val_batches", "3"]
 SMALL = ["--model.backbone", "resnetv2_18", "--data.img_size", "32", "--data.cache", "none", "--model.decoder", "fpn"]
 
 
-@pytest.fixture
-def folder(tmp_path):
+def write_pairs(root):
     """Ten images of 56 x 40 pixels, the left part ground, the right part cat."""
-    root = tmp_path / "own"
     for kind in ("images", "masks"):
         (root / kind).mkdir(parents=True)
     for number in range(10):
@@ -30,6 +34,11 @@ def folder(tmp_path):
         Image.fromarray(pixels).save(root / "images" / f"{number}.png")
     (root / "classes.txt").write_text("ground\ncat\n")
     return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_pairs(tmp_path / "own")
 
 
 def fit(folder, *more):
@@ -56,9 +65,12 @@ def test_from_images_to_a_test_figure(folder, work, capsys):
     assert main(["test", str(best)]) == 0
     assert "test/miou" in capsys.readouterr().out
     assert "test/miou" in json.loads((run / "metrics.json").read_text())
-    for command in (["export", str(best), "--output", "bundle"], ["report", str(run)], ["compare", str(run)]):
-        assert main(command) == 2
-        assert "segmentation" in capsys.readouterr().err
+    assert (run / "worst_images.jpg").is_file()
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "The mean IoU on the validation images is " in page
+    assert page.count("data:image/jpeg;base64,") == 2 + 2  # the two sheets, and the images with the lowest IoU
+    assert "<td>ground</td>" in page
     last = best.with_name("last.ckpt")
     assert main(["fit", "--ckpt_path", str(last), "--trainer.max_epochs", "2"]) == 0
     assert "epoch 2/2" in capsys.readouterr().out
@@ -124,7 +136,47 @@ def test_keys_of_segmentation_are_refused_for_images_by_class(work, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_study_of_segmentations_is_refused(work, capsys):
-    (work / "study.yaml").write_text("base: sample_segmentation_gnws.yaml\ngrid: {model.norm: [gn, gn_ws]}\n")
-    assert main(["sweep", "--config", "study.yaml", "--dry_run"]) == 2
-    assert "sweep knows classification only" in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    """A study of two decoder norms, two seeds each, with a choice of the learning rate before and a test at the end."""
+    root = tmp_path_factory.mktemp("study")
+    write_pairs(root / "own")
+    (root / "study.yaml").write_text(
+        "base: segmentation_folder.yaml\nsamples: 4\nset: {model.norm: bn_frozen, model.backbone: resnetv2_18, "
+        "model.pretrained: null, model.decoder: fpn, data.img_size: 32, data.cache: none, data.test_fraction: 0.2, "
+        "accumulation.effective_batch_size: 2}\ngrid: {model.decoder_norm: [gn, none]}\n"
+        "select: {key: optimizer.lr, values: [0.001, 0.01], seeds: 1, extend: 0}\nseeds: 2\ntest: last\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert main(["sweep", "--config", "study.yaml", "--data.root", "own"]) == 0
+    return root
+
+
+def test_a_study_of_segmentations(studied, monkeypatch, capsys):
+    monkeypatch.chdir(studied)
+    report = json.loads((studied / "runs" / "study" / "report" / "report.json").read_text())
+    assert report["metric"] == "test/miou"
+    assert "mIoU on the test split" in report["metric_note"]
+    assert {group["decoder_norm"] for group in report["groups"]} == {"gn", "none"}
+    assert all(group["low"] <= group["mean"] <= group["high"] for group in report["groups"])
+    assert any("chosen by mean val/miou" in note for note in report["notes"])
+    page = (studied / "runs" / "study" / "report" / "index.html").read_text()
+    assert "the mean IoU of the image over its runs" in page
+    assert "IoU of " in page
+    assert main(["compare", "runs/study", "--metric", "val/miou"]) == 0
+    assert "Compared by val/miou: mIoU on validation" in capsys.readouterr().out
+    assert main(["compare", "runs/study", "--metric", "val/acc1"]) == 2
+    assert "--metric val/acc1 is not one to compare by; " in capsys.readouterr().err
+
+
+def test_data_modules_of_segmentation_are_named_so():
+    """A study tells its task by the name, without importing torch."""
+    assert all(issubclass(kind, SegmentationDataModule) == ("Segmentation" in kind.__name__) for kind in DATA)
+
+
+def test_runs_of_two_tasks_are_not_compared(studied, monkeypatch, capsys):
+    monkeypatch.chdir(studied)
+    fabricate(studied / "other", seed=0)
+    assert main(["compare", "runs/study", "other", "--force"]) == 2
+    assert "some runs classify images and others segment them" in capsys.readouterr().err

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from scipy.stats import permutation_test
 
-from gn_transfer.comparison.statistics import RESAMPLES, holm, image_bootstrap, interval, sign_flip_test
+from gn_transfer.comparison.statistics import holm, interval, sign_flip_test
+from gn_transfer.report.predictions import RESAMPLES, PixelPredictions, Predictions, image_weights
 
 
 def test_five_pairs_all_one_way():
@@ -45,25 +46,50 @@ def test_an_interval_over_seeds_alone():
     assert (low, high) == pytest.approx((0.2, 0.4))  # both seeds alike are drawn a quarter of the time each
 
 
+def accuracies(correct: np.ndarray, number: int = 0) -> np.ndarray:
+    """How accurate a run would have been on resampled images."""
+    paths = [str(place) for place in range(len(correct))]
+    names = ["a" if one else "b" for one in correct]
+    return Predictions(paths, ["a"] * len(correct), names).measure(image_weights(len(correct), number))
+
+
 def test_an_interval_over_images_alone_is_that_of_the_binomial():
-    correct = np.repeat([1.0, 0.0], [80, 20]).astype(np.float32)
-    [resampled] = image_bootstrap({"one": [correct]})["one"]
+    resampled = accuracies(np.repeat([1.0, 0.0], [80, 20]))
     assert resampled.mean() == pytest.approx(0.8, abs=0.005)
     assert resampled.std() == pytest.approx((0.8 * 0.2 / 100) ** 0.5, rel=0.1)
     low, high = interval([resampled])
     assert (low, high) == pytest.approx((0.72, 0.88), abs=0.015)
 
 
-def test_the_same_images_get_the_same_draws_in_every_run():
-    correct = np.random.default_rng(0).integers(0, 2, 50).astype(np.float32)
-    first, second = image_bootstrap({"one": [correct, correct], "other": [correct[::-1]]})["one"]
-    assert np.array_equal(first, second)
+def test_a_list_of_images_has_samples_of_its_own():
+    correct = np.random.default_rng(0).integers(0, 2, 50)
+    assert np.array_equal(accuracies(correct), accuracies(correct))
+    assert not np.array_equal(accuracies(correct), accuracies(correct, 1))
 
 
 def test_seeds_and_images_vary_more_than_either():
     generator = np.random.default_rng(0)
-    correct = [(generator.random(100) < share).astype(np.float32) for share in (0.6, 0.7, 0.8, 0.9)]
-    both = interval(image_bootstrap({"one": correct})["one"])
+    correct = [generator.random(100) < share for share in (0.6, 0.7, 0.8, 0.9)]
+    both = interval([accuracies(part) for part in correct])
     seeds = interval([np.full(RESAMPLES, part.mean()) for part in correct])
     assert both[0] < seeds[0]
     assert both[1] > seeds[1]
+
+
+def test_mean_iou_of_weighted_images_by_hand():
+    """Two images: IoU of ground 2/4 and 4/4, of cat 1/3 and absent."""
+    found = PixelPredictions(
+        ["0.png", "1.png"],
+        ["ground", "cat"],
+        intersection=np.array([[2.0, 1], [4, 0]]),
+        union=np.array([[4.0, 3], [4, 0]]),
+        pixels=np.array([[3.0, 2], [4, 0]]),
+    )
+    weights = np.array([[1.0, 1], [0, 1], [1, 0]])
+    assert found.measure(weights) == pytest.approx([(6 / 8 + 1 / 3) / 2, 1, (2 / 4 + 1 / 3) / 2])
+    assert found.value == pytest.approx((6 / 8 + 1 / 3) / 2)
+    assert found.guess == pytest.approx(7 / 9 / 2)  # ground everywhere: 7 of 9 labeled pixels, and nothing of cat
+    assert found.image_ious == pytest.approx([(2 / 4 + 1 / 3) / 2, 1])
+    assert found.by_class({"0.png"}) == pytest.approx({"ground": 2 / 4, "cat": 1 / 3})
+    low, high = found.interval()
+    assert (low, high) == pytest.approx(((2 / 4 + 1 / 3) / 2, 1))

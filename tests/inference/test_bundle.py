@@ -16,7 +16,8 @@ import gn_transfer
 from gn_transfer import load_bundle
 from gn_transfer.config import ConfigError
 from gn_transfer.data.decode import BadImageError
-from gn_transfer.inference.bundle import FORMAT_VERSION, GRAPH, METADATA, read_metadata, sha256
+from gn_transfer.files import sha256
+from gn_transfer.inference.bundle_files import FORMAT_VERSION, GRAPH, METADATA, read_metadata
 
 CLASSES = ["red", "green", "blue"]
 

@@ -24,8 +24,8 @@ from gn_transfer.inference.bundle import open_graph
 from gn_transfer.inference.export import check_output, find_checkpoint, validation_data
 from gn_transfer.inference.model_card import timm_lines
 from gn_transfer.inference.onnx_graph import InferenceModel, plain, write_onnx
-from gn_transfer.inference.parity import measure_parity
-from gn_transfer.training.checkpoint import rebuild_task
+from gn_transfer.inference.parity import Parity, ParityMeter
+from gn_transfer.training.tasks import load_task
 
 BACKBONE, SIZE = "resnetv2_18", 64
 
@@ -73,13 +73,17 @@ def test_a_bundle_holds_what_was_promised(bundle):
     assert not list(bundle.parent.glob(".bundle*"))
     metadata = json.loads((bundle / "bundle.json").read_text())
     assert sorted(metadata["files"]) == [name for name in names if name != "bundle.json"]
-    expected = {"norm": "gn_ws", "backbone": BACKBONE, "img_size": SIZE, "weights": "as trained", "format_version": 1}
+    expected = {"norm": "gn_ws", "backbone": BACKBONE, "img_size": SIZE, "weights": "as trained", "format_version": 2}
     assert expected.items() <= metadata.items()
-    assert metadata["parity"]["images"] == sum(metadata["validation"]["images"].values()) == 6
+    by_class = metadata["validation"]["by_class"]
+    assert metadata["parity"]["images"] == sum(found["count"] for found in by_class.values()) == 6
     assert metadata["validation"]["same_images_as_the_run"] is True
     assert metadata["parity"]["max_difference"] < 1e-4
-    assert metadata["parity"]["same_class"] >= metadata["parity"]["decided_same_class"] == metadata["parity"]["decided"]
-    assert metadata["metrics"]["val/acc1"] == pytest.approx(metadata["parity"]["accuracy_bundle"])
+    assert metadata["parity"]["same_class"] <= metadata["parity"]["compared"] == 6
+    assert metadata["metrics"]["val/acc1"] == pytest.approx(metadata["parity"]["metric_bundle"])
+    right = sum(found["count"] * found["recall"] for found in by_class.values())
+    assert right / 6 == pytest.approx(metadata["parity"]["metric_bundle"])
+    assert metadata["task"] == "classification"
     assert metadata["provenance"]["transfer_report"]["source"] == "from scratch"
     assert "root" not in metadata["provenance"]["config"]["data"]["init_args"]
     assert {"torch", "timm", "onnx", "onnxruntime"} <= metadata["versions"].keys()
@@ -176,13 +180,13 @@ def test_exporting_again_replaces_the_bundle_alone(in_root, bundle, capsys):
 
 
 def test_a_bundle_that_differs_is_not_left(in_root, bundle, monkeypatch):
-    def other_task(kind, content, path):
-        task = rebuild_task(kind, content, path)
+    def other_task(content, path):
+        task = load_task(content, path)
         with torch.no_grad():
             task.model.get_submodule("head.fc").bias += 0.01
         return task
 
-    monkeypatch.setattr(export, "rebuild_task", other_task)
+    monkeypatch.setattr(export, "load_task", other_task)
     monkeypatch.setattr(export, "write_onnx", lambda model, size, path: shutil.copy(bundle / "model.onnx", path))
     with pytest.raises(export.ParityError, match=r"differ by at most 1\.0e-02"):
         export.export_bundle(CHECKPOINT, Path("wrong"))
@@ -262,17 +266,36 @@ def test_bad_options(tmp_path, monkeypatch, capsys, options):
     assert "gn-transfer: error:" in capsys.readouterr().err
 
 
+def parity_of(of_checkpoint: np.ndarray, of_bundle: np.ndarray, targets: list) -> Parity:
+    meter = ParityMeter(of_checkpoint.shape[1])
+    for ours, theirs, target in zip(of_checkpoint, of_bundle, targets, strict=True):
+        meter.update(ours, theirs, np.array(target))
+    return meter.compute()
+
+
 def test_parity_by_hand():
-    ours = np.array([[1.0, 3.0], [2.0, 2.00001], [5.0, 0.0]], np.float32)
-    theirs = np.array([[1.0, 3.0], [2.00002, 2.0], [5.0, 0.0]], np.float32)
-    parity = measure_parity(ours, theirs, np.array([1, 1, 1]))
+    theirs = np.array([[1.0, 3.0], [2.0, 2.00001], [5.0, 0.0]], np.float32)
+    ours = np.array([[1.0, 3.0], [2.00002, 2.0], [5.0, 0.0]], np.float32)
+    parity = parity_of(theirs, ours, [1, 1, 1])
     assert parity.max_difference == pytest.approx(2e-5, rel=0.1)
     assert parity.tolerance == pytest.approx(5e-4)
-    assert (parity.images, parity.same_class, parity.decided, parity.decided_same_class) == (3, 2, 2, 2)
-    assert (parity.accuracy_checkpoint, parity.accuracy_bundle) == pytest.approx((2 / 3, 1 / 3))
+    assert (parity.images, parity.compared, parity.same_class) == (3, 3, 2)
+    assert parity.metric == "accuracy"
+    assert (parity.metric_checkpoint, parity.metric_bundle) == pytest.approx((2 / 3, 1 / 3))
     assert parity.holds
-    assert not measure_parity(ours, ours + 1e-3, np.array([1, 1, 1])).holds
-    assert not measure_parity(ours, ours * np.nan, np.array([1, 1, 1])).holds
+    assert not parity_of(theirs, theirs + 1e-3, [1, 1, 1]).holds
+    assert not parity_of(theirs, theirs * np.nan, [1, 1, 1]).holds
+    with pytest.raises(ConfigError, match="logits are not finite"):
+        parity_of(np.full_like(theirs, np.inf), theirs, [1, 1, 1])
+
+
+def test_parity_of_pixels_by_hand():
+    """Four pixels, one of them without a label: IoU 2/3 of class 0 and 0 of class 1, which was found nowhere."""
+    logits = np.stack([np.ones((1, 2, 2)), np.zeros((1, 2, 2))], axis=1).astype(np.float32)
+    parity = parity_of(logits, logits, [[[0, 0], [1, 255]]])
+    assert (parity.images, parity.compared, parity.same_class, parity.metric) == (1, 3, 3, "mIoU")
+    assert parity.metric_bundle == pytest.approx((2 / 3 + 0) / 2)
+    assert "equal on 100.0000% of the labeled pixels" in parity.summary()
 
 
 NETS = [

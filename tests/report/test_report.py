@@ -15,8 +15,10 @@ import pytest
 
 from gn_transfer.__main__ import main
 from gn_transfer.report.evaluation import calibration, class_names, class_scores, confused_pairs, confusion, mistakes
-from gn_transfer.report.page import MOST_IMAGES, choose_run_folder
-from gn_transfer.report.runs import Predictions, read_run
+from gn_transfer.report.page import choose_run_folder
+from gn_transfer.report.predictions import Predictions
+from gn_transfer.report.runs import read_run
+from gn_transfer.report.sentences import MOST_IMAGES
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from fabricate import CLASSES, fabricate

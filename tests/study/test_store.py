@@ -135,7 +135,7 @@ def test_a_trial_of_another_machine_is_taken_over_when_its_heart_stops(study, tm
         elsewhere.setattr("gn_transfer.study.store._host", lambda: "elsewhere")
         assert not store.finish(theirs, Outcome("complete", 0.1, 1.0))
     assert store.finish(ours, Outcome("complete", 0.2, 1.0))
-    assert store.outcomes()[trials[0].name].accuracy == 0.2
+    assert store.outcomes()[trials[0].name].value == 0.2
 
 
 def test_changed_settings_are_refused(file, study, tmp_path):

@@ -45,6 +45,9 @@ def test_predictions_of_two_batches_by_hand(tmp_path):
     ]
 
 
+COUNTS = ("intersection", "union", "pixels")
+
+
 def test_pixels_of_a_segmentation_by_hand(tmp_path):
     """Three pixels, of which the last is ignored; then an image without a labeled pixel."""
     task = TransferSegmenter()
@@ -53,9 +56,9 @@ def test_pixels_of_a_segmentation_by_hand(tmp_path):
     callback = evaluated(task, ["ground", "pet"], batches)
     callback.write(tmp_path / "predictions.csv", [LabeledImage("a.jpg", 0), LabeledImage("b.jpg", 0)], task)
     assert read(tmp_path / "predictions.csv") == [
-        ["path", "miou", "intersection:ground", "union:ground", "intersection:pet", "union:pet"],
-        ["a.jpg", "0.25000", "1", "2", "0", "1"],
-        ["b.jpg", "", "0", "0", "0", "0"],
+        ["path", "miou", *(f"{count}:{name}" for name in ("ground", "pet") for count in COUNTS)],
+        ["a.jpg", "0.25000", "1", "2", "1", "0", "1", "1"],
+        ["b.jpg", "", "0", "0", "0", "0", "0", "0"],
     ]
 
 

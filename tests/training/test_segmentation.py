@@ -169,7 +169,9 @@ def test_a_run_from_start_to_test(images, tmp_path):
     assert 0 < record["best/val/miou"] < 1
     assert {"val/miou", "val/iou_background", "val/iou_pet", "val/pixel_acc", "val/dice", "val/loss"} <= record.keys()
     rows = (run.logs / "predictions_val.csv").read_text().splitlines()
-    assert rows[0] == "path,miou,intersection:background,union:background,intersection:pet,union:pet"
+    assert rows[0] == "path,miou," + ",".join(
+        f"{count}:{name}" for name in ("background", "pet") for count in ("intersection", "union", "pixels")
+    )
     pixels = torch.tensor([[int(value) for value in row.split(",")[2:]] for row in rows[1:]]).sum(0)
     assert (pixels[0] / pixels[1] + pixels[2] / pixels[3]).item() / 2 == pytest.approx(record["val/miou"], abs=1e-6)
     best = run.checkpoints / "best.ckpt"

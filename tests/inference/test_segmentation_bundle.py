@@ -1,0 +1,234 @@
+"""From a trained segmentation to a bundle: any size, tiles, masks as files, without torch."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import gn_transfer as gnt
+from gn_transfer import ModelConfig, TransferSegmenter, load_bundle
+from gn_transfer.__main__ import main
+from gn_transfer.config import ConfigError
+from gn_transfer.inference.bundle_files import METADATA
+from gn_transfer.inference.onnx_segmentation import _ExportedPooling, for_any_size, write_segmentation_onnx
+
+CHECKPOINT = Path("checkpoints/segmentation_folder/gn_ws-bs1-seed0/best.ckpt")
+TILED = ["--data.tile_size", "32"]
+
+
+@pytest.fixture(scope="module")
+def run_root(tmp_path_factory) -> Path:
+    """What two runs of a few steps leave; the second evaluates images in tiles. The classes are left and right."""
+    root = tmp_path_factory.mktemp("run")
+    for kind in ("images", "masks"):
+        (root / "own" / kind).mkdir(parents=True)
+    for number in range(12):
+        height, width = 60 + 3 * number, 90
+        mask = np.zeros((height, width), np.uint8)
+        mask[:, 30 + number :] = 1
+        mask[:2] = 255
+        pixels = np.random.default_rng(number).integers(0, 90, (height, width, 3), np.uint8) + 120 * mask[..., None]
+        Image.fromarray(mask).save(root / "own" / "masks" / f"{number}.png")
+        Image.fromarray(pixels).save(root / "own" / "images" / f"{number}.png")
+    (root / "own" / "classes.txt").write_text("left\nright\n")
+    words = (
+        "--model.backbone resnet18 --model.norm gn_ws --model.pretrained null --model.decoder fpn --data.batch_size 1"
+    )
+    words += " --data.img_size 64 --accumulation.effective_batch_size 4 --mixed_precision.mode fp32"
+    words += " --trainer.max_epochs 1 --trainer.limit_train_batches 4"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        command = ["fit", "--config", "segmentation_folder.yaml", "--data.root", "own", *words.split()]
+        assert main(command) == 0
+        assert main([*command, *TILED, "--name", "tiled"]) == 0
+        assert main(["export", str(CHECKPOINT), "--output", "bundle"]) == 0
+        assert main(["export", "checkpoints/tiled/gn_ws-bs1-seed0", "--output", "tiles"]) == 0
+    return root
+
+
+@pytest.fixture
+def in_root(run_root: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(run_root)
+    return run_root
+
+
+@pytest.mark.parametrize("name", ["bundle", "tiles"])
+def test_a_bundle_computes_what_was_trained(in_root, name):
+    metadata = json.loads((in_root / name / METADATA).read_text())
+    assert metadata["task"] == "segmentation"
+    assert metadata["tile_size"] == (None if name == "bundle" else 32)
+    parity = metadata["parity"]
+    assert parity["max_difference"] <= parity["tolerance"] <= 1e-3
+    assert parity["same_class"] / parity["compared"] > 0.999
+    assert parity["metric_bundle"] == pytest.approx(metadata["metrics"]["val/miou"], abs=1e-4)
+    by_class = metadata["validation"]["by_class"]
+    assert np.mean([found["iou"] for found in by_class.values()]) == pytest.approx(parity["metric_bundle"])
+    assert sum(found["count"] for found in by_class.values()) == parity["compared"]
+    card = (in_root / name / "README.md").read_text()
+    assert f"| left | {by_class['left']['iou']:.4f} |" in card
+    assert ("in tiles of 32 pixels" in card) == (name == "tiles")
+
+
+def test_a_large_image_is_segmented_at_its_size(in_root):
+    """The short side is reduced to 64 pixels; the mask has the size of the image, whatever way the image comes."""
+    bundle = load_bundle("bundle")
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 330, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("large.png")
+    results = bundle.predict(["large.png", pixels, Image.fromarray(pixels), Path("large.png").read_bytes()])
+    for result in results:
+        assert result.mask.shape == (150, 330)
+        assert result.logits.shape == (2, 64, 141)
+        assert np.array_equal(result.mask, results[0].mask)
+        assert result.probs.sum(0) == pytest.approx(1.0, abs=1e-5)
+        assert sum(result.pixels.values()) == 150 * 330
+        ties = np.abs(result.probs[0] - result.probs[1]) < 1e-6
+        assert (result.mask == result.probs.argmax(0))[~ties].all()
+
+
+def test_the_graph_alone_takes_any_size(in_root):
+    session = onnxruntime.InferenceSession("bundle/model.onnx")
+    task = gnt.load(CHECKPOINT)
+    assert isinstance(task, TransferSegmenter)
+    for shape in ((1, 64, 96, 3), (1, 33, 7, 3), (2, 70, 50, 3)):
+        images = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+        logits, probs, classes = session.run(None, {"images": images})
+        with torch.no_grad():
+            expected = task(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+        assert logits == pytest.approx(expected.numpy(), abs=1e-4)
+        assert probs == pytest.approx(expected.softmax(1).numpy(), abs=1e-4)
+        assert classes.dtype == np.uint8
+        assert np.array_equal(classes, logits.argmax(1))
+
+
+def test_the_lines_of_the_card_run(in_root, monkeypatch):
+    card = (in_root / "bundle" / "README.md").read_text()
+    monkeypatch.chdir(in_root / "bundle")
+    np.save("images.npy", np.zeros((1, 40, 50, 3), np.uint8))
+    Image.new("RGB", (50, 40)).save("cat.jpg")
+    scope: dict = {}
+    for block in card.split("```python\n")[1:]:
+        exec(block.partition("```")[0], scope)
+    for name in ("images.npy", "cat.jpg"):
+        Path(name).unlink()
+    trained = gnt.load(in_root / CHECKPOINT).state_dict()
+    assert scope["task"].training
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in scope["task"].state_dict().items())
+
+
+def test_predicting_masks(in_root, tmp_path, capsys):
+    nested = tmp_path / "photos" / "sub"
+    nested.mkdir(parents=True)
+    for name in ("a.png", "sub/b.png"):
+        shutil.copy("own/images/3.png", tmp_path / "photos" / name)
+    (nested / "broken.png").write_bytes(b"no image")
+    masks, table, figure = tmp_path / "masks", tmp_path / "areas.csv", tmp_path / "overlays.png"
+    options = ["--masks", str(masks), "--output", str(table), "--figure", str(figure)]
+    assert main(["predict", "bundle", str(tmp_path / "photos"), *options]) == 3
+    assert "broken.png" in capsys.readouterr().err
+    [expected] = load_bundle("bundle").predict(["own/images/3.png"])
+    assert sorted(path.relative_to(masks).as_posix() for path in masks.rglob("*.png")) == ["a.png", "sub/b.png"]
+    with Image.open(masks / "sub" / "b.png") as mask:
+        assert mask.mode == "P"
+        assert np.array_equal(np.asarray(mask), expected.mask)
+    with table.open() as file:
+        rows = {Path(row["path"]).name: row for row in csv.DictReader(file)}
+    assert [rows["a.png"][f"pixels:{name}"] for name in ("left", "right")] == [str(n) for n in expected.pixels.values()]
+    assert (rows["a.png"]["width"], rows["a.png"]["height"]) == ("90", "69")
+    assert rows["broken.png"]["error"]
+    with Image.open(figure) as sheet:
+        assert sheet.size[0] > 200
+
+
+def test_predicting_areas(in_root, capsys):
+    assert main(["predict", "bundle", "own/images/0.png"]) == 0
+    assert "% left" in capsys.readouterr().out
+    assert main(["predict", "bundle", "own/images/0.png", "--format", "json"]) == 0
+    [entry] = json.loads(capsys.readouterr().out)
+    assert (entry["width"], entry["height"], sum(entry["pixels"].values())) == (90, 60, 90 * 60)
+
+
+def test_no_predicted_mask_replaces_a_file(in_root, tmp_path, capsys):
+    before = Path("own/masks/0.png").read_bytes()
+    assert main(["predict", "bundle", "own/images", "--masks", "own/masks"]) == 2
+    assert "exists and is not an empty folder; name a new one" in capsys.readouterr().err
+    assert Path("own/masks/0.png").read_bytes() == before
+    for name in ("x.png", "x.bmp"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    assert main(["predict", "bundle", str(tmp_path), "--masks", str(tmp_path / "new")]) == 2
+    assert "would have one mask" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--top_k", "--batch_size"])
+def test_options_of_classification_are_refused(in_root, capsys, option):
+    assert main(["predict", "bundle", "own/images", option, "2"]) == 2
+    assert f"{option}: bundle segments images" in capsys.readouterr().err
+
+
+def test_masks_are_refused_of_a_classification(bundle_dir, tmp_path, capsys):
+    assert main(["predict", str(bundle_dir), str(bundle_dir), "--masks", str(tmp_path / "m")]) == 2
+    assert "classifies whole images and gives no masks" in capsys.readouterr().err
+
+
+def test_no_torch_is_imported(in_root):
+    script = (
+        "import sys; from gn_transfer import load_bundle; load_bundle('bundle').predict(['own/images/0.png']);"
+        "assert not {'torch', 'lightning', 'timm', 'albumentations'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "backbone", "norm"),
+    [
+        ("unet", "tf_efficientnet_lite0", "gn"),
+        ("upernet", "resnet18", "ln"),
+        ("deeplabv3plus", "resnetv2_18", "bn_frozen"),
+    ],
+)
+def test_every_decoder_leaves(tmp_path, decoder, backbone, norm):
+    torch.manual_seed(0)
+    task = TransferSegmenter(ModelConfig(backbone, norm, pretrained=None, decoder=decoder))
+    task.build(["a", "b", "c"])
+    task.eval()
+    mean, std = ((statistic.flatten() / 255).tolist() for statistic in (task.mean, task.std))
+    write_segmentation_onnx(task.model, mean, std, 3, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for shape in ((1, 100, 37, 3), (1, 64, 160, 3)):
+        images = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+        with torch.no_grad():
+            expected = task(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()).numpy()
+        [logits] = session.run(["logits"], {"images": images})
+        assert logits == pytest.approx(expected, abs=1e-4 * max(1.0, float(np.abs(expected).max())))
+
+
+@pytest.mark.parametrize(("length", "bins"), [(7, 6), (12, 6), (1, 3), (5, (2, 3))])
+def test_adaptive_pooling_as_products(length, bins):
+    maps = torch.randn(2, 3, length, length + 2)
+    assert _ExportedPooling(bins)(maps) == pytest.approx(nn.AdaptiveAvgPool2d(bins)(maps), abs=1e-5)
+
+
+def test_padding_of_any_size():
+    """TensorFlow's padding depends on the size of the image; on sides that the stride divides it does not."""
+    task = TransferSegmenter(ModelConfig("tf_efficientnet_lite0", "bn_frozen", pretrained=None, decoder="fpn"))
+    task.build(["a", "b"])
+    task.eval()
+    model = for_any_size(task.model)
+    assert not any(type(layer).__name__ == "Conv2dSame" for layer in model.modules())
+    pixels = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert model(pixels) == pytest.approx(task.model(pixels), abs=1e-5, rel=1e-4)
+
+
+def test_the_wrong_task_for_a_checkpoint(in_root):
+    with pytest.raises(ConfigError, match=r"model\.decoder=fpn is for segmentation"):
+        gnt.TransferClassifier.load_from_checkpoint(CHECKPOINT)
