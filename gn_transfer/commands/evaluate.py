@@ -60,9 +60,9 @@ def run_parsed(cli: TrainingCLI, stage: str) -> None:
         evaluated = len(data.test_dataset if stage == "test" else data.val_dataset)
         images = min(evaluated, find(trainer, ImagePredictions).count)  # limit_val_batches; ranks are filled up
         cli.log.print(_count_right(metrics, stage, images))
-        run = run_of_checkpoint(checkpoint)
-        if run is not None and (run.logs / "metrics.json").is_file():
-            cli.log.print(f"next       gn-transfer report {shlex.quote(str(run.logs))}")
+    run = run_of_checkpoint(checkpoint)
+    if run is not None and (run.logs / "metrics.json").is_file():
+        cli.log.print(f"next       gn-transfer report {shlex.quote(str(run.logs))}")
 
 
 def _count_right(metrics: Mapping[str, float], stage: str, images: int) -> str:

@@ -83,7 +83,7 @@ def _metric(epochs: Sequence[dict[str, float]], best_epoch: int | None, metric: 
     for row in epochs:
         if row["epoch"] == best_epoch:
             axes.plot([row["epoch"]], [100 * row[f"val/{metric}"]], "o", mfc="none", mec=INK, ms=11, mew=1.2)
-    axes.set_ylabel(f"{MAIN_METRICS[metric]}, %")
+    axes.set_ylabel("on the validation images, %")
     _finish(axes)
     return figure
 

@@ -25,14 +25,7 @@ _HINTS = {
 def segmentation_parts(
     run: Run, validation: SplitPredictions | None, test: SplitPredictions | None, roots: list[Path]
 ) -> dict[str, Any]:
-    """Give what the template shows of a segmentation.
-
-    Args:
-        run: The run.
-        validation: Its predictions on the validation images, by the weights of best.ckpt; None where not stored.
-        test: Those on the test images; None where it was not tested.
-        roots: Where the images may be.
-    """
+    """Give what the template shows; see :func:`gn_transfer.report.classification.classification_parts`."""
     validation = validation if isinstance(validation, PixelPredictions) else None
     test = test if isinstance(test, PixelPredictions) else None
     sheet = run.folder / "worst_images.jpg"
@@ -62,7 +55,7 @@ def answer(run: Run, validation: PixelPredictions | None, test: PixelPredictions
     lines = [
         f"The mean IoU on the validation images is "
         f"{_with_interval(float(metrics.get('best/val/miou', metrics['val/miou'])), validation)}{reached(run)}"
-        + (f", on the test images {_with_interval(float(tested), test)}." if tested is not None else ".")
+        + (f", and {_with_interval(float(tested), test)} on the test images." if tested is not None else ".")
     ]
     if tested is not None:
         lines.append(TEST_IS_HONEST.format(metric="mean IoU"))

@@ -193,16 +193,16 @@ class ValidationFigures(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Log to each TensorBoard logger, and write the file."""
-        loggers = _tensorboard_loggers(trainer)
-        if trainer.sanity_checking or not trainer.is_global_zero or self._figures is None:
+        if trainer.sanity_checking or self._figures is None:
             return
         value = float(trainer.callback_metrics[pl_module.monitor])
         path, self._best = self.path if value > self._best else None, max(value, self._best)
-        if not loggers and path is None:
+        if path is None and not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             return
-        figures, images = self._figures.draw()
-        if path is not None and WORST in images:
+        figures, images = self._figures.draw()  # in every process: a confusion matrix gathers from all
+        if path is not None and WORST in images and trainer.is_global_zero:
             Image.fromarray(images[WORST]).save(path, "JPEG", quality=90)
+        loggers = _tensorboard_loggers(trainer)
         for logger in loggers:
             for name, figure in figures.items():
                 logger.experiment.add_figure(name, figure, global_step=trainer.global_step)
