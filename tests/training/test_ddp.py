@@ -40,7 +40,7 @@ def write_pairs(root: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("task", ["classification", "segmentation"])
+@pytest.mark.parametrize("task", ["classification", pytest.param("segmentation", marks=pytest.mark.slow)])
 def test_two_processes_with_accumulation_equal_one(folder_root, tmp_path, task):
     given = {**OPTIONS, "data": "Folder", "data.root": str(folder_root)}
     if task == "segmentation":
