@@ -16,7 +16,6 @@ from gn_transfer.commands.training_cli import TrainingCLI, parsed
 from gn_transfer.config import ConfigError
 from gn_transfer.data.describe import test_images
 from gn_transfer.training.checkpoint_callbacks import BestCheckpoint
-from gn_transfer.training.classification import TransferClassifier
 from gn_transfer.training.plan import Plan, epochs_of, make_plan
 from gn_transfer.training.progress import Throughput
 from gn_transfer.training.run_folder import RunFolder, claim_run, run_of_checkpoint
@@ -160,13 +159,11 @@ def summary(cli: TrainingCLI, trainer: Trainer, run: RunFolder) -> list[str]:
     speed = find(trainer, Throughput).images_per_sec
     reached = [] if score is None else [f"reached    best {cli.task.monitor} {float(score):.4f}, {speed:.1f} images/s"]
     checkpoint, logs = shlex.quote(str(best)), shlex.quote(str(run.root / "runs"))
-    commands = [f"tensorboard --logdir {logs}"]
-    if isinstance(cli.task, TransferClassifier):
-        commands = [
-            f"gn-transfer export {checkpoint} --output bundle",
-            f"gn-transfer report {shlex.quote(str(run.logs))}",
-            *commands,
-        ]
+    commands = [
+        f"gn-transfer export {checkpoint} --output bundle",
+        f"gn-transfer report {shlex.quote(str(run.logs))}",
+        f"tensorboard --logdir {logs}",
+    ]
     other = f"gn-transfer fit {shlex.join(_words_without_norm(cli.arguments.typed))} {_other_norm(cli.task)}"
     if test_images(cli.datamodule):
         commands.insert(0, f"gn-transfer test {checkpoint}")

@@ -12,12 +12,14 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from gn_transfer.commands.parsing import Parser
 from gn_transfer.config import ConfigError, check_range
-from gn_transfer.data.contact_sheet import Line
+from gn_transfer.data.contact_sheet import Line, contact_sheet
 from gn_transfer.data.decode import BadImageError, decode_image
 from gn_transfer.data.layout import describe_ignored
+from gn_transfer.data.overlay import legend, overlay, square
 from gn_transfer.data.progress import progress_bar
 from gn_transfer.files import whole_file
 from gn_transfer.inference.classification import ClassificationBundle, Prediction
@@ -28,7 +30,6 @@ from gn_transfer.inference.prediction_formats import (
     FORMATS,
     ClassificationLayout,
     Layout,
-    Results,
     SegmentationLayout,
     Writer,
 )
@@ -199,13 +200,12 @@ class _Results:
 def _write(results: _Results, write: Writer, layout: Layout, output: Path | None) -> None:
     """Write results while they come; a file appears when it is whole."""
     path_width = max(len(shown(path)) for path in results.paths)
-    everything: Results = results
     if output is None:
-        write(everything, layout, path_width, sys.stdout)
+        write(results, layout, path_width, sys.stdout)
         sys.stdout.flush()
     else:
         with whole_file(output) as file:
-            write(everything, layout, path_width, file)
+            write(results, layout, path_width, file)
 
 
 def _tile(bundle: ClassificationBundle | SegmentationBundle, result: Prediction | Segmentation) -> Tile:
@@ -215,8 +215,6 @@ def _tile(bundle: ClassificationBundle | SegmentationBundle, result: Prediction 
         assert isinstance(bundle, ClassificationBundle)
         return bundle.square(result.path), [result.label, f"{result.prob:.1%}"]
 
-    from gn_transfer.data.overlay import legend, overlay, square
-
     number = len(result.classes)
     shares = [(name, count / result.mask.size) for name, count in result.pixels.items()]
     texts = {place: f"{name} {share:.1%}" for place, (name, share) in enumerate(shares) if share}
@@ -225,9 +223,5 @@ def _tile(bundle: ClassificationBundle | SegmentationBundle, result: Prediction 
 
 def _write_figure(tiles: list[Tile], target: Path) -> None:
     """Write images with their classes as a contact sheet."""
-    from PIL import Image
-
-    from gn_transfer.data.contact_sheet import contact_sheet
-
     if tiles:
         Image.fromarray(contact_sheet(tiles)).save(target)

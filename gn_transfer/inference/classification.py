@@ -122,14 +122,14 @@ class ClassificationBundle(Bundle):
         """Decode an image and cut the square that the graph takes, as training's evaluation does.
 
         Args:
-            image: A path, the content of an image file, a uint8 RGB array ``(H, W, 3)``, or a Pillow image.
+            image: See :meth:`predict`.
 
         Returns:
-            Pixels, shape ``(img_size, img_size, 3)``, RGB.
+            Pixels, uint8, shape ``(img_size, img_size, 3)``, RGB.
 
         Raises:
             BadImageError: It cannot be decoded.
-            ConfigError: An array of another shape or type, or something else.
+            ConfigError: It is no image.
         """
         return preprocess_image(read_image(image), self.img_size)
 

@@ -44,6 +44,6 @@ class MaskWriter:
         assert segmentation.path is not None
         file = self._files[segmentation.path]
         file.parent.mkdir(parents=True, exist_ok=True)
-        mask = Image.fromarray(segmentation.mask, "P")
+        mask = Image.fromarray(segmentation.mask)
         mask.putpalette(class_colors(len(segmentation.classes)).tobytes())
         mask.save(file)

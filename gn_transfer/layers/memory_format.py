@@ -13,9 +13,9 @@ def preferred_memory_format(norm: Norm, device_type: str, *, segments: bool = Fa
     On a CPU channels-last wins for every norm and batch size of a classification (``benchmarks/README.md``): oneDNN's
     convolutions read it as it is, and :func:`gn_transfer.layers.group_norm` has a kernel for it where torch's is slow.
     The decoder of a segmentation has convolutions from many channels to few on large maps, whose weight gradients are
-    up to twice as slow in channels-last. On CUDA batch norm
-    gains half again from it (RTX 3090, AMP, ResNet-50: 1,218 against 826 images/s) while group norm loses 10 %
-    (482 against 532), since torch's group norm there leaves channels-last (timm's published benchmark).
+    up to twice as slow in channels-last. On CUDA batch norm gains half again from it (RTX 3090, AMP, ResNet-50: 1,218
+    against 826 images/s) while group norm loses 10 % (482 against 532), since torch's group norm there leaves
+    channels-last (timm's published benchmark).
 
     Args:
         norm: The normalization.
@@ -28,6 +28,8 @@ def preferred_memory_format(norm: Norm, device_type: str, *, segments: bool = Fa
     Example:
         >>> preferred_memory_format("gn_ws", "cuda")
         torch.contiguous_format
+        >>> preferred_memory_format("bn", "cpu"), preferred_memory_format("bn", "cpu", segments=True)
+        (torch.channels_last, torch.contiguous_format)
     """
     group_norm = norm in ("gn", "gn_ws", "ln", "in")
     if (device_type == "cpu" and not segments) or (device_type == "cuda" and not group_norm):

@@ -55,6 +55,8 @@ def test_from_images_to_a_test_figure(folder, work, capsys):
     assert fit(folder, "--data.test_fraction", "0.2", "--model.pretrained", "null") == 0
     out = capsys.readouterr().out
     assert "reached    best val/miou 0." in out
+    assert "gn-transfer export" in out
+    assert "gn-transfer report" in out
     assert "ground 4" in out
     [run] = (work / "runs" / "segmentation_folder").iterdir()
     config = yaml.safe_load((run / "config.yaml").read_text())
