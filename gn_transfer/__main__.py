@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -101,6 +102,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("gn-transfer: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads our output has seen enough
+        return 0
+    except OSError as error:
+        if error.errno is None or error.strerror is None:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"gn-transfer: error: {place}{error.strerror}.", file=sys.stderr)
+        return 2
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Write what is left of the output; a reader that is gone must not make Python's exit fail."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

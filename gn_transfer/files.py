@@ -6,12 +6,47 @@ import csv
 import hashlib
 import io
 import json
+import logging
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
+
+_MAX_TEXT = 256 * 2**20  # bytes
+_MISSED: set[str] = set()
+
+
+def read_text(path: Path) -> str:
+    """Read a text file, as UTF-8; names of files in it may be bytes that are no text, as in :func:`write_text`.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It is not there, or no regular file: reading a pipe would never end.
+        ValueError: It is larger than 256 MiB.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(2, "no such file", str(path))
+    if path.stat().st_size > _MAX_TEXT:
+        raise ValueError(f"larger than {_MAX_TEXT / 2**20:.0f} MiB")
+    return path.read_text(encoding="utf-8", errors="surrogateescape")
+
+
+def parse_json(text: str) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: It is none, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def read_json(path: Path | None) -> dict[str, Any]:
@@ -24,7 +59,7 @@ def read_json(path: Path | None) -> dict[str, Any]:
         Its content; empty without a file, and where the file is missing, corrupt or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+        content = parse_json(read_text(path)) if path is not None else {}
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -41,9 +76,17 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
     Args:
         path: Target file; its folder exists.
-        values: Plain values.
+        values: Plain values. Numbers that are not finite, which JSON does not know, become null.
     """
-    write_text(path, json.dumps(values, indent=2) + "\n")
+    write_text(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -102,6 +145,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         An empty folder to fill; removed after an error, which leaves the target as it was.
     """
     target = target.resolve()
+    remove_leftovers(target.parent)
     partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     partial.mkdir()
     try:
@@ -117,3 +161,51 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def going_on_without(what: str) -> Iterator[None]:
+    """Let a long run go on where one of its files cannot be written, and say so, once for each kind of file.
+
+    Args:
+        what: The kind of file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if what not in _MISSED:
+            _MISSED.add(what)
+            reason = error.strerror or str(error)
+            logging.getLogger("gn_transfer").warning(
+                "warning: %s cannot be written (%s); the run goes on without", what, reason
+            )
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half-written, and put back what they had moved aside.
+
+    Args:
+        folder: Where :func:`whole_file`, :func:`whole_folder` or checkpoints were written; need not exist.
+    """
+    with suppress(OSError):
+        for path in list(folder.iterdir()):
+            found = re.fullmatch(r"\.(.+)\.(\d+)\.(part|old)", path.name)
+            if found is None or _runs(int(found[2])):
+                continue
+            if found[3] == "old" and not (folder / found[1]).exists():
+                path.rename(folder / found[1])
+            elif path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    """Tell whether a process of this number runs; one that may not be asked does."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True

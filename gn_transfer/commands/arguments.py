@@ -11,10 +11,11 @@ from typing import Any
 
 import yaml
 
+from gn_transfer.commands.class_paths import config_of_checkpoint, read_config
 from gn_transfer.commands.recognize import find_checkpoint, leading_path, recognize, run_name
 from gn_transfer.config import ConfigError, find_config
 from gn_transfer.training.checkpoint import read_checkpoint
-from gn_transfer.training.run_folder import find_last
+from gn_transfer.training.run_folder import LAST, PREVIOUS, find_last
 
 
 class Arguments:
@@ -25,9 +26,11 @@ class Arguments:
         config_name: Name of the last config, without suffix; the name of a folder of runs.
         typed: The arguments as the user typed them.
         remarks: What was found in the folder that ``fit PATH`` names, and what was chosen for it.
+        notes: What the user should know about the checkpoint.
         checkpoint: Path behind ``--ckpt_path``, resolved.
         stored: Content of that checkpoint under ``gn_transfer``.
         names_images: Whether a path, a configuration, a checkpoint or an option says which images are meant.
+        allow_class_path: Files may name any class.
     """
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
@@ -35,6 +38,9 @@ class Arguments:
         self.typed = list(arguments)
         path, self.argv = leading_path(["--help" if word == "--help_all" else word for word in arguments])
         self.remarks: list[str] = []
+        self.notes: list[str] = []
+        self.allow_class_path = "--allow_class_path" in self.argv
+        self.argv = [word for word in self.argv if word != "--allow_class_path"]
         name = self._take("--name")
         root = Path(next((self._get(index) for index in self._values_of("--trainer.default_root_dir")), "."))
         if path is not None and self.argv and not path.exists() and not self.argv[0].startswith("-"):
@@ -42,32 +48,55 @@ class Arguments:
         if path is not None:
             self._serve(path, root)
         configs = [self._replace(index, find_config) for index in self._values_of("--config", "-c")]
-        if studies := [config for config in configs if "base" in _top_level(Path(config))]:
+        self._configs = {
+            config: read_config(Path(config), allow_class_path=self.allow_class_path) for config in configs
+        }
+        if studies := [config for config, content in self._configs.items() if "base" in content]:
             raise ConfigError(f"{studies[0]} is a study of many runs: gn-transfer sweep --config {studies[0]}.")
         self.config_name = run_name(Path(name or path or (Path(configs[-1]).stem if configs else "default")))
+        self.has_config = named_config = bool(configs)
         self.checkpoint: Path | None = None
         self.stored: dict[str, Any] | None = None
-        has_config = bool(configs)
-        named = has_config or path is not None or name is not None
+        named = bool(configs) or path is not None or name is not None
         for index in self._values_of("--ckpt_path"):
             newest = self._get(index) == "last"
             self.checkpoint = Path(self._replace(index, lambda value: self._checkpoint(value, root, named)))
             if command != "fit" and newest:  # the configuration only says whose newest run is meant
-                for name in ("--config", "-c"):
-                    self._take(name)
+                for option in ("--config", "-c"):
+                    self._take(option)
                 configs = []
-            self.stored = read_checkpoint(self.checkpoint)["gn_transfer"]
-        self.has_config = bool(configs)
-        self.names_images = has_config or bool(
+            self.has_config = bool(configs)
+            self.stored = self._read(index)
+        self.names_images = named_config or bool(
             self.stored or any(word == "--data" or word.startswith(("--data=", "--data.")) for word in self.argv)
         )
         if self.stored is not None and not configs and name is None:
-            self.config_name = str(self.stored["config_name"])
+            self.config_name = run_name(Path(str(self.stored.get("config_name"))))
         if command != "fit" and self.stored is None and not any(a in ("-h", "--help") for a in self.argv):
             raise ConfigError(
                 f"{command} needs a checkpoint: give --ckpt_path checkpoints/CONFIG/RUN/best.ckpt, or "
                 "--config NAME with --ckpt_path last."
             )
+
+    def _read(self, index: int) -> dict[str, Any]:
+        """Read the checkpoint; a run whose last one is corrupt goes on with the one before."""
+        assert self.checkpoint is not None
+        try:
+            content = read_checkpoint(self.checkpoint)
+        except ConfigError as error:
+            before = self.checkpoint.with_name(PREVIOUS)
+            if self.command != "fit" or self.checkpoint.name != LAST or not before.is_file():
+                raise
+            content = read_checkpoint(before)
+            self.checkpoint = Path(self._replace(index, lambda _: before))
+            self.notes.append(f"{error} The run goes on with the checkpoint before it, {before.name}.")
+        stored: dict[str, Any] = content["gn_transfer"]
+        if not self.has_config and not isinstance(stored.get("config"), dict):
+            raise ConfigError(
+                f"--ckpt_path {self.checkpoint} stores no configuration, as one that a script of yours wrote; give the "
+                "options of the run, --config NAME or --data ...."
+            )
+        return stored
 
     def _serve(self, path: Path, root: Path) -> None:
         """Turn a path in front of the options into options."""
@@ -107,9 +136,15 @@ class Arguments:
         if self.stored is None or self.has_config:
             yield [self.command, *self._default_data(), *self.argv]
             return
+        assert self.checkpoint is not None
+        config, left_out = config_of_checkpoint(self.stored["config"], self.checkpoint)
+        if left_out and self.command == "fit":
+            self.notes.append(
+                f"not taken from the checkpoint: {', '.join(left_out)}; where they are wanted, give them again"
+            )
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "config.yaml"
-            path.write_text(yaml.safe_dump(self.stored["config"], sort_keys=False), encoding="utf-8")
+            path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
             yield [self.command, "--config", str(path), *self.argv]
 
     def _default_data(self) -> list[str]:
@@ -117,9 +152,7 @@ class Arguments:
 
         A default of the parser would hand its own arguments down to the data that is chosen instead.
         """
-        chosen = bool(self._values_of("--data")) or any(
-            "data" in _top_level(Path(self._get(index))) for index in self._values_of("--config", "-c")
-        )
+        chosen = bool(self._values_of("--data")) or any("data" in content for content in self._configs.values())
         return [] if chosen else ["--data", "Sample"]
 
     def _checkpoint(self, value: str, root: Path, has_config: bool) -> Path:
@@ -129,7 +162,7 @@ class Arguments:
         found = find_last(root, name)
         if found is None:
             raise ConfigError(
-                f"--ckpt_path last: no run under {root / 'checkpoints' / name} has a last.ckpt; start one with "
+                f"--ckpt_path last: no run under {root / 'checkpoints' / name} has a {LAST}; start one with "
                 "gn-transfer fit, or give the path of a checkpoint."
             )
         return found
@@ -153,11 +186,3 @@ class Arguments:
         option, equals, _ = self.argv[index].partition("=")
         self.argv[index] = f"{option}={value}" if option.startswith("--") and equals else value
         return value
-
-
-def _top_level(config: Path) -> set[str]:
-    try:
-        content = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {"data"}  # the parser will say what is wrong with it
-    return set(content) if isinstance(content, dict) else set()

@@ -18,7 +18,7 @@ from gn_transfer.data.describe import test_images
 from gn_transfer.training.checkpoint_callbacks import BestCheckpoint
 from gn_transfer.training.plan import Plan, epochs_of, make_plan
 from gn_transfer.training.progress import Throughput
-from gn_transfer.training.run_folder import RunFolder, claim_run, run_of_checkpoint
+from gn_transfer.training.run_folder import LAST, PREVIOUS, RunFolder, claim_run, run_of_checkpoint
 from gn_transfer.training.task import TransferTask
 from gn_transfer.training.train import find, prepare, train
 
@@ -60,10 +60,13 @@ def fit(
     stored, log = cli.arguments.stored, cli.log
     for number, remark in enumerate(cli.arguments.remarks):
         log.print(f"{'chosen' if number == 0 else '':<10} {remark}")
+    for note in cli.arguments.notes:
+        log.print(f"note       {note}")
     trainer = cli.build_trainer(figures=figures)
     prepare(cli.task, cli.datamodule, stored=stored)
     if cli.section.samples is not None:
         limit_samples(cli, trainer)
+    check_validation(cli, trainer)
     plan = plan_of(cli, trainer)
     if trainer.is_global_zero:
         log.print(plan.table())
@@ -96,7 +99,7 @@ def fit(
             for line in summary(cli, trainer, run):
                 log.print(line)
     except SystemExit:  # Lightning's way out after Ctrl-C
-        saved = run.checkpoints / "last.ckpt"
+        saved = run.checkpoints / LAST
         if facts and "study" in facts:
             log.print(f"stopped    continue with the command that runs the study {facts['study']}")
         elif saved.is_file():
@@ -124,6 +127,19 @@ def plan_of(cli: TrainingCLI, trainer: Trainer) -> Plan:
     )
 
 
+def check_validation(cli: TrainingCLI, trainer: Trainer) -> None:
+    """Refuse a validation that would come later than an epoch ends, which Lightning finds out when it starts."""
+    interval = cli.section.trainer.val_check_interval
+    batches = -(-len(cli.datamodule.train_dataset) // (cli.datamodule.batch_size * trainer.world_size))
+    if isinstance(interval, int) and not isinstance(interval, bool) and interval > batches:
+        raise ConfigError(
+            f"trainer.val_check_interval={interval} is more than the {batches:,} batches of an epoch; use fewer, or "
+            "trainer.check_val_every_n_epoch."
+        )
+    if trainer.num_nodes > 1 and trainer.is_global_zero:
+        cli.log.print(f"note       the training begins when this command runs on all {trainer.num_nodes} nodes")
+
+
 def limit_samples(cli: TrainingCLI, trainer: Trainer) -> None:
     """Set the length of the training to a number of images (``samples``)."""
     samples, section = cli.section.samples, cli.section.trainer
@@ -139,11 +155,13 @@ def limit_samples(cli: TrainingCLI, trainer: Trainer) -> None:
 def choose_run(cli: TrainingCLI, trainer: Trainer) -> RunFolder:
     """Choose the run's folder: last.ckpt continues its own run, any other checkpoint opens a new one."""
     checkpoint = cli.arguments.checkpoint
-    if checkpoint is not None and checkpoint.name == "last.ckpt" and (own := run_of_checkpoint(checkpoint)):
+    if checkpoint is not None and checkpoint.name in (LAST, PREVIOUS) and (own := run_of_checkpoint(checkpoint)):
         return own
     root = Path(cli.section.trainer.default_root_dir or ".")
     if name := os.environ.get(_RUN_OF_THIS_TRAINING):
         return RunFolder(name, root)
+    if not trainer.is_global_zero:  # started by torchrun or SLURM: the first process writes, in a folder that it claims
+        return RunFolder(f"{cli.arguments.config_name}/process{trainer.global_rank}", root)
     seed = cli.section.seed_everything
     run = claim_run(root, cli.arguments.config_name, cli.task.norm, cli.datamodule.batch_size, seed)
     if trainer.world_size > 1:

@@ -49,6 +49,10 @@ def explain(message: str, known_keys: Sequence[str], data_modules: Sequence[str]
         norm = _NORM_NAMES.get(re.sub(r"[\W_]|norm(2d|ation)?$", "", value.lower()))
         meant = norm if norm in _words(choices) else value
         return f"{section}{key}={value} is not allowed; {did_you_mean(meant, _words(choices))}."
+    if found := re.search(r"""Parser key "(\w+)": Unable to load config ['"](.*?)['"]""", flat):
+        return f"{found[1]}={found[2]}: give the keys of {found[1]} one by one, such as --{found[1]}.KEY VALUE."
+    if found := re.search(r"""Problem with given class_path '[\w.]*?(\w+)': Option '(\w+)' is required""", flat):
+        return f"data.{found[2]} is not given, and {found[1]} needs it: --data.{found[2]} VALUE."
     if found := re.search(r"""Parser key "data":.*Given value: (\w+)$""", flat):
         return f"data={found[1]} is not a data module; {did_you_mean(found[1], data_modules)}."
     if found := re.search(r"""Parser key "([\w.]+)": Expected an? <class '(\w+)'>\. Got value: (.*)""", flat):

@@ -39,6 +39,7 @@ FIGURE_IMAGES = 24
 """Number of images that ``--figure`` shows: the first ones."""
 
 _BATCH_SIZE = 16
+_MOST = 4096  # threads, images at a time, classes
 _MANY = 50  # images from which on a progress bar is worth its place
 _SIDE = 224  # of a segmented image in the figure
 
@@ -60,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
     options = create_parser().parse_args(arguments)
     for name in ("top_k", "batch_size", "threads"):
         if (value := getattr(options, name)) is not None:
-            check_range(f"--{name}", value, low=1)
+            check_range(f"--{name}", value, low=1, high=_MOST, open_high=False)
     if options.output is not None and (options.output.is_dir() or not options.output.parent.is_dir()):
         raise ConfigError(f"--output {options.output}: give the path of a file in an existing folder.")
     if options.figure is not None and (options.figure.suffix.lower() != ".png" or not options.figure.parent.is_dir()):
@@ -68,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
     cv2.setNumThreads(0)  # its pool would compete with the graph's threads
     bundle = load_bundle(options.bundle, threads=options.threads)
     _check_options(options, bundle)
-    paths = find_images(options.images)
+    paths, unreadable = find_images(options.images)
     masks = None if options.masks is None else MaskWriter(options.masks, paths)
     layout: Layout = SegmentationLayout(bundle.classes)
     how: dict[str, int] = {}
@@ -95,12 +96,12 @@ def run(arguments: Sequence[str]) -> int:
     for folder in (Path(source) for source in options.images):
         if folder.is_dir() and (ignored := describe_ignored(folder)):
             print(f"ignored in {shown(str(folder))}: {ignored}", file=sys.stderr)
-    failed = results.failed
-    if failed:
-        print(f"{len(failed):,} of {len(paths):,} images could not be read:", file=sys.stderr)
+    for what, of_all, failed in (("images", f" of {len(paths):,}", results.failed), ("folders", "", unreadable)):
+        if failed:
+            print(f"{len(failed):,}{of_all} {what} could not be read:", file=sys.stderr)
         for path, reason in failed.items():
             print(f"  {shown(path)}: {reason}", file=sys.stderr)
-    return 3 if failed else 0
+    return 3 if results.failed or unreadable else 0
 
 
 def create_parser() -> Parser:
@@ -199,7 +200,7 @@ class _Results:
 
 def _write(results: _Results, write: Writer, layout: Layout, output: Path | None) -> None:
     """Write results while they come; a file appears when it is whole."""
-    path_width = max(len(shown(path)) for path in results.paths)
+    path_width = max((len(shown(path)) for path in results.paths), default=0)
     if output is None:
         write(results, layout, path_width, sys.stdout)
         sys.stdout.flush()

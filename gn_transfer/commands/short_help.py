@@ -25,6 +25,7 @@ below overrule what is chosen for the folder, and what a configuration says.
   --seed_everything N                   seed of weights, split, order and augmentation
   --ckpt_path FILE                      continue a run; last means the newest
   --name NAME                           name of the folder of runs: runs/NAME/..., checkpoints/NAME/...
+  --allow_class_path                    let configuration files name any class; they can then run any code
   --dry_run                             print the plan and stop
   --help_all                            every option; --data.help Folder lists those of a data module
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gn_transfer.backbones import resolve_pretrained
+from gn_transfer.commands.class_paths import check_values as check_values_of_file
 from gn_transfer.commands.fit import fit
 from gn_transfer.commands.training_cli import parsed
 from gn_transfer.commands.training_keys import known_keys
@@ -31,6 +32,26 @@ _WEIGHTS_FOLLOW = ("model.backbone", "model.norm", "model.pretrained", "model.co
 def quiet_log() -> RunLog:
     """A log that prints nothing on the terminal."""
     return RunLog(Console(file=io.StringIO(), width=120))
+
+
+def check_classes(study: Study, typed: Collection[str]) -> None:
+    """Refuse a study file that names classes; see :mod:`gn_transfer.commands.class_paths`.
+
+    Args:
+        study: The study.
+        typed: Keys whose values stand on the command line.
+
+    Raises:
+        ConfigError: With the key and the class.
+    """
+    for arm in study.arms:
+        values = [*arm.fixed.items(), *(pair for case in arm.cases.values() for pair in case.items())]
+        values += [(key, value) for key, some in arm.grid.items() for value in some]
+        for key, value in values:
+            group, dot, name = key.partition(".")
+            if key not in typed:
+                content = {group: {name: value}} if dot else {group: value}
+                check_values_of_file(content, study.name, allow_class_path=study.allow_class_path)
 
 
 def check_keys(study: Study) -> None:
@@ -106,6 +127,12 @@ def print_plan(
             )
 
 
+def arguments_of(study: Study, trial: Trial) -> list[str]:
+    """Give the options of ``fit`` for a trial."""
+    trusted = ["--allow_class_path"] if study.allow_class_path else []
+    return ["--config", str(study.base), *trial.arguments(), *trusted]
+
+
 def _common(plans: Sequence[Plan]) -> list[str]:
     """Say what the plans of all trials have in common, and the warnings of any."""
     shown = ("images", "weights", "batch", "steps")
@@ -121,7 +148,7 @@ def _plan(study: Study, trial: Trial, plans: dict[str, Plan]) -> Plan:
     skipped = ("seed_everything", "optimizer.lr", "optimizer.head_lr")
     key = str({name: value for name, value in trial.identity().items() if name not in skipped})
     if key not in plans:
-        with parsed("fit", ["--config", str(study.base), *trial.arguments(), "--dry_run"], quiet_log()) as cli:
+        with parsed("fit", [*arguments_of(study, trial), "--dry_run"], quiet_log()) as cli:
             plans[key] = fit(cli)
     return plans[key]
 
@@ -155,7 +182,7 @@ def check_values(study: Study, trials: Sequence[Trial]) -> None:
             continue
         seen |= pairs
         try:
-            with parsed("fit", ["--config", str(study.base), *trial.arguments()], builds=False) as cli:
+            with parsed("fit", arguments_of(study, trial), builds=False) as cli:
                 section = cli.parser.instantiate_classes(cli.config).fit
                 section.batch_norm.check(section.model.norm)
                 model = section.model

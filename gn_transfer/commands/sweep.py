@@ -14,12 +14,13 @@ from rich.console import Console
 from gn_transfer.commands import evaluate
 from gn_transfer.commands.fit import fit
 from gn_transfer.commands.parsing import Parser
-from gn_transfer.commands.study_checks import check_keys, check_values, print_plan, quiet_log
+from gn_transfer.commands.study_checks import check_classes, check_keys, check_values, print_plan, quiet_log
 from gn_transfer.commands.training_cli import parsed
 from gn_transfer.config import ConfigError, find_config
 from gn_transfer.data.workers import core_count
 from gn_transfer.files import write_json
 from gn_transfer.report.runs import STUDY
+from gn_transfer.study.database import may_exist
 from gn_transfer.study.definition import Study, parse_value, read_study
 from gn_transfer.study.planning import Outcome, Planned, foresee
 from gn_transfer.study.runner import StudyRunner
@@ -43,7 +44,13 @@ def run(arguments: Sequence[str]) -> int:
         KeyboardInterrupt: Interrupted; the same command goes on.
     """
     options, overrides = _parse(arguments)
-    study = read_study(find_config(options.config), name=options.name, overrides=overrides)
+    study = read_study(
+        find_config(options.config),
+        name=options.name,
+        overrides=overrides,
+        allow_class_path=options.allow_class_path,
+    )
+    check_classes(study, overrides)
     check_keys(study)
     foreseen = foresee(study)
     check_values(study, foreseen.trials)
@@ -53,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
     folder = context.root / "runs" / study.name
     url = options.storage or f"sqlite:///{folder / 'study.db'}"
     if options.dry_run:
-        known_before = options.storage or (folder / "study.db").is_file()
+        known_before = (folder / "study.db").is_file() if options.storage is None else may_exist(options.storage)
         ended = ended_trials(url, study, foreseen.trials) if known_before else set()
         print_plan(console, study, foreseen.trials, options.workers, ended)
         return 0
@@ -123,6 +130,9 @@ def create_parser() -> Parser:
     parser.add_argument("--storage", help="SQLAlchemy URL of the database (default runs/STUDY/study.db)")
     parser.add_argument("--name", help="name of the study and of its folder (default: the file's)")
     parser.add_argument("--retry_failed", action="store_true", help="run trials again that have failed")
+    parser.add_argument(
+        "--allow_class_path", action="store_true", help="let the file name any class; it can then run any code"
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the trials and how long they will take, and stop")
     return parser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -22,8 +23,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from gn_transfer.commands.arguments import Arguments
+from gn_transfer.commands.class_paths import check_parsed
 from gn_transfer.commands.parsing import explain
 from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA, known_keys
+from gn_transfer.commands.value_checks import check_parsed_values
 from gn_transfer.config import ConfigError
 from gn_transfer.data import ImageDataModule, SegmentationDataModule
 from gn_transfer.data.workers import core_count
@@ -118,6 +121,14 @@ class TrainingCLI(LightningCLI):
         )
         parser.add_argument("--dry_run", action="store_true", help="Print the plan and stop.")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and refuse what no key accepts."""
+        super().parse_arguments(parser, args)
+        values = self.config[str(self.config.subcommand)].as_dict()
+        if not self.arguments.allow_class_path:
+            check_parsed(values, " ".join(self.arguments.typed))
+        check_parsed_values(values)
+
     def _parse_ckpt_path(self) -> None:
         """Do not let a checkpoint overrule the command line in silence, as Lightning would; see _check_resume."""
 
@@ -133,6 +144,7 @@ class TrainingCLI(LightningCLI):
             ("precision", None, "mixed_precision.mode"),
             ("accumulate_grad_batches", 1, "accumulation.effective_batch_size (images per optimizer step)"),
             ("gradient_clip_val", None, "optimizer.clip_norm"),
+            ("sync_batchnorm", False, "model.norm=bn_sync"),
         ):
             if trainer[key] != unset:
                 raise ConfigError(f"trainer.{key}={trainer[key]}: set {ours} instead.")
@@ -249,18 +261,20 @@ class TrainingCLI(LightningCLI):
         interactive = sys.stdout.isatty() and trainer["enable_progress_bar"] is not False
         groups = CALLBACKS if fits else ("accumulation", "batch_norm")
         given = [*_as_list(trainer.pop("callbacks")), *(self.callback(group) for group in groups)]
-        return create_trainer(
-            mode=self.mixed_precision,
-            callbacks=given,
-            interactive=interactive,
-            figures=figures,
-            evaluates=not fits,
-            **{
-                key: value
-                for key, value in trainer.items()
-                if key not in ("precision", "logger", "enable_progress_bar")
-            },
-        )
+        ours = ("precision", "logger", "enable_progress_bar")
+        try:
+            return create_trainer(
+                mode=self.mixed_precision,
+                callbacks=given,
+                interactive=interactive,
+                figures=figures,
+                evaluates=not fits,
+                **{key: value for key, value in trainer.items() if key not in ours},
+            )
+        except ConfigError:
+            raise
+        except Exception as error:  # Lightning checks its own arguments with errors of many classes
+            raise ConfigError(f"trainer: {error} Correct the keys of trainer, or leave them out.") from error
 
 
 @contextmanager
@@ -298,7 +312,7 @@ def parsed(
                 raise
             raise KeyboardInterrupt from error
         except OSError as error:
-            if error.errno is not None and error.errno == 28:  # no space left on device
+            if error.errno == errno.ENOSPC:
                 raise ConfigError(
                     f"the disk is full: {error}; free some room and continue with --ckpt_path last."
                 ) from error

@@ -18,10 +18,10 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from gn_transfer.config import ConfigError, did_you_mean
 from gn_transfer.data.resolution import Resolution
+from gn_transfer.yaml_files import read_yaml
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import asks a package index for news otherwise
 import albumentations as A
@@ -222,9 +222,9 @@ def read_pipeline(path: Path) -> Any:
         ConfigError: Unreadable, or it names something else than a transform of albumentations. No code is run.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"data.augmentation={path} cannot be read ({' '.join(str(error).split())}).") from error
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.augmentation={path} cannot be read ({error}).") from error
     allowed = transform_names()
     names = list(_class_names(content))
     for name in names:

@@ -24,6 +24,9 @@ from gn_transfer.data.sampler import EpochSampler
 from gn_transfer.data.splits import balanced_weights, few_shots
 from gn_transfer.data.workers import choose_num_workers, core_count
 
+MAX_WORKERS = 1024
+"""Most threads that fetch images."""
+
 EVAL_BATCH_SIZE = 16
 """Smallest batch of validation and test: without gradients it needs little memory, and no metric depends on it."""
 
@@ -109,15 +112,16 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for key, value, least in (
-            ("img_size", img_size, 1),
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("shots_per_class", shots_per_class, 1),
-            ("num_workers", num_workers, 0),
+        for key, value, least, most in (
+            ("img_size", img_size, 1, None),
+            ("batch_size", batch_size, 1, None),
+            ("seed", seed, 0, None),
+            ("shots_per_class", shots_per_class, 1, None),
+            ("num_workers", num_workers, 0, MAX_WORKERS),
         ):
-            if value is not None and value < least:
-                raise ConfigError(f"data.{key}={value} is out of range; give an integer of at least {least}.")
+            if value is not None and (value < least or (most is not None and value > most)):
+                allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+                raise ConfigError(f"data.{key}={value} is out of range; give an integer {allowed}.")
         self.root = root
         self.img_size = img_size
         self.batch_size = batch_size
@@ -191,6 +195,10 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
             train = _few_images(train, self.shots_per_class, self.seed, self.classes)
         self.val_dataset = self._eval_dataset(val)
         if stage == "fit":
+            if self.batch_size > len(train):
+                raise ConfigError(
+                    f"data.batch_size={self.batch_size} is more than the {len(train):,} training images; use fewer."
+                )
             self.train_dataset = self._dataset(train, self._augmentation())
             self.train_sampler = self._sampler(self.train_dataset, self.batch_size, shuffle=True)
         self.decoded_cache.plan_for(list(self.datasets().values()))
@@ -265,7 +273,11 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         return {name: found[target] for target, name in enumerate(self.classes)}
 
     def check_parts(self, train: list[LabeledImage], val: list[LabeledImage]) -> None:
-        """Refuse a training part without one of the classes, and an empty validation."""
+        """Refuse class names that cannot be printed, a training part without a class, and an empty validation."""
+        if strange := [name for name in self.classes if not name.isprintable()]:
+            raise ConfigError(
+                f"{self.root}: the class name {strange[0]!r} holds control characters or is no UTF-8; rename it."
+            )
         without = [name for name, count in self.class_counts(train).items() if count == 0]
         if without:
             raise ConfigError(

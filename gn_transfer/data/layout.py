@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -170,7 +171,21 @@ def image_files(folder: Path) -> list[Path]:
     Args:
         folder: The folder; itself it may be a link, links to folders below it are not followed.
     """
-    return sorted(path for path in folder.rglob("*") if _ignored(path, folder) is None and path.is_file())
+    return sorted(path for path in files_below(folder) if _ignored(path, folder) is None and path.is_file())
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Walk through the files in and below a folder; links to folders are not followed.
+
+    Raises:
+        ConfigError: A folder cannot be read: it must not be left out in silence.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"{os.fsdecode(error.filename)} cannot be read ({error.strerror}).") from error
+
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(parent, name) for name in names)
 
 
 def count_files(layout: Layout) -> FileCount:

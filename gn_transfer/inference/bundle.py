@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gn_transfer.config import ConfigError
 from gn_transfer.data.decode import BadImageError
 from gn_transfer.inference.image_source import ImageSource
 
@@ -44,7 +45,10 @@ class Bundle(ABC):
 
     def _run(self, images_BHWC: npt.NDArray[np.uint8], *outputs: str) -> list[npt.NDArray[Any]]:
         """Run the graph on pixels, uint8 RGB."""
-        return [np.asarray(output) for output in self._session.run(list(outputs), {"images": images_BHWC})]
+        results = [np.asarray(output) for output in self._session.run(list(outputs), {"images": images_BHWC})]
+        if not all(np.isfinite(result).all() for result in results):
+            raise ConfigError(f"{self.folder}: the graph gives numbers that are not finite; export another checkpoint.")
+        return results
 
 
 def open_graph(path: Path, threads: int | None = None) -> onnxruntime.InferenceSession:

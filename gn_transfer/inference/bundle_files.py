@@ -17,10 +17,11 @@ import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from gn_transfer.config import ConfigError
-from gn_transfer.files import sha256
+from gn_transfer.files import parse_json, read_text, sha256
 
 FORMAT = "gn_transfer bundle"
 FORMAT_VERSION = 2
@@ -31,10 +32,17 @@ GRAPH = "model.onnx"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
 
-_REQUIRED = {
-    "classification": ("classes", "img_size", "crop_fraction", "norm", "backbone", "weights", "files"),
-    "segmentation": ("classes", "short_side", "tile_size", "norm", "backbone", "weights", "files"),
+_REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
+    "classification": {"img_size": (int,), "crop_fraction": (int, float)},
+    "segmentation": {"short_side": (int,), "tile_size": (int, NoneType)},
 }
+for _task in _REQUIRED.values():
+    _task |= {"classes": (list,), "norm": (str,), "backbone": (str,), "weights": (str,), "files": (dict,)}
+
+_LARGEST_SIDE = 16_384  # pixels
+
+# A tensor of ONNX whose values lie in another file names that file under the key "location", as protobuf writes it.
+_EXTERNAL_DATA = b"\x0a\x08location\x12"
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -57,7 +65,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
             f"{shlex.quote(str(folder)) if folder.exists() else 'CHECKPOINT'} --output DIR."
         )
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata = parse_json(read_text(path))
     except ValueError as error:  # also UnicodeDecodeError
         raise ConfigError(f"{path} is corrupt ({error}); export the checkpoint again.") from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
@@ -69,13 +77,10 @@ def read_metadata(folder: Path) -> dict[str, Any]:
             f"{FORMAT_VERSION}); update gn-transfer."
         )
     task = metadata.get("task", "classification")  # version 1 names none
-    if task not in _REQUIRED:
+    if not isinstance(task, str) or task not in _REQUIRED:
         raise ConfigError(f"{path} names the task {task!r}, which this gn-transfer does not know; update gn-transfer.")
-    missing = [key for key in _REQUIRED[task] if key not in metadata]
-    files = metadata.get("files")
-    if missing or not isinstance(files, dict) or GRAPH not in files:
-        said = f"lacks {', '.join(missing)}" if missing else f"names no {GRAPH}"
-        raise ConfigError(f"{path} {said}; export the checkpoint again.")
+    _check_values(path, metadata, _REQUIRED[task])
+    files = metadata["files"]
     for name in files:
         if name in ("", ".", "..") or "/" in name or "\\" in name or ":" in name:
             raise ConfigError(f"{path} names the file {name!r}, which is not a plain name inside the bundle; refused.")
@@ -86,6 +91,39 @@ def read_metadata(folder: Path) -> dict[str, Any]:
             f"{path} was changed after the export; copy the bundle again, or export the checkpoint again."
         )
     return {"task": task, **metadata}
+
+
+def _check_values(path: Path, metadata: Mapping[str, Any], required: Mapping[str, tuple[type, ...]]) -> None:
+    """Refuse values that no export writes."""
+    if missing := [key for key in required if key not in metadata]:
+        raise ConfigError(f"{path} lacks {', '.join(missing)}; export the checkpoint again.")
+    wrong = [key for key, kinds in required.items() if not isinstance(metadata[key], kinds)]
+    if not wrong:
+        names, files = metadata["classes"], metadata["files"]
+        if not names or not all(isinstance(name, str) and name.isprintable() for name in names):
+            wrong.append("classes")
+        if GRAPH not in files:
+            raise ConfigError(f"{path} names no {GRAPH}; export the checkpoint again.")
+        if not all(isinstance(digest, str) for digest in files.values()):
+            wrong.append("files")
+        sides = [metadata.get(key) or 0 for key in ("img_size", "short_side", "tile_size")]
+        if not all(0 <= side <= _LARGEST_SIDE for side in sides) or metadata.get("img_size") == 0:
+            wrong.append("sizes in pixels")
+    if wrong:
+        raise ConfigError(f"{path} is corrupt: no export writes such {', '.join(wrong)}; export the checkpoint again.")
+
+
+def check_graph(folder: Path) -> None:
+    """Refuse a graph with values in another file, which the SHA-256 of the graph does not cover.
+
+    Args:
+        folder: The bundle's folder.
+
+    Raises:
+        ConfigError: It has some.
+    """
+    if _EXTERNAL_DATA in (folder / GRAPH).read_bytes():
+        raise ConfigError(f"{folder / GRAPH} keeps values in another file, which no export does; refused.")
 
 
 def verify_files(folder: Path, files: Mapping[str, str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -20,7 +19,7 @@ from gn_transfer.data.datamodule import ImageDataModule
 from gn_transfer.data.preprocess import CROP_FRACTION
 from gn_transfer.data.progress import working
 from gn_transfer.data.segmentation import SegmentationDataModule
-from gn_transfer.files import read_json, sha256, whole_folder, write_json
+from gn_transfer.files import parse_json, read_json, read_text, sha256, whole_folder, write_json
 from gn_transfer.inference.bundle_files import (
     CARD,
     FORMAT,
@@ -231,13 +230,17 @@ def check_output(output: Path, checkpoint: Path) -> None:
     Raises:
         ConfigError: A file, or a folder that holds something else than one bundle of this run.
     """
+    if output.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise ConfigError(
+            f"--output {output} is the folder that you are in, or one above it; name a folder of its own."
+        )
     if not output.exists() and not output.is_symlink():
         return
     found = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if output.is_dir() and not found:
         return
     try:
-        known = json.loads((output / METADATA).read_text(encoding="utf-8"))
+        known = parse_json(read_text(output / METADATA))
         extra = sorted(found - {METADATA, *known["files"]}) if known["format"] == FORMAT else sorted(found)
         run = str(known["provenance"]["run"]).rpartition("/")[2]
     except (OSError, ValueError, KeyError, TypeError):

@@ -11,7 +11,7 @@ from gn_transfer.config import ConfigError
 from gn_transfer.data.decode import SUFFIXES
 
 
-def find_images(sources: Sequence[str]) -> list[str]:
+def find_images(sources: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """List the images that are meant.
 
     Args:
@@ -19,12 +19,14 @@ def find_images(sources: Sequence[str]) -> list[str]:
             images, hidden names left out; patterns with ``*``, ``?``, ``[]`` and ``**``.
 
     Returns:
-        Paths in the order of the sources, sorted within a folder or pattern, each once.
+        Paths in the order of the sources, sorted within a folder or pattern, each once; and the folders that could not
+        be read, with the reason.
 
     Raises:
         ConfigError: A source that is not there, or no image in all of them.
     """
     found: dict[str, None] = {}
+    unreadable: dict[str, str] = {}
     for source in sources:
         matches = [source]
         if not os.path.lexists(source) and glob.has_magic(source):
@@ -33,21 +35,24 @@ def find_images(sources: Sequence[str]) -> list[str]:
                 raise ConfigError(f"{source}: no file or folder fits this pattern.")
         for match in matches:
             if Path(match).is_dir():
-                found |= dict.fromkeys(_images_below(match))
+                found |= dict.fromkeys(_images_below(match, unreadable))
             elif Path(match).is_file():
                 found[match] = None
             else:
                 raise ConfigError(f"{match}: no such file or folder; give images, folders, or patterns in quotes.")
-    if not found:
+    if not found and not unreadable:
         raise ConfigError(
             f"{', '.join(sources)}: no image in there; files with the endings {', '.join(sorted(SUFFIXES))} count, "
             "in any case. Of a video, extract the frames first."
         )
-    return list(found)
+    return list(found), unreadable
 
 
-def _images_below(folder: str) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder):
+def _images_below(folder: str, unreadable: dict[str, str]) -> Iterator[str]:
+    def note(error: OSError) -> None:
+        unreadable[os.fsdecode(error.filename)] = error.strerror or "cannot be read"
+
+    for parent, folders, names in os.walk(folder, onerror=note):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(parent, name)

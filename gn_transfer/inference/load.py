@@ -10,7 +10,7 @@ import onnxruntime
 
 from gn_transfer.config import ConfigError
 from gn_transfer.inference.bundle import open_graph
-from gn_transfer.inference.bundle_files import GRAPH, METADATA, WEIGHTS, read_metadata, verify_files
+from gn_transfer.inference.bundle_files import GRAPH, METADATA, WEIGHTS, check_graph, read_metadata, verify_files
 from gn_transfer.inference.classification import ClassificationBundle
 from gn_transfer.inference.segmentation import SegmentationBundle
 
@@ -69,6 +69,7 @@ def load_bundle(
     metadata = read_metadata(folder)
     needed = {name: digest for name, digest in metadata["files"].items() if name != WEIGHTS or (folder / name).exists()}
     verify_files(folder, needed)
+    check_graph(folder)
     try:
         session = open_graph(folder / GRAPH, threads)
     except Exception as error:  # onnxruntime's errors share no base class but this
@@ -76,6 +77,13 @@ def load_bundle(
             f"{folder / GRAPH}: onnxruntime {onnxruntime.__version__} cannot run it ({error}); it needs a version that "
             f"knows opset {metadata.get('opset')}. Update onnxruntime, or export the checkpoint again."
         ) from error
+    outputs = {output.name: output.shape for output in session.get_outputs()}
+    number = outputs.get("logits", [0, 0])[1]
+    if number != len(metadata["classes"]):
+        raise ConfigError(
+            f"{folder}: the graph knows {number} classes and {METADATA} names {len(metadata['classes'])}; export the "
+            "checkpoint again."
+        )
     kind = SegmentationBundle if metadata["task"] == "segmentation" else ClassificationBundle
     return kind(folder, metadata, session)
 

@@ -111,9 +111,14 @@ def _write_csv(results: Results, layout: Layout, path_width: int, out: TextIO) -
     writer.writerow(["path", *layout.columns, "error"])
     for result in results:
         if isinstance(result, BadImageError):
-            writer.writerow([shown(result.path), *[""] * len(layout.columns), result.reason])
+            writer.writerow(map(_cell, [shown(result.path), *[""] * len(layout.columns), result.reason]))
         else:
-            writer.writerow([shown(str(result.path)), *layout.row(result), ""])
+            writer.writerow(map(_cell, [shown(str(result.path)), *layout.row(result), ""]))
+
+
+def _cell(value: object) -> object:
+    """Write a text that a spreadsheet would run as a formula behind an apostrophe, as spreadsheets do themselves."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 
 FORMATS: dict[str, Writer] = {"table": _write_table, "json": _write_json, "csv": _write_csv}

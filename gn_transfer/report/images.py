@@ -22,8 +22,10 @@ def find_image(path: str, roots: list[Path]) -> Path | None:
         roots: Where this folder may be.
 
     Returns:
-        Its path; None where it is not there any more.
+        Its path; None where it is not there any more, or leads out of the folder.
     """
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        return None
     return next((root / path for root in roots if (root / path).is_file()), None)
 
 

@@ -118,7 +118,7 @@ def render(run: Run) -> str:
                 **of_task,
             },
             title=run.name,
-            warnings=[*_status(run), *map(str, plan.get("warnings", []))],
+            warnings=[*_status(run), *map(str, _list(plan.get("warnings")))],
             figure_list=[figure._replace(svg=Markup(figure.svg)) for figure in page_figures],
             training_images=_sheet(run.folder / "training_images.jpg"),
             plan=_plan_rows(plan.get("rows", [])),
@@ -159,7 +159,11 @@ def _status(run: Run) -> list[str]:
 
 
 def _plan_rows(rows: Any) -> list[tuple[str, str]]:
-    return [(str(row[0]), str(row[1])) for row in rows if isinstance(row, list) and len(row) == 2]
+    return [(str(row[0]), str(row[1])) for row in _list(rows) if isinstance(row, list) and len(row) == 2]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _provenance(run: Run) -> Iterator[tuple[str, str]]:

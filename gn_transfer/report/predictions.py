@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -15,6 +16,8 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from gn_transfer.files import read_text
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -182,13 +185,12 @@ def read_predictions(file: Path, *, probabilities: bool = False) -> SplitPredict
         None where there is no such file, or it is corrupt.
     """
     try:
-        with file.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            rows = csv.reader(stream)
-            header = next(rows)
-            if header[:3] == ["path", "target", "predicted"]:
-                return _of_images(rows, 5 if probabilities else 3)
-            if header[:2] == ["path", "miou"]:
-                return _of_pixels(header[2:], rows)
+        rows = csv.reader(io.StringIO(read_text(file), newline=""))
+        header = next(rows)
+        if header[:3] == ["path", "target", "predicted"]:
+            return _of_images(rows, 5 if probabilities else 3)
+        if header[:2] == ["path", "miou"]:
+            return _of_pixels(header[2:], rows)
     except (OSError, ValueError, StopIteration, TypeError, csv.Error):
         pass
     return None

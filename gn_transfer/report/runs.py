@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -12,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import yaml
-
 from gn_transfer.config import ConfigError
-from gn_transfer.files import read_json
+from gn_transfer.files import parse_json, read_json, read_text
 from gn_transfer.report.predictions import SplitPredictions, read_predictions
+from gn_transfer.yaml_files import read_yaml
 
 Setting: TypeAlias = bool | int | float | str | None
 
@@ -68,8 +68,7 @@ class Run:
     def epochs(self) -> list[dict[str, float]]:
         """Read the curve: one row per validation; empty where none was stored or it is corrupt."""
         try:
-            with (self.folder / "epochs.csv").open(encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(io.StringIO(read_text(self.folder / "epochs.csv"), newline="")))
             return [{name: float(value or "nan") for name, value in row.items()} for row in rows]
         except (OSError, ValueError, TypeError, csv.Error):
             return []
@@ -208,7 +207,7 @@ def read_run(folder: Path, *, unfinished: bool = False) -> Run:
         UnusableRunError: See there.
     """
     metrics = read_mapping(folder / "metrics.json")
-    if not {"norm", "status", "samples_seen"} <= metrics.keys():
+    if not {"norm", "status", "samples_seen"} <= metrics.keys() or not isinstance(metrics["norm"], str):
         raise UnusableRunError("metrics.json is not one of gn-transfer fit (norm, status or samples_seen is missing)")
     version = metrics.get("format_version")
     if not isinstance(version, int) or version < 1:
@@ -233,8 +232,11 @@ def read_run(folder: Path, *, unfinished: bool = False) -> Run:
         raise UnusableRunError(f"metrics.json has seed {seed}, not a whole number")
     for name in (figure, "samples_seen", "effective_batch_size", "images_per_sec", "peak_memory_mib"):
         value = metrics.get(name)
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise UnusableRunError(f"metrics.json has {name} {value}, not a number")
+    for name, value in metrics.items():
+        if name.rpartition("/")[2] in MAIN_METRICS and not (isinstance(value, int | float) and 0 <= value <= 1):
+            raise UnusableRunError(f"metrics.json has {name} {value}, not a number from 0 to 1")
     config = read_mapping(folder / "config.yaml")
     try:
         settings = flat_settings(config, metrics)
@@ -242,10 +244,8 @@ def read_run(folder: Path, *, unfinished: bool = False) -> Run:
         raise UnusableRunError(
             f"config.yaml is not one of gn-transfer fit ({error} is missing or misplaced)"
         ) from error
-    try:
-        notes = read_mapping(folder / "transfer_report.json").get("notes") or ()
-    except UnusableRunError:
-        notes = ()
+    notes = read_json(folder / "transfer_report.json").get("notes")
+    notes = notes if isinstance(notes, list) else []
     return Run(folder, metrics, settings, seed, tuple(map(str, notes)), str(metrics.get("data_root") or ""))
 
 
@@ -329,16 +329,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
         UnusableRunError: It is not there, or holds something else.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        # libyaml reads 200 configurations in the time in which Python's reader takes 20.
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=loader)
+        content = parse_json(read_text(path)) if path.suffix == ".json" else read_yaml(path)
     except FileNotFoundError:
         raise UnusableRunError(f"it has no {path.name}: not a run, or one that stopped before its first step") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UnusableRunError(
-            f"{path.name} cannot be read ({type(error).__name__}): corrupt or half-written"
-        ) from error
+    except (OSError, ValueError) as error:
+        raise UnusableRunError(f"{path.name} cannot be read ({error}): corrupt or half-written") from error
     if not isinstance(content, dict):
         raise UnusableRunError(f"{path.name} holds no mapping: not of gn-transfer, or corrupt")
     return content

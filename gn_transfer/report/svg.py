@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 INK = "#0a0b0c"
 """Becomes the color of the page's text."""
@@ -73,15 +74,18 @@ def as_svg(figure: Figure, name: str) -> str:
         figure: The figure, made under :data:`STYLE`.
         name: Its name on the page, where it is unique.
     """
+    for text in figure.findobj(Text):
+        if not text.get_text().startswith("$\\mathdefault"):  # a number of an axis; in a name, a dollar is a dollar
+            text.set_parse_math(False)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor")
-    text = text.replace(f'id="{_ON_LINES}"', f'class="{_ON_LINES}"')
-    text = re.sub(rf'<g id="{_HOVER}([^"]*)">', r'<g class="hover"><title>\1</title>', text)
-    text = re.sub(r"\bid=\"([\w.]+)\"", rf'id="{name}-\1"', text)  # ids are shared by all figures of a page
-    text = re.sub(r"(url\(#|xlink:href=\"#)", rf"\1{name}-", text)
-    width = float(re.search(r'<svg [^>]*? width="([\d.]+)pt"', text)[1])  # type: ignore[index]
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = svg.replace(f'id="{_ON_LINES}"', f'class="{_ON_LINES}"')
+    svg = re.sub(rf'<g id="{_HOVER}([^"]*)">', r'<g class="hover"><title>\1</title>', svg)
+    svg = re.sub(r"\bid=\"([\w.]+)\"", rf'id="{name}-\1"', svg)  # ids are shared by all figures of a page
+    svg = re.sub(r"(url\(#|xlink:href=\"#)", rf"\1{name}-", svg)
+    width = float(re.search(r'<svg [^>]*? width="([\d.]+)pt"', svg)[1])  # type: ignore[index]
     limits = f'style="min-width: {0.6 * width:.0f}pt; max-width: {width:.0f}pt"'  # between, texts can be read
-    return re.sub(r'(<svg [^>]*?) width="[\d.]+pt"', rf"\1 {limits}", text, count=1)
+    return re.sub(r'(<svg [^>]*?) width="[\d.]+pt"', rf"\1 {limits}", svg, count=1)

@@ -142,6 +142,12 @@ class Database:
             )
 
 
+def may_exist(url: str) -> bool:
+    """Tell whether a database can be there already: the file of SQLite, or any server."""
+    parsed = sqlalchemy.make_url(normalized(url))
+    return parsed.get_backend_name() != "sqlite" or Path(parsed.database or "").is_file()
+
+
 def normalized(url: str) -> str:
     """Name the driver that comes with the extra ``postgresql`` where a URL names none.
 

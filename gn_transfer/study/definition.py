@@ -11,12 +11,15 @@ from typing import Any, Literal, TypeAlias, get_args
 import yaml
 
 from gn_transfer.config import ConfigError, did_you_mean, find_config
+from gn_transfer.yaml_files import read_yaml
 
 Values: TypeAlias = Mapping[str, Any]
 """Dotted configuration keys and a value each: ``{"model.norm": "bn"}``."""
 
 Tested = Literal["last", "best", "never"]
 Kept = Literal["last", "none"]
+
+_MOST_SEEDS = 10_000
 
 FIRST_SELECTION_SEED = 1000
 """Runs on which choices are made have seeds from here on, unless they are named."""
@@ -98,6 +101,7 @@ class Study:
         baseline: What the report compares with.
         notes: For the report.
         arms: At least one.
+        allow_class_path: Its files may name any class.
     """
 
     name: str
@@ -111,6 +115,7 @@ class Study:
     baseline: Mapping[str, str]
     notes: tuple[str, ...]
     arms: tuple[Arm, ...]
+    allow_class_path: bool = False
 
     @property
     def metric(self) -> str:
@@ -122,7 +127,9 @@ class Study:
         return {key: value for key, value in self.settings.items() if key not in LOCAL_KEYS}
 
 
-def read_study(path: Path, *, name: str | None = None, overrides: Values | None = None) -> Study:
+def read_study(
+    path: Path, *, name: str | None = None, overrides: Values | None = None, allow_class_path: bool = False
+) -> Study:
     """Read a study file.
 
     Args:
@@ -130,6 +137,7 @@ def read_study(path: Path, *, name: str | None = None, overrides: Values | None 
         name: Name of the study; None takes the file's.
         overrides: What the command line says: study keys (``samples``) replace those of the file, configuration keys
             hold in every trial and end a grid over them.
+        allow_class_path: See :class:`Study`.
 
     Returns:
         The study.
@@ -137,6 +145,8 @@ def read_study(path: Path, *, name: str | None = None, overrides: Values | None 
     Raises:
         ConfigError: Unreadable, an unknown key, an empty grid, ...
     """
+    if name is not None and not re.fullmatch(r"\w[\w.+-]*", name):
+        raise ConfigError(f"--name {name}: a study names a folder; use letters, digits, and . _ + - between them.")
     content = _read_yaml(path)
     overrides = dict(overrides or {})
     content |= {key: overrides.pop(key) for key in list(overrides) if key in ("samples", "seeds", "test", "keep")}
@@ -170,11 +180,12 @@ def read_study(path: Path, *, name: str | None = None, overrides: Values | None 
         baseline={
             str(key): str(value) for key, value in _mapping(content.get("baseline"), f"{path}: baseline").items()
         },
-        notes=tuple(str(note) for note in content.get("notes") or ()),
+        notes=_notes(content.get("notes") or (), f"{path}: notes"),
         arms=tuple(
             _arm(str(arm), shared, _mapping(block, f"{path}: arms.{arm}"), seeds, overrides, f"{path}")
             for arm, block in blocks.items()
         ),
+        allow_class_path=allow_class_path,
     )
 
 
@@ -262,7 +273,8 @@ def _selection(content: Mapping[str, Any], seeds: tuple[int, ...], place: str) -
 
 
 def _seeds(value: Any, place: str) -> tuple[int, ...]:
-    seeds = tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+    counted = isinstance(value, int) and not isinstance(value, bool) and value <= _MOST_SEEDS
+    seeds = tuple(range(value)) if counted else value
     if (
         not isinstance(seeds, (list, tuple))
         or not seeds
@@ -270,6 +282,12 @@ def _seeds(value: Any, place: str) -> tuple[int, ...]:
     ):
         raise ConfigError(f"{place}={value}: give how many (8) or which ([0, 1, 2]), at least one.")
     return tuple(dict.fromkeys(seeds))
+
+
+def _notes(value: Any, place: str) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{place}={value} is no list of sentences; write each behind a dash.")
+    return tuple(map(str, value))
 
 
 def _crossed(values: Any, place: str) -> tuple[Any, ...]:
@@ -325,9 +343,9 @@ def _numbers(value: Any) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML ({' '.join(str(error).split())}).") from error
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML ({error}).") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no keys; see configs/sweep_quickstart.yaml for a study.")
     return dict(_numbers(content))

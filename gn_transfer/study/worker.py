@@ -28,8 +28,8 @@ from gn_transfer.study.planning import Outcome, plan_trials
 from gn_transfer.study.store import Store
 from gn_transfer.study.trials import Trial
 from gn_transfer.training.checkpoint import read_checkpoint
-from gn_transfer.training.checkpoint_callbacks import AtomicCheckpointIO
-from gn_transfer.training.run_folder import RunFolder
+from gn_transfer.training.checkpoint_callbacks import write_checkpoint
+from gn_transfer.training.run_folder import LAST, PREVIOUS, RunFolder
 
 IDLE_SECONDS = 0.5
 """Time between two looks for a trial to claim."""
@@ -141,10 +141,10 @@ def _train(context: StudyContext, trial: Trial) -> dict[str, Any]:
         _thin_out(context.study, trial, run)
         return record
     arguments = ["--config", str(context.study.base), *_defaults(), *trial.arguments()]
-    last = run.checkpoints / "last.ckpt"
+    arguments += ["--allow_class_path"] if context.study.allow_class_path else []
     _reset_peak_memory()
-    if _is_readable(last):
-        arguments += ["--ckpt_path", str(last)]
+    if any(_is_readable(run.checkpoints / name) for name in (LAST, PREVIOUS)):
+        arguments += ["--ckpt_path", str(run.checkpoints / LAST)]  # where it is corrupt, fit takes the one before
     else:
         for folder in (run.logs, run.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
@@ -191,7 +191,7 @@ def _thin_out(study: Study, trial: Trial, run: RunFolder) -> None:
         if path.stem != ("best" if study.test == "best" else "last"):
             path.unlink()
         elif (content := read_checkpoint(path))["optimizer_states"]:
-            AtomicCheckpointIO().save_checkpoint({**content, "optimizer_states": [], "lr_schedulers": []}, path)
+            write_checkpoint({**content, "optimizer_states": [], "lr_schedulers": []}, path)
 
 
 def _folder(context: StudyContext, trial: Trial) -> RunFolder:

@@ -164,7 +164,8 @@ class BackboneModule(LightningModule, ABC):
         self.register_buffer("class_weight", class_weight, persistent=False)
         metrics = self.configure_metrics(len(classes))
         self.val_metrics, self.test_metrics = metrics.clone(prefix="val/"), metrics.clone(prefix="test/")
-        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        # A loss that is not finite must show; torchmetrics would leave it out of the mean.
+        self.val_loss, self.test_loss = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
 
     def restore(self, stored: dict[str, Any]) -> None:
         """Build from a checkpoint's description later, instead of loading pretrained weights again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 CHECKPOINT_VERSION = 2
 """Version of what stands under ``gn_transfer`` in a checkpoint. A newer one is refused."""
+
+_DESCRIPTION: dict[str, type] = {"classes": list, "architecture": dict, "transfer_report": dict}
 
 Task = TypeVar("Task", bound="BackboneModule")
 
@@ -43,24 +46,50 @@ def read_checkpoint(path: str | Path, argument: str = "--ckpt_path") -> dict[str
             "`last` for the newest run of this config."
         )
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare checksums
+            damaged = archive.testzip()
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever a corrupt file leads it to
         raise ConfigError(
             f"{argument} {path} cannot be read as a checkpoint ({type(error).__name__}): it is none, it is corrupt, or "
             "it holds more than plain values and tensors. Use another checkpoint of the run, such as best.ckpt."
         ) from error
+    if damaged is not None:
+        raise ConfigError(
+            f"{argument} {path} is corrupt: the checksum of {damaged.partition('/')[2]} in it is wrong. Use another "
+            "checkpoint of the run, such as best.ckpt."
+        )
     if not isinstance(content, dict) or not isinstance(content.get("gn_transfer"), dict):
         raise ConfigError(
             f"{argument} {path} is not a checkpoint of gn-transfer; to start from other weights set model.pretrained."
         )
     found = content["gn_transfer"].get("version", CHECKPOINT_VERSION)
+    if not isinstance(found, int):
+        raise ConfigError(f"{argument} {path} has checkpoint format {found!r}, which is no number; it is corrupt.")
     if found != CHECKPOINT_VERSION:
         raise ConfigError(
             f"{argument} {path} has checkpoint format {found}, this gn-transfer reads format {CHECKPOINT_VERSION}; "
             f"{'update gn-transfer' if found > CHECKPOINT_VERSION else 'use the version that wrote it'}."
         )
+    _check_description(content, f"{argument} {path}")
     checkpoint: dict[str, Any] = content
     return checkpoint
+
+
+def _check_description(content: Mapping[str, Any], where: str) -> None:
+    """Refuse a description that cannot have been written by :func:`describe_task`."""
+    stored, weights = content["gn_transfer"], content.get("state_dict")
+    wrong = [key for key, kind in _DESCRIPTION.items() if not isinstance(stored.get(key), kind)]
+    classes = stored.get("classes")
+    if isinstance(classes, list) and not (classes and all(isinstance(name, str) for name in classes)):
+        wrong.append("classes")
+    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        wrong.append("state_dict")
+    if wrong:
+        raise ConfigError(
+            f"{where} is not a whole checkpoint of gn-transfer: {', '.join(wrong)} missing or of a wrong type. Use "
+            "another checkpoint of the run, such as best.ckpt."
+        )
 
 
 def describe_task(task: BackboneModule, content: dict[str, Any]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,32 +17,70 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from gn_transfer.config import check_range
+from gn_transfer.config import ConfigError, check_range
+from gn_transfer.files import remove_leftovers
 from gn_transfer.training.checkpoint import read_checkpoint
+from gn_transfer.training.divergence import DivergenceCheck, is_finite
+from gn_transfer.training.run_folder import LAST, PREVIOUS
+
+
+def write_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint beside its place and rename it, so that a kill leaves the old or the new one, never a half.
+
+    The ``last.ckpt`` that it replaces stays as ``previous.ckpt``.
+
+    Args:
+        content: Plain values and tensors.
+        path: Local file to write; its folder is made if missing.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written. What was there is as before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, aside = (path.with_name(f".{name}.{os.getpid()}.part") for name in (path.name, PREVIOUS))
+    try:
+        try:
+            with partial.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except RuntimeError as error:  # what torch's writer makes of a full disk
+            if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        if path.name == LAST and path.is_file():
+            with suppress(OSError):  # a file system without links keeps one checkpoint
+                aside.unlink(missing_ok=True)
+                aside.hardlink_to(path)
+                aside.replace(path.with_name(PREVIOUS))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write beside the target and rename, so that a kill leaves the old or the new checkpoint, never half of one."""
+    """Write checkpoints with :func:`write_checkpoint`. A disk that is full does not end the training.
+
+    Attributes:
+        problems: Why a file could not be written, by its path; those written meanwhile are taken out.
+    """
+
+    def __init__(self) -> None:
+        self.problems: dict[Path, str] = {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Save a checkpoint.
+        """Save a checkpoint, or note why that failed.
 
         Args:
             checkpoint: Plain values and tensors.
             path: Local file to write.
             storage_options: Not used; the signature is Lightning's.
         """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+            write_checkpoint(checkpoint, Path(path))
+            self.problems.pop(Path(path), None)
+        except OSError as error:  # on one process of several: an exception here would leave the others waiting
+            self.problems[Path(path)] = error.strerror or str(error)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
@@ -79,10 +120,12 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keep ``last.ckpt``: at every epoch's end, every few minutes inside an epoch, and at an interruption.
+    """Keep ``last.ckpt``: at every epoch's end, every few minutes inside an epoch, and when the run is asked to stop.
 
     A checkpoint stands between two accumulation steps. It holds the number of micro-batches of the epoch that are
-    done, so that a resumed run sees the images that it would have seen.
+    done, so that a resumed run sees the images that it would have seen. SIGINT (Ctrl-C), SIGTERM, and SIGUSR1, which
+    SLURM sends ahead of a time limit, finish the accumulation step or the validation, save, and stop the run; a second
+    one stops at once.
 
     Args:
         every_minutes: Time between two checkpoints inside an epoch. 0 saves after every accumulation step.
@@ -90,6 +133,7 @@ class LastCheckpoint(Checkpoint):
     Attributes:
         directory: Where ``last.ckpt`` goes; set when the run has a folder. Nothing is saved before, and nothing by a
             ``fast_dev_run``, which learns nothing.
+        say: Prints a line.
     """
 
     def __init__(self, every_minutes: float = 5.0) -> None:
@@ -97,8 +141,9 @@ class LastCheckpoint(Checkpoint):
         self.directory: Path | None = None
         self.every_minutes = every_minutes
         self.stop_requested = False
+        self.say: Callable[[str], None] = print
         self._saved_at = time.monotonic()
-        self._previous_handler: Any = None
+        self._previous_handlers: dict[int, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have a run resumed after a whole epoch go on with the next one, with ``trainer.max_steps`` as without.
@@ -109,45 +154,69 @@ class LastCheckpoint(Checkpoint):
         trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock, and remove what a killed process left."""
         self._saved_at = time.monotonic()
+        if self.directory is not None and trainer.is_global_zero:
+            remove_leftovers(self.directory)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle Ctrl-C: the first finishes the accumulation step, saves and stops; the second stops at once."""
+        """Handle the signals: the first finishes what is at hand, saves and stops; the second stops at once."""
 
         def request_stop(number: int, frame: FrameType | None) -> None:
-            if self.stop_requested or not trainer.training:
+            if self.stop_requested or trainer.state.fn != "fit":
                 raise KeyboardInterrupt
             self.stop_requested = True
 
-        try:
-            self._previous_handler = signal.signal(signal.SIGINT, request_stop)
-        except ValueError:  # not the main thread: whoever runs us there handles signals
-            self._previous_handler = None
+        names = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows lacks the last
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+            with suppress(ValueError):  # not the main thread: whoever runs us there handles signals
+                self._previous_handlers[number] = signal.signal(number, request_stop)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save at the end of an accumulation step, when it is time or a stop was requested."""
         step_ended = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        epoch_ended = batch_idx + 1 >= trainer.num_training_batches
-        due = self.stop_requested or time.monotonic() - self._saved_at >= 60.0 * self.every_minutes
-        if step_ended and not epoch_ended and due:
-            self._save(trainer)
-            if self.stop_requested:
-                raise KeyboardInterrupt
+        if not step_ended or batch_idx + 1 >= trainer.num_training_batches:
+            return
+        stop = _any_process(trainer, self.stop_requested)
+        # Each process has a clock of its own, and saving is done by all: they must agree.
+        if stop or _any_process(trainer, time.monotonic() - self._saved_at >= 60.0 * self.every_minutes):
+            self._save(trainer, pl_module)
+        if stop:
+            raise KeyboardInterrupt
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save at the end of every epoch, after its validation."""
-        self._save(trainer)
-        if self.stop_requested:
+        self._save(trainer, pl_module)
+        if _any_process(trainer, self.stop_requested):
             raise KeyboardInterrupt
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore the handler of Ctrl-C."""
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-            self._previous_handler = None
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the handlers of the signals, and try once more to write what could not be written.
+
+        Raises:
+            ConfigError: The last weights of the run are not on the disk.
+        """
+        self._restore_handlers()
+        if _problems(trainer):
+            self._save(trainer, pl_module)
+        if trainer.is_global_zero and (found := _problems(trainer)):
+            path, reason = next(iter(found.items()))
+            raise ConfigError(
+                f"the training ended, but {path} could not be written ({reason}). Free some room; the same run with "
+                "--ckpt_path last goes on from the newest checkpoint that was written."
+            )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Restore the handlers of the signals."""
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        """Restore the handlers before Lightning restores its own, which know the trainer and would keep it alive."""
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        self._previous_handlers = {}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the position in the epoch and the state of torch's generator."""
@@ -160,16 +229,63 @@ class LastCheckpoint(Checkpoint):
             done, epoch = 0, epochs.started
         ours = checkpoint.setdefault("gn_transfer", {})
         ours["position"] = {"epoch": epoch, "batch": done}
+        ours["devices"] = trainer.world_size
+        ours["images_per_step"] = trainer.world_size * trainer.accumulate_grad_batches * _batch_size(trainer)
         ours["torch_rng_state"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Set the sampler to the stored position."""
-        stored = checkpoint["gn_transfer"]
-        if trainer.training or trainer.state.fn == "fit":
-            trainer.datamodule.train_sampler.resume_at(**stored["position"])  # type: ignore[attr-defined]
-            torch.set_rng_state(stored["torch_rng_state"])
+        """Set the sampler to the stored position.
 
-    def _save(self, trainer: Trainer) -> None:
-        if self.directory is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(self.directory / "last.ckpt")
+        Raises:
+            ConfigError: The run cannot go on from it on this number of devices.
+        """
+        if trainer.state.fn != "fit":
+            return
+        stored = checkpoint["gn_transfer"]
+        if wrong := [key for key in ("position", "torch_rng_state") if key not in stored]:
+            raise ConfigError(f"the checkpoint lacks {', '.join(wrong)}, so that no run can go on from it.")
+        if not checkpoint.get("optimizer_states"):
+            raise ConfigError(
+                "the checkpoint holds no state of the optimizer, so that the run would go on without its momentum; to "
+                "start a new run from its weights, set model.pretrained to the checkpoint."
+            )
+        position, devices = stored["position"], stored.get("devices", trainer.world_size)
+        here = trainer.world_size * trainer.accumulate_grad_batches * _batch_size(trainer)
+        if devices != trainer.world_size and (position["batch"] or here != stored["images_per_step"]):
+            where = "inside an epoch" if position["batch"] else f"with {stored['images_per_step']} images per step"
+            raise ConfigError(
+                f"the checkpoint was saved {where} on {devices} device{'s' * (devices != 1)}, and here are "
+                f"{trainer.world_size}; continue with --trainer.devices {devices}. With an "
+                "accumulation.effective_batch_size, a checkpoint of the end of an epoch fits any number of devices."
+            )
+        trainer.datamodule.train_sampler.resume_at(**position)  # type: ignore[attr-defined]
+        torch.set_rng_state(stored["torch_rng_state"])
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = time.monotonic()
+        if self.directory is None or trainer.fast_dev_run or not is_finite(pl_module):  # type: ignore[attr-defined]
+            return
+        path = self.directory / LAST
+        trainer.save_checkpoint(path)
+        for failed, reason in _problems(trainer).items():
+            self.say(
+                f"warning: {failed} could not be written ({reason}); the training goes on, and what was there stays"
+            )
+        if path not in _problems(trainer):
+            for check in (c for c in trainer.callbacks if isinstance(c, DivergenceCheck)):  # type: ignore[attr-defined]
+                check.last_good = str(path)
+
+
+def _any_process(trainer: Trainer, decision: bool) -> bool:
+    """Tell whether any of the processes of a training says yes."""
+    return trainer.strategy.reduce_boolean_decision(decision, all=False) if trainer.world_size > 1 else decision
+
+
+def _problems(trainer: Trainer) -> dict[Path, str]:
+    """Files that could not be written, with the reason."""
+    io = trainer.strategy.checkpoint_io
+    return dict(io.problems) if isinstance(io, AtomicCheckpointIO) else {}
+
+
+def _batch_size(trainer: Trainer) -> int:
+    return int(getattr(trainer.datamodule, "batch_size", 1))  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -179,6 +180,10 @@ class TransferClassifier(TransferTask):
             for image, (index, target, predicted) in zip(images, scores.t().tolist(), strict=True)
         )
         return ("path", "target", "predicted", "prob_target", "prob_predicted"), rows
+
+    def guess(self, scores: Tensor, images: Sequence[LabeledImage]) -> float:
+        """Give the share of the most frequent class."""
+        return max(Counter(image.target for image in images).values()) / len(images)
 
     def evaluation_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Compute plain cross entropy: no smoothing, no class weights."""

@@ -78,7 +78,8 @@ class ClassificationFigures:
         if not self._heap:
             return {}, {}
         classes = self.classes
-        figure, _ = self._confusion.plot(labels=classes, add_text=len(classes) <= 20, cmap="Blues")
+        labels = [name.replace("$", r"\$") for name in classes]  # between two dollars, matplotlib reads mathematics
+        figure, _ = self._confusion.plot(labels=labels, add_text=len(classes) <= 20, cmap="Blues")
         size = min(14.0, 3.0 + 0.35 * len(classes))
         figure.set_size_inches(size, size)
         worst = contact_sheet(

@@ -16,8 +16,6 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich import get_console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from gn_transfer.config import ConfigError
-
 
 def peak_memory_mib(device: torch.device) -> float:
     """Read the peak memory so far, in MiB: allocated on a CUDA device, else resident of this process."""
@@ -33,8 +31,7 @@ def peak_memory_mib(device: torch.device) -> float:
 class Throughput(Callback):
     """Measure images per second of the training alone, and log loss, learning rate, speed and memory by the way.
 
-    The loss that is logged is the mean over the images since the last entry. A loss that is not finite stops the
-    run, since no later step can repair the weights.
+    The loss that is logged is the mean over the images since the last entry.
     """
 
     def __init__(self) -> None:
@@ -100,13 +97,6 @@ class Throughput(Callback):
             self.images, self.seconds = self.images + images, self.seconds + seconds
         self._warm = True
         self._mark, self._mark_images, self._loss_sum, self._loss_images = now, 0, None, 0
-        if self.recent_loss != self.recent_loss or abs(self.recent_loss) == float("inf"):
-            raise ConfigError(
-                f"the training loss became {self.recent_loss} at step {trainer.global_step}; lower optimizer.lr "
-                f"({max(group['lr'] for group in trainer.optimizers[0].param_groups):g}), raise "
-                "optimizer.warmup_fraction, or set "
-                "mixed_precision.mode=fp32. The last good checkpoint is kept."
-            )
         rates: dict[str, float] = {}
         for group in trainer.optimizers[0].param_groups:  # of a part's layers, the fastest
             part = group["name"].split("/")[0]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from gn_transfer.files import write_csv, write_json
+from gn_transfer.files import going_on_without, write_csv, write_json
 from gn_transfer.training.predictions import ImagePredictions
 from gn_transfer.training.progress import find_throughput, peak_memory_mib
 
@@ -104,33 +104,33 @@ class RunRecord(Callback):
         if not trainer.is_global_zero:
             return
         throughput = find_throughput(trainer)
-        write_json(
-            self.path,
-            {
-                "format_version": FORMAT_VERSION,
-                "status": status,
-                **self.facts,
-                "epochs": epochs,
-                "optimizer_steps": trainer.global_step,
-                "samples_seen": throughput.samples_seen,
-                "train/loss": _rounded(throughput.epoch_loss),
-                **self.metrics,
-                **self.best_metrics,
-                "weight_norm": round(weight_norm(pl_module), 4),
-                "images_per_sec": round(throughput.images_per_sec, 2),
-                "peak_memory_mib": round(peak_memory_mib(pl_module.device), 1),
-                "wall_time_s": round(self.wall_time_s + time.monotonic() - self._started, 2),
-            },
-        )
+        values = {
+            "format_version": FORMAT_VERSION,
+            "status": status,
+            **self.facts,
+            "epochs": epochs,
+            "optimizer_steps": trainer.global_step,
+            "samples_seen": throughput.samples_seen,
+            "train/loss": _rounded(throughput.epoch_loss),
+            **self.metrics,
+            **self.best_metrics,
+            "weight_norm": round(weight_norm(pl_module), 4),
+            "images_per_sec": round(throughput.images_per_sec, 2),
+            "peak_memory_mib": round(peak_memory_mib(pl_module.device), 1),
+            "wall_time_s": round(self.wall_time_s + time.monotonic() - self._started, 2),
+        }
+        with going_on_without("metrics.json"):
+            write_json(self.path, values)
 
     def _write_tables(self, trainer: Trainer, task: Any, improved: bool) -> None:
         if not trainer.is_global_zero:
             return
         folder, columns = self.path.parent, list(self.epochs[-1])
-        write_csv(folder / "epochs.csv", columns, ([row.get(name) for name in columns] for row in self.epochs))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        for name in ("predictions_val.csv", "predictions_best_val.csv")[: 2 if improved else 1]:
-            self.predictions.write(folder / name, data.val_dataset.images, task)
+        with going_on_without("epochs.csv and predictions"):
+            write_csv(folder / "epochs.csv", columns, ([row.get(name) for name in columns] for row in self.epochs))
+            for name in ("predictions_val.csv", "predictions_best_val.csv")[: 2 if improved else 1]:
+                self.predictions.write(folder / name, data.val_dataset.images, task)
 
 
 def _rounded(loss: float) -> float | None:

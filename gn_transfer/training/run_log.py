@@ -9,6 +9,8 @@ from typing import Any, TextIO
 from rich import get_console
 from rich.console import Console
 
+from gn_transfer.files import going_on_without
+
 
 class RunLog:
     """What the program says, on the terminal and in the run's ``run.log``.
@@ -25,9 +27,11 @@ class RunLog:
     def print(self, *renderables: Any) -> None:
         """Print rich renderables or text; markup in square brackets is not interpreted."""
         text = all(isinstance(renderable, str) for renderable in renderables)  # a command must not be broken over lines
-        for console in (self.console, self._copy):
-            console.print(*renderables, markup=False, highlight=False, soft_wrap=text)
-        self._buffer.flush()
+        with going_on_without("the terminal"):  # a training goes on when its terminal is closed
+            self.console.print(*renderables, markup=False, highlight=False, soft_wrap=text)
+        with going_on_without("run.log"):
+            self._copy.print(*renderables, markup=False, highlight=False, soft_wrap=text)
+            self._buffer.flush()
 
     def attach(self, path: Path) -> None:
         """Go on in a file, beginning with what has been said so far; an existing file is continued."""
@@ -39,7 +43,8 @@ class RunLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._buffer.close()
+        with going_on_without("run.log"):
+            self._buffer.close()
 
 
 def _console_for(file: TextIO) -> Console:

@@ -77,6 +77,15 @@ class TransferTask(BackboneModule):
         """Give the table of the scores of images, shape ``(S, N)``: its columns and a row for every image."""
 
     @abstractmethod
+    def guess(self, scores: Tensor, images: Sequence[LabeledImage]) -> float:
+        """Tell what :attr:`monitor` is for a model that always names the most frequent class.
+
+        Args:
+            scores: Of the validation images, shape ``(S, N)``.
+            images: The validation images.
+        """
+
+    @abstractmethod
     def training_sheet(self, data: ImageDataModule, count: int) -> np.ndarray:
         """Lay out the first training images as the model sees them: pixels uint8, shape ``(H, W, 3)``."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from torch.utils.tensorboard.summary import hparams as hparams_summary
 
 from gn_transfer.backbones import ModelConfig
 from gn_transfer.data import ImageDataModule
+from gn_transfer.files import going_on_without
 from gn_transfer.training.run_folder import RunFolder
 from gn_transfer.training.task import WORST, EvaluationFigures
+
+EVENTS = "TensorBoard's events and images"
+"""What is given up where the disk is full, in words."""
 
 HPARAMS_FIRST = ("norm", "batch_size", "num_groups", "lr", "seed")
 """The hyper-parameters that the HPARAMS tab shows first; the others are a click away."""
@@ -103,25 +108,43 @@ class RunLogger(TensorBoardLogger):
     def __init__(self, run: RunFolder, hparams: Mapping[str, bool | int | float | str]) -> None:
         super().__init__(save_dir=run.logs, name="", version="", default_hp_metric=False)
         self._flat = dict(hparams)
+        threading.excepthook = _pass_over_full_disk
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write scalars, unless the disk is full."""
+        with going_on_without(EVENTS):
+            for name, value in metrics.items():
+                self.experiment.add_scalar(name, value, step)
 
     def save(self) -> None:
         """Write nothing but events: the configuration is in ``config.yaml`` already."""
-        self.experiment.flush()
+        with going_on_without(EVENTS):
+            self.experiment.flush()
 
     def announce(self) -> None:
         """Write the run's row of the HPARAMS tab, without values of its metrics."""
         experiment, session_start, _ = _summaries(self._flat)
-        writer = self.experiment._get_file_writer()
-        writer.add_summary(experiment)
-        writer.add_summary(session_start)
-        self.experiment.flush()
+        with going_on_without(EVENTS):
+            writer = self.experiment._get_file_writer()
+            writer.add_summary(experiment)
+            writer.add_summary(session_start)
+            self.experiment.flush()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Mark the row as finished and close the file."""
         _, _, session_end = _summaries(self._flat)
-        self.experiment._get_file_writer().add_summary(session_end)
-        super().finalize(status)
+        with going_on_without(EVENTS):
+            self.experiment._get_file_writer().add_summary(session_end)
+            super().finalize(status)
+
+
+def _pass_over_full_disk(failed: threading.ExceptHookArgs) -> None:
+    """Print nothing about TensorBoard's thread that could not write: the next call of the logger says it."""
+    of_writer = type(failed.thread).__name__ == "_AsyncWriterThread"
+    if not (of_writer and isinstance(failed.exc_value, OSError)):
+        threading.__excepthook__(failed)
 
 
 def _summaries(flat: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -156,10 +179,11 @@ class TrainingImages(Callback):
         if trainer.is_global_zero and (loggers or self.path is not None):
             data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
             sheet = pl_module.training_sheet(data, self.count)
-            for logger in loggers:
-                logger.experiment.add_image("train/images", sheet, trainer.global_step, dataformats="HWC")
-            if self.path is not None:
-                Image.fromarray(sheet).save(self.path, "JPEG", quality=90)
+            with going_on_without(EVENTS):
+                for logger in loggers:
+                    logger.experiment.add_image("train/images", sheet, trainer.global_step, dataformats="HWC")
+                if self.path is not None:
+                    Image.fromarray(sheet).save(self.path, "JPEG", quality=90)
 
 
 class ValidationFigures(Callback):
@@ -200,14 +224,14 @@ class ValidationFigures(Callback):
         if path is None and not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             return
         figures, images = self._figures.draw()  # in every process: a confusion matrix gathers from all
-        if path is not None and WORST in images and trainer.is_global_zero:
-            Image.fromarray(images[WORST]).save(path, "JPEG", quality=90)
-        loggers = _tensorboard_loggers(trainer)
-        for logger in loggers:
-            for name, figure in figures.items():
-                logger.experiment.add_figure(name, figure, global_step=trainer.global_step)
-            for name, image in images.items():
-                logger.experiment.add_image(name, image, trainer.global_step, dataformats="HWC")
+        with going_on_without(EVENTS):
+            if path is not None and WORST in images and trainer.is_global_zero:
+                Image.fromarray(images[WORST]).save(path, "JPEG", quality=90)
+            for logger in _tensorboard_loggers(trainer):
+                for name, figure in figures.items():
+                    logger.experiment.add_figure(name, figure, global_step=trainer.global_step)
+                for name, image in images.items():
+                    logger.experiment.add_image(name, image, trainer.global_step, dataformats="HWC")
 
     def state_dict(self) -> dict[str, float]:
         """Keep the best value for a resumed run."""

@@ -31,6 +31,7 @@ from gn_transfer.training.accumulation import GradientAccumulation
 from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
 from gn_transfer.training.checkpoint import check_classes
 from gn_transfer.training.checkpoint_callbacks import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from gn_transfer.training.divergence import DivergenceCheck
 from gn_transfer.training.early_stopping import EarlyStopping
 from gn_transfer.training.ema import AS_TRAINED, ExponentialMovingAverage
 from gn_transfer.training.environment import environment
@@ -80,11 +81,8 @@ def create_trainer(
         The Trainer; :func:`train` gives it its loggers.
     """
     needed: list[Callback] = [GradientAccumulation(), BatchNormStatistics(), Throughput(), ImagePredictions()]
-    needed += (
-        []
-        if evaluates
-        else [EpochLines(every_seconds=None if interactive else 30.0), BestCheckpoint(), LastCheckpoint()]
-    )
+    lines = EpochLines(every_seconds=None if interactive else 30.0)
+    needed += [] if evaluates else [DivergenceCheck(), lines, BestCheckpoint(), LastCheckpoint()]
     needed += [RunProgressBar()] if interactive and not evaluates else []
     needed += [ValidationFigures(), *([] if evaluates else [TrainingImages()])] if figures else []
     given = [callback for callback in callbacks if getattr(callback, "enabled", True)]
@@ -173,9 +171,9 @@ def train(
     )
     trainer.callbacks.append(record)  # type: ignore[attr-defined]
     own_log = RunLog() if log is None else None
-    lines = find(trainer, EpochLines)
-    if lines.say is print:
-        lines.say = (log or own_log).print  # type: ignore[union-attr]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if getattr(callback, "say", None) is print:
+            callback.say = (log or own_log).print  # type: ignore[union-attr]
     if trainer.is_global_zero:
         run.logs.mkdir(parents=True, exist_ok=True)
         (run.logs / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
@@ -302,7 +300,7 @@ def config_of(task: TransferTask, data: ImageDataModule, trainer: Trainer) -> di
         for name, parameter in inspect.signature(kind).parameters.items()
         if name not in {"seed", *getattr(data, "NOT_OPTIONS", ())} and parameter.kind is not parameter.VAR_KEYWORD
     ]
-    given = {name: getattr(data, name, None) for name in dict.fromkeys(parameters)}
+    given = {name: getattr(data, name) for name in dict.fromkeys(parameters) if hasattr(data, name)}
     return {
         "seed_everything": data.seed,
         "data": {

@@ -93,14 +93,41 @@ def test_a_figure(bundle_dir, images, tmp_path, capsys):
 def test_patterns_and_repeats(images):
     everything = [str(images / "deep" / "deep" / "blue.PNG"), str(images / "deep" / "green.PNG")]
     everything.append(str(images / "red.PNG"))
-    assert find_images([f"{images}/**/*.PNG"]) == everything
-    assert find_images([everything[2], f"{images}/**/*.PNG", everything[2]]) == [everything[2], *everything[:2]]
+    assert find_images([f"{images}/**/*.PNG"])[0] == everything
+    assert find_images([everything[2], f"{images}/**/*.PNG", everything[2]])[0] == [everything[2], *everything[:2]]
 
 
 def test_a_name_that_looks_like_a_pattern(tmp_path):
     path = tmp_path / "cat[1].jpg"
     path.write_bytes(b"x")
-    assert find_images([str(path)]) == [str(path)]
+    assert find_images([str(path)]) == ([str(path)], {})
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may read every folder")
+def test_a_folder_that_cannot_be_read_is_named(bundle_dir, images, capsys):
+    (images / "deep").chmod(0)
+    try:
+        assert main(["predict", str(bundle_dir), str(images)]) == 3
+    finally:
+        (images / "deep").chmod(0o755)
+    assert "1 folders could not be read" in capsys.readouterr().err
+
+
+def test_an_unreadable_folder_among_others(images, monkeypatch):
+    def walk(top, onerror):
+        onerror(PermissionError(13, "Permission denied", str(images / "deep")))
+        yield str(images), [], ["red.PNG"]
+
+    monkeypatch.setattr(os, "walk", walk)
+    found = [str(images / "red.PNG")], {str(images / "deep"): "Permission denied"}
+    assert find_images([str(images)]) == found
+
+
+def test_cells_that_a_spreadsheet_would_run():
+    from gn_transfer.inference.prediction_formats import _cell
+
+    texts = ["=1+1", "-2", "@x", "cat", 0.5, -0.5]
+    assert list(map(_cell, texts)) == ["'=1+1", "'-2", "'@x", "cat", 0.5, -0.5]
 
 
 @pytest.mark.parametrize(

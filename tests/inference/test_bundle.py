@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.numpy_helper
 import pytest
 import torch
 from PIL import Image
@@ -200,6 +203,65 @@ def test_metadata_that_lacks_something(bundle_dir, seal):
         load_bundle(bundle_dir)
     seal(bundle_dir, files={})
     with pytest.raises(ConfigError, match=r"names no model.onnx"):
+        load_bundle(bundle_dir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": "rgb"}, "no export writes such classes"),
+        ({"classes": ["red", 5, "blue"]}, "no export writes such classes"),
+        ({"classes": ["red", "\x1b[31mgreen", "blue"]}, "no export writes such classes"),
+        ({"classes": ["red", "green"]}, "the graph knows 3 classes and bundle.json names 2"),
+        ({"img_size": "8"}, "no export writes such img_size"),
+        ({"img_size": -8}, "no export writes such sizes in pixels"),
+        ({"img_size": 0}, "no export writes such sizes in pixels"),
+        ({"img_size": 10**9}, "no export writes such sizes in pixels"),
+        ({"files": [GRAPH]}, "no export writes such files"),
+        ({"files": {GRAPH: 5}}, "no export writes such files"),
+        ({"task": ["classification"]}, "which this gn-transfer does not know"),
+    ],
+)
+def test_values_that_cannot_be(bundle_dir, seal, changes, message):
+    seal(bundle_dir, **changes)
+    with pytest.raises(ConfigError, match=message):
+        load_bundle(bundle_dir)
+
+
+def reseal_graph(bundle_dir, seal):
+    files = json.loads((bundle_dir / METADATA).read_text())["files"]
+    seal(bundle_dir, files={**files, GRAPH: sha256(bundle_dir / GRAPH)})
+
+
+def test_values_in_another_file_are_refused(bundle_dir, seal):
+    graph = onnx.load(bundle_dir / GRAPH)
+    for tensor in graph.graph.initializer:  # onnx moves raw bytes only
+        tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor), tensor.name))
+    onnx.save_model(graph, bundle_dir / GRAPH, save_as_external_data=True, location="w.bin", size_threshold=0)
+    reseal_graph(bundle_dir, seal)
+    with pytest.raises(ConfigError, match="keeps values in another file"):
+        load_bundle(bundle_dir)
+
+
+def test_numbers_that_are_not_finite(bundle_dir, seal):
+    graph = onnx.load(bundle_dir / GRAPH)
+    for tensor in graph.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype == np.float32:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values * np.float32("nan"), tensor.name))
+    onnx.save(graph, bundle_dir / GRAPH)
+    reseal_graph(bundle_dir, seal)
+    with pytest.raises(ConfigError, match="numbers that are not finite"):
+        load_bundle(bundle_dir).predict([flat((250, 0, 0))])
+
+
+def test_a_pipe_and_deep_json_in_place_of_metadata(bundle_dir):
+    (bundle_dir / METADATA).write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        load_bundle(bundle_dir)
+    (bundle_dir / METADATA).unlink()
+    os.mkfifo(bundle_dir / METADATA)
+    with pytest.raises(ConfigError, match=r"it has no bundle\.json"):
         load_bundle(bundle_dir)
 
 

@@ -232,7 +232,8 @@ def bad_checkpoint(root: Path, **changes: object) -> str:
     ("changes", "message"),
     [
         ({"version": 99}, "has checkpoint format 99, this gn-transfer reads format"),
-        ({"architecture": None, "config": None}, "lacks architecture, config, which export needs"),
+        ({"architecture": None}, "architecture missing or of a wrong type"),
+        ({"config": None}, "lacks config, which export needs"),
         ({"classes": ["a", "b"]}, "the checkpoint knows 2 classes (a, b), the data"),
     ],
 )

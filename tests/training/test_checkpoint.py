@@ -5,7 +5,12 @@ import torch
 
 from gn_transfer.config import ConfigError
 from gn_transfer.training.checkpoint import read_checkpoint
-from gn_transfer.training.checkpoint_callbacks import AtomicCheckpointIO
+from gn_transfer.training.checkpoint_callbacks import AtomicCheckpointIO, write_checkpoint
+
+
+def checkpoint(position, **changes):
+    described = {"classes": ["cat", "dog"], "architecture": {}, "transfer_report": {}, "position": position}
+    return {"gn_transfer": {**described, **changes}, "state_dict": {"weight": torch.arange(1000.0)}}
 
 
 class Unpicklable:
@@ -16,17 +21,51 @@ class Unpicklable:
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
     writer = AtomicCheckpointIO()
-    writer.save_checkpoint({"gn_transfer": {"step": 1}}, path)
+    writer.save_checkpoint(checkpoint(1), path)
 
     def half(content, file):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="No space left"):
-        writer.save_checkpoint({"gn_transfer": {"step": 2}}, path)
-    assert read_checkpoint(path)["gn_transfer"] == {"step": 1}
+    writer.save_checkpoint(checkpoint(2), path)  # a training goes on
+    assert writer.problems == {path: "No space left on device"}
+    assert read_checkpoint(path)["gn_transfer"]["position"] == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_in_torchs_own_writer(tmp_path, monkeypatch):
+    def full(content, file):
+        raise RuntimeError("[enforce fail at inline_container.cc:745] . unexpected pos 128 vs 22")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(checkpoint(1), tmp_path / "last.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_checkpoint_before_the_last_stays(tmp_path):
+    for position in (1, 2, 3):
+        write_checkpoint(checkpoint(position), tmp_path / "last.ckpt")
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "previous.ckpt"}
+    assert read_checkpoint(tmp_path / "last.ckpt")["gn_transfer"]["position"] == 3
+    assert read_checkpoint(tmp_path / "previous.ckpt")["gn_transfer"]["position"] == 2
+
+
+def test_every_changed_byte_of_the_weights_is_noticed(tmp_path):
+    path = tmp_path / "last.ckpt"
+    write_checkpoint(checkpoint(1), path)
+    whole = path.read_bytes()
+    place = whole.index(torch.arange(1000.0).numpy().tobytes())
+    for offset in (0, 1999, 3999):
+        damaged = bytearray(whole)
+        damaged[place + offset] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="checksum"):
+            read_checkpoint(path)
+    path.write_bytes(whole[: len(whole) // 2] + bytes(1024) + whole[len(whole) // 2 + 1024 :])
+    with pytest.raises(ConfigError, match=r"checksum|cannot be read"):
+        read_checkpoint(path)
 
 
 def test_a_checkpoint_that_carries_code_is_refused_and_not_run(tmp_path, capsys):

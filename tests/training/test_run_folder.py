@@ -1,4 +1,6 @@
 import io
+import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -6,7 +8,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from gn_transfer.training.run_folder import claim_run, find_last, run_of_checkpoint
+from gn_transfer.config import ConfigError
+from gn_transfer.training.run_folder import RunFolder, claim_run, find_last, run_of_checkpoint
 from gn_transfer.training.run_log import RunLog
 from gn_transfer.training.tensorboard import RunLogger, flat_hparams
 
@@ -31,6 +34,46 @@ def test_a_checkpoint_knows_its_run_by_its_place(tmp_path):
     assert find_last(tmp_path, "pets") == find_last(tmp_path, "*") == checkpoint
     assert find_last(tmp_path, "other") is None
     assert run_of_checkpoint(tmp_path / "elsewhere" / "last.ckpt") is None
+
+
+def started(root, name, when, *, saved=True, status="running"):
+    run = RunFolder(name, root)
+    run.logs.mkdir(parents=True)
+    (run.logs / "metrics.json").write_text(json.dumps({"status": status}))
+    (run.logs / "config.yaml").touch()
+    os.utime(run.logs / "config.yaml", (when, when))
+    if saved:
+        run.checkpoints.mkdir(parents=True)
+        (run.checkpoints / "last.ckpt").touch()
+    return run
+
+
+def test_the_last_run_is_the_one_that_started_last(tmp_path):
+    started(tmp_path, "pets/a", 300)
+    newest = started(tmp_path, "pets/b", 400)
+    os.utime(tmp_path / "checkpoints/pets/b/last.ckpt", (100, 100))  # the other one has saved since
+    started(tmp_path, "pets/c", 500, saved=False, status="fast_dev_run")
+    assert find_last(tmp_path, "pets") == newest.checkpoints / "last.ckpt"
+
+
+def test_an_older_run_is_not_continued_in_silence(tmp_path):
+    older = started(tmp_path, "pets/a", 300)
+    started(tmp_path, "pets/b", 400, saved=False)
+    with pytest.raises(ConfigError, match=r"pets/b, stopped before its first checkpoint.*" + str(older.checkpoints)):
+        find_last(tmp_path, "pets")
+
+
+@pytest.mark.parametrize("name", ["my[1]", "a*"])
+def test_names_that_look_like_patterns(tmp_path, name):
+    run = started(tmp_path, f"{name}/a", 300)
+    started(tmp_path, "my1/a", 400)
+    assert find_last(tmp_path, name) == run.checkpoints / "last.ckpt"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "gone" / "away")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        claim_run(tmp_path, "pets", "bn", 1, 0)
 
 
 def config(head_lr=None, **model):

@@ -1,0 +1,195 @@
+"""Which classes a file may name. Making an object of a class runs code, and files come from strangers.
+
+What the user types is trusted. A configuration or study file may name the data modules of gn_transfer, and callbacks
+and loggers of Lightning that take no function; ``--allow_class_path`` lifts that. A checkpoint names no class but a
+data module, and gives plain values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA
+from gn_transfer.config import ConfigError
+from gn_transfer.yaml_files import read_yaml
+
+OF_LIGHTNING = {
+    "lightning.pytorch.callbacks": (
+        *("DeviceStatsMonitor", "EarlyStopping", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary"),
+        *("OnExceptionCheckpoint", "RichModelSummary", "RichProgressBar", "TQDMProgressBar", "Timer"),
+    ),
+    "lightning.pytorch.loggers": ("CSVLogger", "CometLogger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger"),
+}
+"""Callbacks and loggers that a file may name. None takes a function, which could be named by its import path."""
+
+_DATA_NAMES = frozenset(
+    f"{module}{kind.__name__}"
+    for kind in DATA
+    for module in ("", "gn_transfer.", "gn_transfer.data.", f"{kind.__module__}.")
+)
+
+ALLOWED = _DATA_NAMES | {
+    name for module, names in OF_LIGHTNING.items() for name in (*names, *(f"{module}.{name}" for name in names))
+}
+"""Class names that a file may contain."""
+
+_GROUPS = ("data", *CONFIGS, *CALLBACKS, "trainer")
+_TYPED_ONLY = ("config", "ckpt_path", "dry_run")  # say what one call does
+_OBJECTS = ("callbacks", "logger", "strategy", "plugins", "profiler", "accelerator")
+
+_FROM_CHECKPOINT = (
+    *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "limit_train_batches", "limit_val_batches"),
+    *("limit_test_batches", "overfit_batches", "val_check_interval", "check_val_every_n_epoch", "log_every_n_steps"),
+    *("num_sanity_val_steps", "deterministic", "benchmark", "accelerator", "devices", "num_nodes", "strategy"),
+    *("enable_progress_bar", "logger", "profiler"),
+)
+
+
+def read_config(path: Path, *, allow_class_path: bool = False) -> dict[str, Any]:
+    """Read a configuration file, and refuse what no configuration of this program holds.
+
+    Args:
+        path: YAML file.
+        allow_class_path: Let it name any class.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ConfigError: It cannot be read, a group has no keys, or it names a class that is not in :data:`ALLOWED`.
+    """
+    try:
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path} cannot be read as YAML ({error}).") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"--config {path} holds no keys; see configs/sample_gnws.yaml for a configuration.")
+    check_values(content, f"--config {path}", allow_class_path=allow_class_path)
+    return content
+
+
+def check_values(content: Mapping[str, Any], where: str, *, allow_class_path: bool = False) -> None:
+    """Refuse values of a file that would run a stranger's code.
+
+    Args:
+        content: Values by nested keys.
+        where: The file, for messages.
+        allow_class_path: Let it name any class.
+
+    Raises:
+        ConfigError: See :func:`read_config`.
+    """
+    for key, value in content.items():
+        if key in _TYPED_ONLY:
+            raise ConfigError(f"{where}: {key} says what one call does; give it on the command line, --{key}.")
+        if key in _GROUPS and not isinstance(value, Mapping) and not (key == "data" and isinstance(value, str)):
+            raise ConfigError(f"{where}: {key} holds {value!r}, and no keys; indent its keys below it, or remove it.")
+    if not allow_class_path and (found := next(_not_allowed(content, ()), None)):
+        raise ConfigError(
+            f"{where}: {found}. A class or function can run any code, so a file may only name data modules of "
+            "gn_transfer, and these of Lightning: "
+            f"{', '.join(name for names in OF_LIGHTNING.values() for name in names)}. If you trust the file, add "
+            "--allow_class_path."
+        )
+
+
+def check_parsed(section: Mapping[str, Any], typed: str) -> None:
+    """Refuse classes that neither the command line nor :data:`ALLOWED` names, just before they are made.
+
+    Args:
+        section: The parsed configuration.
+        typed: What the user typed, in one text.
+
+    Raises:
+        ConfigError: A file that the configuration refers to names a class.
+    """
+    for name in _class_paths(section):
+        if name not in ALLOWED and str(name).rpartition(".")[2] not in typed:
+            raise ConfigError(
+                f"the configuration names the class {name}, which can run any code; if you trust the file that names "
+                "it, add --allow_class_path."
+            )
+
+
+def config_of_checkpoint(stored: Mapping[str, Any], checkpoint: Path) -> tuple[dict[str, Any], list[str]]:
+    """Take the values that describe model, data and recipe from a checkpoint.
+
+    Args:
+        stored: Its configuration.
+        checkpoint: Its path, for messages.
+
+    Returns:
+        The configuration, and the keys that were left out although they were set.
+
+    Raises:
+        ConfigError: It names a class, or holds something else than values by key.
+    """
+    groups = {group: stored[group] for group in _GROUPS if group in stored}
+    if bad := [group for group, values in groups.items() if not isinstance(values, Mapping)]:
+        raise ConfigError(f"{checkpoint} holds no keys for {bad[0]}, so it was not written by gn-transfer; refused.")
+    taken = {key: _plain(stored[key], key, checkpoint) for key in ("seed_everything", "samples") if key in stored}
+    left_out: list[str] = []
+    for group, values in groups.items():
+        if group == "trainer":
+            taken[group] = {key: values[key] for key in _FROM_CHECKPOINT if key in values and _is_plain(values[key])}
+            left_out = [f"trainer.{key}" for key in _OBJECTS if values.get(key) and key not in taken[group]]
+        elif group == "data":
+            kind, arguments = values.get("class_path"), values.get("init_args")
+            if kind not in _DATA_NAMES or not isinstance(arguments, Mapping):
+                raise ConfigError(f"{checkpoint} names {kind!r} for its data, which is no data module; refused.")
+            taken[group] = {"class_path": kind, "init_args": _plain_values(arguments, group, checkpoint)}
+        else:
+            taken[group] = _plain_values(values, group, checkpoint)
+    for key in ("cache_dir", "download"):  # where files are written is for this call to say
+        if taken.get("data", {}).get("init_args", {}).pop(key, None):
+            left_out.append(f"data.{key}")
+    return taken, left_out
+
+
+def _plain_values(values: Mapping[str, Any], group: str, checkpoint: Path) -> dict[str, Any]:
+    return {str(key): _plain(value, f"{group}.{key}", checkpoint) for key, value in values.items()}
+
+
+def _plain(value: Any, key: str, checkpoint: Path) -> Any:
+    if _is_plain(value) or (isinstance(value, list) and all(map(_is_plain, value))):
+        return value
+    raise ConfigError(f"{checkpoint} holds {value!r} for {key}, which is no plain value; refused.")
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _not_allowed(value: Any, place: tuple[str, ...]) -> Iterator[str]:
+    """Describe what a file must not contain: class names, also inside texts, and references to further files."""
+    key = ".".join(place)
+    if isinstance(value, Mapping):
+        if "class_path" in value and value["class_path"] not in ALLOWED:
+            yield f"{key} names {value['class_path']}"
+        for name, item in value.items():
+            if name != "class_path":
+                yield from _not_allowed(item, (*place, str(name)))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _not_allowed(item, place)
+    elif isinstance(value, str):
+        of_object = place[:1] == ("trainer",) and place[1:2] and place[1] in _OBJECTS
+        named = place == ("data",) or (of_object and len(place) == 2)
+        if named and value not in ALLOWED and not re.fullmatch(r"\w+", value):
+            yield f"{key} names {value}"
+        elif "class_path" in value or ((named or of_object) and Path(value).is_file()):
+            yield f"{key} is {value!r}"
+
+
+def _class_paths(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        if "class_path" in value:
+            yield value["class_path"]
+        for item in value.values():
+            yield from _class_paths(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _class_paths(item)

@@ -1,0 +1,90 @@
+"""What no key accepts: null where a value is needed, numbers not finite or too large, texts with a zero byte."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from lightning.pytorch import Trainer
+
+from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA
+from gn_transfer.config import ConfigError
+
+_LARGEST = 2**31 - 1
+_LARGEST_SEED = 2**32 - 1  # numpy's
+
+# Lightning takes these, and fails or does nothing later.
+_TRAINER_LEAST = {
+    "val_check_interval": 1e-9,
+    "check_val_every_n_epoch": 1,
+    "limit_train_batches": 1e-9,
+    "log_every_n_steps": 1,
+    "min_epochs": 0,
+    "min_steps": 0,
+    "num_sanity_val_steps": -1,
+}
+
+
+def check_parsed_values(section: Mapping[str, Any]) -> None:
+    """Refuse values that are of the right type, and still no values.
+
+    Args:
+        section: The parsed configuration of a command.
+
+    Raises:
+        ConfigError: With the key, the value and what is allowed.
+    """
+    seed = section["seed_everything"]
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise ConfigError(f"seed_everything={seed} is out of range; use a number in [0, {_LARGEST_SEED}].")
+    for group in (*CONFIGS, *CALLBACKS, "trainer"):
+        kind: type = {**CONFIGS, **CALLBACKS, "trainer": Trainer}[group]
+        _check_group(group, section[group], kind)
+    trainer = section["trainer"]
+    for name, least in _TRAINER_LEAST.items():
+        if trainer[name] is not None and trainer[name] < least:
+            allowed = "more than 0" if 0 < least < 1 else f"{least:g} or more"
+            raise ConfigError(f"trainer.{name}={trainer[name]} is out of range; use {allowed}.")
+    if trainer["max_steps"] == 0 or (trainer["max_steps"] == -1 and trainer["max_epochs"] == -1):
+        raise ConfigError(
+            f"trainer.max_epochs={trainer['max_epochs']}, trainer.max_steps={trainer['max_steps']}: the training has "
+            "no steps, or no end; give one of them a number of 1 or more."
+        )
+    data = section["data"]
+    kinds = {kind.__name__: kind for kind in DATA}
+    if kind := kinds.get(str(data["class_path"]).rpartition(".")[2]):  # type: ignore[assignment]
+        _check_group("data", data.get("init_args") or {}, kind)
+    if section.get("samples") is not None:
+        _check_value("samples", section["samples"])
+
+
+def _check_group(group: str, values: Mapping[str, Any], kind: type) -> None:
+    needed = set(_needed(kind))
+    for name, value in values.items():
+        if value is None and name in needed:
+            raise ConfigError(f"{group}.{name}=null is not allowed; give a value, or leave it out for the default.")
+        _check_value(f"{group}.{name}", value)
+
+
+def _check_value(key: str, value: Any) -> None:
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _LARGEST:
+        raise ConfigError(f"{key}={value} is out of range; use at most {_LARGEST}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}={value} is not a finite number.")
+    if "\0" in str(value):
+        raise ConfigError(f"{key}={value!r} has a zero byte in it; remove it.")
+
+
+def _needed(kind: type) -> Iterator[str]:
+    """Name the arguments of a class, and of those that it passes further arguments to, that may not be None."""
+    for part in kind.__mro__[:-1]:
+        if not (part.__module__.startswith("gn_transfer") or part is Trainer):
+            continue
+        hints = get_type_hints(part if hasattr(part, "__dataclass_fields__") else part.__init__)  # type: ignore[misc]
+        for name, parameter in inspect.signature(part).parameters.items():
+            hint = hints.get(name, Any)
+            if parameter.kind is not parameter.VAR_KEYWORD and hint is not Any and NoneType not in get_args(hint):
+                yield name

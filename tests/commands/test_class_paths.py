@@ -1,0 +1,242 @@
+"""No file from outside runs code: what a configuration, a study or a checkpoint may name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import pytest
+import torch
+import yaml
+
+from gn_transfer.__main__ import main
+from gn_transfer.commands.class_paths import OF_LIGHTNING, config_of_checkpoint, read_config
+from gn_transfer.config import ConfigError
+
+SMALL = ["--model.backbone", "resnetv2_18", "--data.img_size", "32", "--trainer.max_epochs", "1"]
+
+
+def hidden(command: list[str]) -> dict[str, Any]:
+    """A callback that is harmless, with a class in an argument of any type."""
+    popen = {"class_path": "subprocess.Popen", "init_args": {"args": command}}
+    return {
+        "class_path": "lightning.pytorch.callbacks.RichProgressBar",
+        "init_args": {"console_kwargs": {"x": popen}},
+    }
+
+
+def profiler(command: list[str]) -> dict[str, Any]:
+    popen = {"class_path": "subprocess.Popen", "init_args": {"args": command}}
+    return {
+        "class_path": "lightning.pytorch.profilers.PyTorchProfiler",
+        "init_args": {"table_kwargs": {"header": popen}},
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on twelve images."""
+    import numpy as np
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("class_paths")
+    for name in ("apple", "pear"):
+        (root / "fruit" / name).mkdir(parents=True)
+        for number in range(6):
+            pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "fruit" / name / f"{number}.jpg")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+        arguments = ["--data", "Folder", "--data.root", str(root / "fruit"), "--name", "own", *SMALL]
+        assert main(["fit", *arguments]) == 0
+    return root
+
+
+def changed(trained: Path, target: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The checkpoint of the run, with another description."""
+    [source] = trained.glob("checkpoints/own/*/last.ckpt")
+    content = torch.load(source, weights_only=True)
+    change(content["gn_transfer"])
+    torch.save(content, target)
+    return target
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "fit", pytest.param("export", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("key", ["callbacks", "profiler", "logger", "strategy"])
+def test_a_checkpoint_runs_no_code(trained: Path, tmp_path: Path, monkeypatch, capsys, command: str, key: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    touched = tmp_path / "touched"
+    value = profiler(["touch", str(touched)]) if key == "profiler" else [hidden(["touch", str(touched)])]
+    path = changed(trained, tmp_path / "evil.ckpt", lambda stored: stored["config"]["trainer"].update({key: value}))
+    arguments = ["--ckpt_path", str(path)] if command != "export" else [str(path), "--output", "bundle"]
+    code = main([command, *arguments, *(["--dry_run"] if command == "fit" else [])])
+    assert code == (2 if command == "test" else 0), capsys.readouterr().err  # there is no test split
+    assert not touched.exists()
+    if command == "fit":
+        assert f"not taken from the checkpoint: trainer.{key}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda stored: stored["config"]["data"].update(class_path="subprocess.Popen"), "no data module; refused"),
+        (lambda stored: stored["config"]["data"]["init_args"].update(root={"class_path": "os.system"}), "data.root"),
+        (lambda stored: stored["config"].update(model=5), "holds no keys for model"),
+        (lambda stored: stored["config"]["model"].update(norm=[{"class_path": "x"}]), "model.norm"),
+        (lambda stored: stored.update(config=None), "stores no configuration"),
+        (lambda stored: stored.update(classes=["a", 5]), "classes missing or of a wrong type"),
+        (lambda stored: stored.update(classes=[]), "classes missing or of a wrong type"),
+        (lambda stored: stored.update(architecture="resnet"), "architecture missing or of a wrong type"),
+        (lambda stored: stored.update(version="two"), "which is no number"),
+    ],
+)
+def test_a_crafted_checkpoint_is_refused(trained: Path, tmp_path: Path, monkeypatch, capsys, change, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = changed(trained, tmp_path / "evil.ckpt", change)
+    assert main(["validate", "--ckpt_path", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_says_neither_where_runs_nor_where_caches_are_written(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def change(stored: dict[str, Any]) -> None:
+        stored["config_name"] = "../../outside"
+        stored["config"]["data"]["init_args"]["cache_dir"] = str(tmp_path / "other")
+        stored["config"]["trainer"]["default_root_dir"] = str(tmp_path / "other")
+
+    path = changed(trained, tmp_path / "moved.ckpt", change)
+    assert main(["fit", "--ckpt_path", str(path), "--trainer.max_epochs", "2"]) == 0
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["outside"]
+    assert not (tmp_path / "other").exists()
+    assert "not taken from the checkpoint: data.cache_dir" in capsys.readouterr().out
+
+
+def test_values_of_a_checkpoint_that_are_taken(tmp_path):
+    stored = {
+        "seed_everything": 3,
+        "samples": None,
+        "data": {"class_path": "gn_transfer.data.Folder", "init_args": {"root": "photos", "cache_dir": None}},
+        "model": {"norm": "gn"},
+        "trainer": {"max_epochs": 3, "callbacks": None, "logger": False, "plugins": ["x"], "unknown": 5},
+        "other": {"class_path": "subprocess.Popen"},
+    }
+    taken, left_out = config_of_checkpoint(stored, tmp_path)
+    assert taken == {
+        "seed_everything": 3,
+        "samples": None,
+        "data": {"class_path": "gn_transfer.data.Folder", "init_args": {"root": "photos"}},
+        "model": {"norm": "gn"},
+        "trainer": {"max_epochs": 3, "logger": False},
+    }
+    assert left_out == ["trainer.plugins"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"trainer": {"callbacks": [hidden(["true"])]}},
+        {"trainer": {"callbacks": hidden(["true"])}},
+        {"trainer": {"profiler": profiler(["true"])}},
+        {"trainer": {"callbacks": [{"class_path": "lightning.pytorch.callbacks.LambdaCallback"}]}},
+        {"trainer": {"callbacks": ["lightning.pytorch.callbacks.LambdaCallback"]}},
+        {"trainer": {"callbacks": "evil.yaml"}},
+        {"trainer": {"logger": "evil"}},
+        {"trainer": {"plugins": ["os.system"]}},
+        {"data": {"class_path": "subprocess.Popen"}},
+        {"data": "subprocess.Popen"},
+        {"data": "evil"},
+        {"model": {"backbone": '{"class_path": "subprocess.Popen"}'}},
+        {"trainer": {"logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "evil"}}}},
+    ],
+)
+def test_a_configuration_names_no_classes_of_strangers(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    Path("evil").write_text("class_path: subprocess.Popen")  # the parser reads a text that names a file
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match="--allow_class_path"):
+        read_config(path)
+    assert read_config(path, allow_class_path=True) == content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"trainer": {"callbacks": [{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}]}},
+        {"trainer": {"callbacks": ["RichModelSummary"], "logger": ["CSVLogger"], "strategy": "ddp"}},
+        {"trainer": {"logger": False, "accelerator": "cpu", "profiler": "simple"}},
+        {"data": "Folder"},
+        {"data": {"class_path": "gn_transfer.data.Pets", "init_args": {"root": "photos", "augmentation": "a.yaml"}}},
+    ],
+)
+def test_a_configuration_names_what_it_needs(tmp_path, content):
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(content))
+    assert read_config(path) == content
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model:\n", "model holds None"),
+        ("trainer: 5\n", "trainer holds 5"),
+        ("ckpt_path: last\n", "give it on the command line"),
+        ("", "holds no keys"),
+        ("[1, 2]\n", "holds no keys"),
+        ("5: {a: 1}\n", "holds no keys"),
+        ("model: {norm: bn}\nmodel: {norm: gn}\n", "model stands twice"),
+    ],
+)
+def test_a_configuration_that_cannot_be_meant(tmp_path, text, message):
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_config(path)
+
+
+def test_what_a_file_may_name_takes_no_function():
+    for module, names in OF_LIGHTNING.items():
+        for name in names:
+            kind = getattr(importlib.import_module(module), name)
+            for parameter in inspect.signature(kind).parameters.values():
+                kinds = [parameter.annotation, *get_args(parameter.annotation)]
+                assert not any(get_origin(kind) is Callable or kind is Callable for kind in kinds), (name, parameter)
+
+
+def test_the_command_line_may_name_any_class(folder_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    callback = ["--trainer.callbacks+=lightning.pytorch.callbacks.LambdaCallback"]
+    assert main(["fit", "--data", "Folder", "--data.root", str(folder_root), *SMALL, *callback, "--dry_run"]) == 0
+
+
+def test_a_file_that_the_command_line_names_is_looked_at_as_well(folder_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("callbacks.yaml").write_text(yaml.safe_dump([hidden(["touch", "touched"])]))
+    arguments = ["--data", "Folder", "--data.root", str(folder_root), *SMALL, "--trainer.callbacks", "callbacks.yaml"]
+    assert main(["fit", *arguments, "--dry_run"]) == 2
+    assert "names the class subprocess.Popen" in capsys.readouterr().err
+    assert not Path("touched").exists()
+
+
+@pytest.mark.parametrize("place", ["set", "grid", "cases"])
+def test_a_study_names_no_classes_of_strangers(tmp_path, monkeypatch, capsys, place):
+    monkeypatch.chdir(tmp_path)
+    key, value = "trainer.callbacks", [hidden(["touch", "touched"])]
+    content = {
+        "base": "sample_gnws.yaml",
+        "samples": 10,
+        "set": {key: value} if place == "set" else {},
+        "grid": {"model.norm": ["bn"], **({key: [value]} if place == "grid" else {})},
+        **({"cases": {"one": {key: value}}} if place == "cases" else {}),
+    }
+    Path("study.yaml").write_text(yaml.safe_dump(content))
+    assert main(["sweep", "--config", "study.yaml", "--dry_run"]) == 2
+    assert "--allow_class_path" in capsys.readouterr().err
+    assert not Path("touched").exists()
+    assert not Path("runs").exists()

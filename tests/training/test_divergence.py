@@ -1,0 +1,88 @@
+"""Trainings that go wrong: they stop in time, keep the last good checkpoint, and say what to try."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gn_transfer.__main__ import main
+from gn_transfer.training.divergence import is_finite
+
+OPTIONS = {
+    "data.img_size": "32",
+    "model.backbone": "resnetv2_18",
+    "mixed_precision.mode": "fp32",
+    "optimizer.warmup_fraction": "0",
+    "checkpoint.every_minutes": "0",
+}
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def words(root: Path, **more: str) -> list[str]:
+    options = {**OPTIONS, **{key.replace("__", "."): value for key, value in more.items()}}
+    return [
+        "fit",
+        *("--data", "Folder", "--data.root", str(root)),
+        *(word for key, value in options.items() for word in (f"--{key}", value)),
+    ]
+
+
+def assert_whole_checkpoints(*names: str) -> None:
+    paths = list(Path("checkpoints").glob("*/*/*.ckpt"))
+    assert {path.name for path in paths} == set(names)
+    for path in paths:
+        state = torch.load(path, weights_only=True)["state_dict"]
+        assert all(bool(torch.isfinite(value).all()) for value in state.values()), path
+
+
+def test_a_loss_that_is_not_finite(folder_root, capsys):
+    assert main(words(folder_root, optimizer__lr="1e6", trainer__max_epochs="2")) == 2
+    error = capsys.readouterr().err
+    assert "the training loss became nan at step" in error
+    assert ".jpg)" in error  # the images of the batch
+    assert "The last good checkpoint is checkpoints/default/gn_ws-bs1-seed0/last.ckpt" in error
+    assert "Lower optimizer.lr (1e+06)" in error
+    assert_whole_checkpoints("last.ckpt", "previous.ckpt")
+    [record] = Path("runs").glob("*/*/metrics.json")
+    assert json.loads(record.read_text(), parse_constant=pytest.fail)["status"] == "failed"
+
+
+def test_a_validation_that_is_not_finite(folder_root, capsys, monkeypatch):
+    from gn_transfer.training.classification import TransferClassifier
+
+    calls = 0
+    own = TransferClassifier.evaluation_loss
+
+    def loss(self, logits, targets):
+        nonlocal calls
+        calls += 1
+        return own(self, logits, targets) * (float("nan") if calls > 1 else 1.0)
+
+    monkeypatch.setattr(TransferClassifier, "evaluation_loss", loss)
+    options = words(folder_root, optimizer__lr="0.01", trainer__max_epochs="3", checkpoint__every_minutes="5")
+    assert main(options) == 2
+    assert "the validation loss became nan in epoch 2" in capsys.readouterr().err
+    assert_whole_checkpoints("best.ckpt", "last.ckpt")
+    [record] = Path("runs").glob("*/*/metrics.json")
+    assert json.loads(record.read_text(), parse_constant=pytest.fail)["val/loss"] > 0  # that of the first epoch
+
+
+def test_accuracy_at_the_level_of_guessing_is_said_once(folder_root, capsys):
+    options = words(folder_root, optimizer__lr="1e-9", trainer__max_epochs="4", data__val_fraction="0.4")
+    assert main(options) == 0
+    assert capsys.readouterr().out.count("is what guessing reaches (0.600), for 2 validations now") == 1
+
+
+def test_finite_modules():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    assert is_finite(module)
+    module[1].running_var[0] = float("inf")
+    assert not is_finite(module)
