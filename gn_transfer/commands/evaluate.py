@@ -46,23 +46,28 @@ def run_parsed(cli: TrainingCLI, stage: str) -> None:
     data.prepare_data()
     data.setup(stage)
     check_classes(stored["classes"], data.classes)
-    cli.log.print(f"checkpoint {checkpoint}")
+    trainer = cli.build_trainer()
+    say = cli.log.print if trainer.is_global_zero else _say_nothing
+    say(f"checkpoint {checkpoint}")
     for name, text in describe_data(data):
         if name in ("data", "images", "files", "skipped"):
-            cli.log.print(f"{name:<9}  {text}")
+            say(f"{name:<9}  {text}")
     if cli.section.dry_run:
         return
-    trainer = cli.build_trainer()
-    metrics = evaluate(task, data, trainer, checkpoint, stage, cli.log.print)
+    metrics = evaluate(task, data, trainer, checkpoint, stage, say)
     for name, value in metrics.items():
-        cli.log.print(f"{name:<20} {value:.4f}")
+        say(f"{name:<20} {value:.4f}")
     if isinstance(task, TransferClassifier):
         evaluated = len(data.test_dataset if stage == "test" else data.val_dataset)
         images = min(evaluated, find(trainer, ImagePredictions).count)  # limit_val_batches; ranks are filled up
-        cli.log.print(_count_right(metrics, stage, images))
+        say(_count_right(metrics, stage, images))
     run = run_of_checkpoint(checkpoint)
     if run is not None and (run.logs / "metrics.json").is_file():
-        cli.log.print(f"next       gn-transfer report {shlex.quote(str(run.logs))}")
+        say(f"next       gn-transfer report {shlex.quote(str(run.logs))}")
+
+
+def _say_nothing(line: str) -> None:
+    """What the other processes of an evaluation print."""
 
 
 def _count_right(metrics: Mapping[str, float], stage: str, images: int) -> str:

@@ -6,6 +6,7 @@ import errno
 import importlib
 import logging
 import os
+import re
 import sys
 import warnings
 from argparse import ArgumentError
@@ -317,6 +318,33 @@ def parsed(
                     f"the disk is full: {error}; free some room and continue with --ckpt_path last."
                 ) from error
             raise
+        except (RuntimeError, MemoryError) as error:
+            if explained := explain_fault(error):
+                raise ConfigError(explained) from error
+            raise
+
+
+def explain_fault(error: RuntimeError | MemoryError) -> str | None:
+    """Say what a fault of the machine is, and what to do; None where it is none.
+
+    Args:
+        error: What ended a training or an evaluation.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory|bad_alloc", text, re.I):
+        return (
+            f"out of memory ({text[:200] or 'MemoryError'}). Lower data.batch_size with the same "
+            "accumulation.effective_batch_size, lower data.img_size, or set model.gradient_checkpointing=true; a "
+            "training goes on with --ckpt_path last."
+        )
+    if "can't start new thread" in text:
+        return "no thread can be started: lower data.num_workers, or raise the limits of this account (ulimit -u, -v)."
+    if re.search(r"Connection (closed|reset) by peer|ProcessGroupNCCL|gloo.*(timed? ?out|closed)", text, re.I):
+        return (
+            f"another process of this training has ended ({text[:200]}). Its own message says why; without one, it was "
+            "killed, mostly because memory ran out. The training goes on with --ckpt_path last."
+        )
+    return None
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -357,6 +385,7 @@ def _quiet_warnings() -> Iterator[None]:
             ".*Checkpoint directory .* exists and is not empty.*",
             ".*Experiment logs directory .* exists and is not empty.*",
             ".*isinstance.treespec, LeafSpec.*",
+            ".*recommended to use `self.log.*sync_dist=True.*",  # torchmetrics has gathered the values already
         ):
             warnings.filterwarnings("ignore", message=message)
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -164,8 +165,8 @@ class BackboneModule(LightningModule, ABC):
         self.register_buffer("class_weight", class_weight, persistent=False)
         metrics = self.configure_metrics(len(classes))
         self.val_metrics, self.test_metrics = metrics.clone(prefix="val/"), metrics.clone(prefix="test/")
-        # A loss that is not finite must show; torchmetrics would leave it out of the mean.
-        self.val_loss, self.test_loss = MeanMetric(nan_strategy="disable"), MeanMetric(nan_strategy="disable")
+        # A loss that is NaN must show: torchmetrics leaves it out of the mean, and with "disable" drops all weights.
+        self.val_loss, self.test_loss = MeanMetric(nan_strategy=math.inf), MeanMetric(nan_strategy=math.inf)
 
     def restore(self, stored: dict[str, Any]) -> None:
         """Build from a checkpoint's description later, instead of loading pretrained weights again.

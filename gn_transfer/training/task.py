@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Protocol
@@ -55,6 +56,7 @@ class TransferTask(BackboneModule):
         super().__init__(model)
         self.optimizer_config = optimizer or OptimizerConfig()
         self.micro_batch = MicroBatch()
+        self._left = sys.maxsize
 
     # -- what a task defines ------------------------------------------------------------------------------------
 
@@ -134,9 +136,28 @@ class TransferTask(BackboneModule):
         images, targets = batch
         with torch.autocast(self.device.type, enabled=False):  # evaluation is float32 whatever the training precision
             logits: Tensor = self(images)
-            mean_loss.update(self.evaluation_loss(logits, targets), len(targets))
-        metrics.update(logits, targets)
+            own = min(len(targets), self._left)
+            self._left -= own
+            if own:
+                mean_loss.update(self.evaluation_loss(logits[:own], targets[:own]), own)
+        if own:
+            metrics.update(logits[:own], targets[:own])
         return logits
+
+    def on_validation_epoch_start(self) -> None:
+        """Count the images of this process that are no repetitions."""
+        self._left = self._own_images("val_dataset")
+
+    def on_test_epoch_start(self) -> None:
+        """Count the images of this process that are no repetitions."""
+        self._left = self._own_images("test_dataset")
+
+    def _own_images(self, dataset: str) -> int:
+        """Count the images that this process has to evaluate; what fills up the processes' last batches comes after."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, dataset):  # loaders of the user's own
+            return sys.maxsize
+        return len(range(self.trainer.global_rank, len(getattr(data, dataset)), self.trainer.world_size))
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics and the loss of a validation."""

@@ -234,7 +234,7 @@ def evaluate(
         warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
         [metrics] = run_stage(task, datamodule=data, ckpt_path=str(checkpoint), verbose=False, weights_only=True)
     run = run_of_checkpoint(checkpoint)
-    record = None if run is None else run.logs / "metrics.json"
+    record = None if run is None or not trainer.is_global_zero else run.logs / "metrics.json"
     if stage == "test" and record is not None and record.is_file() and _is_own_data(task, data):
         before = read_json(record)
         name = task.monitor.replace("val/", "test/")

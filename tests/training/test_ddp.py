@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,9 @@ OPTIONS = {
     "mixed_precision.mode": "fp32",
     "trainer.max_epochs": "1",  # later, what rounds otherwise has grown, as between one and two threads
     "trainer.accelerator": "cpu",
+    "checkpoint.every_minutes": "0.001",  # each process has a clock of its own, and they must agree
 }
+TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 
 def write_pairs(root: Path) -> Path:
@@ -40,16 +44,19 @@ def write_pairs(root: Path) -> Path:
     return root
 
 
+def words(given: dict[str, str]) -> list[str]:
+    return [word for key, value in given.items() for word in (f"--{key}", value)]
+
+
 @pytest.mark.parametrize("task", ["classification", pytest.param("segmentation", marks=pytest.mark.slow)])
 def test_two_processes_with_accumulation_equal_one(folder_root, tmp_path, task):
     given = {**OPTIONS, "data": "Folder", "data.root": str(folder_root)}
     if task == "segmentation":
         pairs = write_pairs(tmp_path / "pairs")
         given |= {"data": "SegmentationFolder", "data.root": str(pairs), "model.decoder": "unet"}
-    options = [word for key, value in given.items() for word in (f"--{key}", value)]
-    command = [sys.executable, "-m", "gn_transfer", "fit", *options]
+    command = [sys.executable, "-m", "gn_transfer", "fit", *words(given)]
     found = []
-    for name, extra in (("one", []), ("two", ["--trainer.devices", "2", "--trainer.strategy", "ddp"])):
+    for name, extra in (("one", []), ("two", TWO)):
         folder: Path = tmp_path / name
         folder.mkdir()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -60,3 +67,62 @@ def test_two_processes_with_accumulation_equal_one(folder_root, tmp_path, task):
     one, two = found
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.fixture
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_two_processes_evaluate_every_image_once(folder_root, tmp_path, environment):
+    given = {**OPTIONS, "data": "Folder", "data.root": str(folder_root), "data.val_fraction": "0.25"}
+    program = [sys.executable, "-m", "gn_transfer"]
+    run = {"cwd": tmp_path, "env": environment, "check": True, "capture_output": True, "text": True, "timeout": 240}
+    subprocess.run([*program, "fit", *words({**given, "trainer.limit_train_batches": "4"})], **run)
+    checkpoint = "checkpoints/default/gn_ws-bs1-seed0/last.ckpt"
+    one, two = (subprocess.run([*program, "validate", checkpoint, *more], **run).stdout for more in ([], TWO))
+    assert " of 3 images are right" in one  # of three images, two processes see four
+    figures = [[line for line in said.splitlines() if line.startswith("val/")] for said in (one, two)]
+    assert len(figures[0]) == 3
+    assert figures[0] == figures[1]
+
+
+def start(options, folder, environment):
+    command = [sys.executable, "-m", "gn_transfer", "fit", *options, *TWO, "--trainer.max_epochs", "9999"]
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=-1, stderr=-1, text=True)
+    deadline = time.monotonic() + 200
+    while not list(folder.glob("checkpoints/*/*/previous.ckpt")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return process
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_other(folder_root, tmp_path, environment):
+    options = words({**OPTIONS, "data": "Folder", "data.root": str(folder_root)})
+    process = start(options, tmp_path, environment)
+    [child] = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(child), signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "another process of this training has ended" in error
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_and_the_number_of_devices_is_kept(folder_root, tmp_path, environment):
+    options = words({**OPTIONS, "data": "Folder", "data.root": str(folder_root), "checkpoint.every_minutes": "9"})
+    process = start([*options, "--data.val_fraction", "0.2"], tmp_path, environment)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "continue with: gn-transfer fit" in output
+    [last] = tmp_path.glob("checkpoints/*/*/last.ckpt")
+    content = torch.load(last, weights_only=True)
+    content["gn_transfer"]["position"]["batch"] = 2
+    torch.save(content, last)
+    alone = ["--trainer.devices", "1", "--trainer.strategy", "auto"]
+    command = [sys.executable, "-m", "gn_transfer", "fit", "--ckpt_path", str(last), *alone]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "inside an epoch on 2 devices, and here are 1; continue with --trainer.devices 2" in done.stderr

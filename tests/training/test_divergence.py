@@ -69,7 +69,7 @@ def test_a_validation_that_is_not_finite(folder_root, capsys, monkeypatch):
     monkeypatch.setattr(TransferClassifier, "evaluation_loss", loss)
     options = words(folder_root, optimizer__lr="0.01", trainer__max_epochs="3", checkpoint__every_minutes="5")
     assert main(options) == 2
-    assert "the validation loss became nan in epoch 2" in capsys.readouterr().err
+    assert "the validation loss became inf in epoch 2" in capsys.readouterr().err
     assert_whole_checkpoints("best.ckpt", "last.ckpt")
     [record] = Path("runs").glob("*/*/metrics.json")
     assert json.loads(record.read_text(), parse_constant=pytest.fail)["val/loss"] > 0  # that of the first epoch
