@@ -18,11 +18,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import settings
 from onnx import TensorProto, helper
 from PIL import Image
 
 from gn_transfer.files import sha256
 from gn_transfer.inference.bundle_files import FORMAT, FORMAT_VERSION, GRAPH, METADATA, metadata_sha256
+
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.load_profile("same")
 
 WriteImage = Callable[..., Path]
 BUNDLE_CLASSES = ["red", "green", "blue"]

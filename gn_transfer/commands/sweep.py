@@ -150,7 +150,7 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
             value = found
         try:
             yield key, parse_value(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise ConfigError(f"sweep: --{key} {value} is not a value that YAML can read; quote it.") from None
 
 

@@ -241,7 +241,7 @@ def mib(count: int) -> str:
 
 
 def _short_hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
+    return hashlib.blake2b(os.fsencode(text), digest_size=5).hexdigest()
 
 
 class DatasetCache:

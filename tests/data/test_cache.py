@@ -133,7 +133,7 @@ def test_a_image_put_in_its_place_is_noticed(root: Path) -> None:
     assert store(root).get(store(root).paths.index("5.jpg")) is None
 
 
-@pytest.mark.parametrize("corruption", ["cut", "empty", "flip", "header", "other"])
+@pytest.mark.parametrize("corruption", ["cut", "empty", "flip", "header", "other", "swap"])
 def test_a_corrupt_file_is_never_used(root: Path, corruption: str) -> None:
     build(root)
     place = store(root).place(2)
@@ -146,6 +146,8 @@ def test_a_corrupt_file_is_never_used(root: Path, corruption: str) -> None:
         data[-100] ^= 1
     elif corruption == "header":
         data[0] ^= 1
+    elif corruption == "swap":  # two parts of the content have changed places
+        data[-600:-300], data[-300:] = data[-300:], data[-600:-300]
     else:
         data = bytearray(store(root).place(1).read_bytes())
     place.write_bytes(bytes(data))

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gn_transfer.config import ConfigError
+from gn_transfer.data.sampler import epoch_order
 from gn_transfer.data.splits import balanced_weights, few_shots, stratified_split
 
 NAMES = [f"{breed}_{number}" for breed, count in (("a", 10), ("b", 4), ("c", 2)) for number in range(count)]
@@ -74,3 +77,43 @@ def test_few_shots_are_seeded_nested_and_equal() -> None:
 def test_more_shots_than_images() -> None:
     with pytest.raises(ConfigError, match=r"data\.shots_per_class=3: 1 classes have fewer .*, b only 2; use at most 2"):
         few_shots(list("vwxyz"), [0, 0, 0, 1, 1], 3, 0, names_of="ab")
+
+
+@st.composite
+def labeled_names(draw: st.DrawFn) -> tuple[list[str], list[int]]:
+    """Names that are all different, of two to five classes with two to nine images each, in any order."""
+    counts = draw(st.lists(st.integers(2, 9), min_size=2, max_size=5))
+    pairs = [(f"{target}/{number}", target) for target, count in enumerate(counts) for number in range(count)]
+    shuffled = draw(st.permutations(pairs))
+    return [name for name, _ in shuffled], [target for _, target in shuffled]
+
+
+@given(labeled_names(), st.floats(0.01, 0.99), st.integers(0, 2**32 - 1))
+def test_every_split_is_a_split(labeled: tuple[list[str], list[int]], fraction: float, seed: int) -> None:
+    names, targets = labeled
+    first, second = stratified_split(names, targets, fraction, seed)
+    assert sorted([*first, *second]) == list(range(len(names)))
+    of_class, held_out = Counter(targets), Counter(targets[position] for position in second)
+    for target, count in of_class.items():
+        assert held_out[target] == min(max(1, round(count * fraction)), count - 1)
+    order = sorted(range(len(names)), key=names.__getitem__)  # the order of a listing does not matter
+    _, again = stratified_split([names[p] for p in order], [targets[p] for p in order], fraction, seed)
+    assert {names[position] for position in second} == {names[order[position]] for position in again}
+
+
+@given(labeled_names(), st.integers(1, 2), st.integers(0, 2**32 - 1))
+def test_few_shots_of_any_data(labeled: tuple[list[str], list[int]], shots: int, seed: int) -> None:
+    names, targets = labeled
+    chosen = few_shots(names, targets, shots, seed, names_of="abcde")
+    assert Counter(targets[position] for position in chosen) == dict.fromkeys(set(targets), shots)
+
+
+@given(st.integers(1, 60), st.integers(0, 2**31), st.integers(0, 5), st.booleans(), st.integers(1, 5))
+def test_every_image_is_seen_once_by_some_process(
+    images: int, seed: int, epoch: int, shuffle: bool, world_size: int
+) -> None:
+    ranks = [epoch_order(images, seed, epoch, shuffle, rank, world_size) for rank in range(world_size)]
+    assert len({len(indices) for indices in ranks}) == 1
+    dealt = [indices[place] for place in range(len(ranks[0])) for indices in ranks]
+    assert sorted(dealt[:images]) == list(range(images))
+    assert dealt[images:] == dealt[: len(dealt) - images] or world_size > images
