@@ -210,4 +210,4 @@ def _padded(size: int) -> int:
 
 def _checksum(content: Pixels) -> int:
     """Compute the CRC-32, which finds pages that are lost and pages that have changed places."""
-    return zlib.crc32(content)
+    return zlib.crc32(content.data)

@@ -75,6 +75,8 @@ class Throughput(Callback):
             self._epoch_loss_sum, self._epoch_images = 0.0, 0
         images = len(batch[1]) * trainer.world_size
         loss = outputs["mean_loss"] * len(batch[1])
+        # A resumed run adds up in other parts: in float64, that cannot be seen in the figures. MPS has none.
+        loss = loss if loss.device.type == "mps" else loss.double()
         self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
         self._loss_images += len(batch[1])
         self._mark_images += images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -43,6 +44,17 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor])
     assert first.keys() == second.keys()
     different = [key for key, value in first.items() if not torch.equal(value, second[key])]
     assert not different
+
+
+def assert_same_records(whole: Path, broken: Path) -> None:
+    """Compare what the runs have written, without times and places; nothing half-written is left."""
+    first, second = (next(iter(folder.glob("runs/default/*"))) for folder in (whole, broken))
+    for name in ("epochs.csv", "predictions_val.csv", "predictions_best_val.csv"):
+        assert (first / name).read_text() == (second / name).read_text(), name
+    timed = {"images_per_sec", "peak_memory_mib", "wall_time_s"}
+    one, two = (json.loads((folder / "metrics.json").read_text()) for folder in (first, second))
+    assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
+    assert not [path for path in broken.rglob(".*") if path.name.endswith((".part", ".old"))]
 
 
 @pytest.fixture
@@ -96,6 +108,7 @@ def test_a_crashed_run_continues_exactly(folder_root, tmp_path, monkeypatch, nor
             main(["fit", *arguments(folder_root, norm), *more])
     assert main(["fit", *arguments(folder_root, norm), *more, "--ckpt_path", "last"]) == 0
     assert_same(weights(whole, norm), weights(broken, norm))
+    assert_same_records(whole, broken)
 
 
 @pytest.mark.slow
@@ -133,3 +146,43 @@ def test_killed_at_random_moments(folder_root, tmp_path, norm):
     assert kills
     subprocess.run([*command, "--ckpt_path", "last"], cwd=broken, env=environment, check=True, capture_output=True)
     assert_same(weights(whole, norm), weights(broken, norm))
+    assert_same_records(whole, broken)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_whose_last_checkpoint_is_corrupt_goes_on_with_the_one_before(folder_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder, epochs in ((whole, "2"), (broken, "1")):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        assert main(["fit", *arguments(folder_root, "gn_ws"), "--trainer.max_epochs", epochs]) == 0
+    [last] = broken.glob("checkpoints/default/*/last.ckpt")
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    assert main(["validate", str(last)]) == 2  # what is evaluated is never exchanged
+    capsys.readouterr()
+    assert main(["fit", "--ckpt_path", str(last), "--trainer.max_epochs", "2"]) == 0
+    assert "The run goes on with the checkpoint before it, previous.ckpt" in capsys.readouterr().out
+    assert len(list(broken.glob("runs/default/*"))) == 1
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_and_stops_and_a_second_one_stops_at_once(name):
+    from types import SimpleNamespace
+
+    from gn_transfer.training.checkpoint_callbacks import LastCheckpoint
+
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    callback, trainer = LastCheckpoint(), SimpleNamespace(state=SimpleNamespace(fn="fit"), world_size=1)
+    callback.on_train_start(trainer, None)
+    try:
+        signal.raise_signal(number)
+        assert callback.stop_requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    finally:
+        callback.on_exception(trainer, None, KeyboardInterrupt())
+    assert signal.getsignal(number) is before
