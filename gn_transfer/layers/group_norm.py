@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from gn_transfer.config import ConfigError
 from gn_transfer.layers.batch_norm import WithActivation
@@ -88,14 +88,15 @@ def group_norm(
     Raises:
         ConfigError: Groups of a single value, whose output would be the bias whatever the input.
     """
-    if input[0].numel() == num_groups:
+    if math.prod(input.shape[1:]) == num_groups:
         raise ConfigError(
             f"{num_groups} groups over {tuple(input.shape[1:])} hold one value each, so the output would not depend on "
             "the input; use larger images (data.img_size), or fewer groups (model.num_groups, model.norm)."
         )
     if input.dtype in (torch.bfloat16, torch.float16):  # half-precision parameters would make half-precision statistics
         weight, bias = (p if p is None else p.float() for p in (weight, bias))
-    if _native_is_slow(input, num_groups):
+    affine_trains = any(p is not None and p.requires_grad for p in (weight, bias))
+    if _needs_own_kernel(input, num_groups, affine_trains=affine_trains):
         output: Tensor = _ChannelsLastGroupNorm.apply(input, num_groups, weight, bias, eps)  # type: ignore[no-untyped-call]
         return output
     return F.group_norm(input, num_groups, weight, bias, eps)
@@ -143,16 +144,21 @@ class GroupNormAct(WithActivation, GroupNorm):
     """
 
 
-def _native_is_slow(input: Tensor, num_groups: int) -> bool:
-    """Whether torch's CPU kernel walks the channels of a group one by one, which costs up to a hundred times as much.
+def _needs_own_kernel(input: Tensor, num_groups: int, *, affine_trains: bool) -> bool:
+    """Whether torch's CPU kernel for channels-last input is to be avoided.
 
-    It does so for channels-last input where a group is narrower than a vector register (measured with torch 2.11 on
-    AVX-512: 16 channels in bf16, 8 in float32; backward always, forward below 1,024 positions).
+    It walks the channels of a group one by one where the group is narrower than a vector register, which costs up to a
+    hundred times as much (measured with torch 2.11 on AVX-512: 16 channels in bf16, 8 in float32; backward always,
+    forward below 1,024 positions). And its backward crashes where the affine has a gradient and the input has none, as
+    behind a frozen stem (seen with torch 2.11).
     """
+    narrow = input.shape[1] // num_groups < 16
+    crashes = affine_trains and not input.requires_grad and torch.is_grad_enabled()
     return (
-        input.ndim == 4
+        (narrow or crashes)
+        and input.ndim == 4
         and input.device.type == "cpu"
-        and input.shape[1] // num_groups < 16
+        and input.shape[0] > 0
         and not input.is_contiguous()
         and input.is_contiguous(memory_format=torch.channels_last)
         and not torch.compiler.is_compiling()
@@ -161,10 +167,12 @@ def _native_is_slow(input: Tensor, num_groups: int) -> bool:
 
 
 class _ChannelsLastGroupNorm(torch.autograd.Function):
-    """Group norm with narrow groups in channels-last. Not twice differentiable.
+    """Group norm in channels-last, where torch's own kernel is to be avoided.
 
     Small maps are normalized in NCHW: two or three transposes and torch's fast kernel. Large ones take torch's
-    channels-last kernel forward, which is fast from 1,024 positions, and its batch-norm kernels backward.
+    channels-last kernel forward, which is fast from 1,024 positions, and its batch-norm kernels backward. That forward
+    takes the variance as E[x^2] - E[x]^2, as torch does there: at a mean of 1,000 standard deviations in float32 it is
+    wrong by a third. Where a graph of the gradient is wanted (``create_graph``), torch's operations make it.
     """
 
     @staticmethod
@@ -174,16 +182,21 @@ class _ChannelsLastGroupNorm(torch.autograd.Function):
         N, C, H, W = input.shape
         fast = input if H * W >= 1024 else input.contiguous()
         output, mean, rstd = torch.native_group_norm(fast, weight, bias, N, C, H * W, num_groups, eps)
-        ctx.save_for_backward(input, weight, mean, rstd)
+        ctx.save_for_backward(input, weight, bias, mean, rstd)
+        ctx.num_groups, ctx.eps = num_groups, eps
         return output.contiguous(memory_format=torch.channels_last)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
-        input, weight, mean, rstd = ctx.saved_tensors
+        input, weight, bias, mean, rstd = ctx.saved_tensors
         N, C, H, W = input.shape
         mask = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-        if C * H * W >= 400_000:
+        if torch.is_grad_enabled():
+            output = F.group_norm(input, ctx.num_groups, weight, bias, ctx.eps)
+            wanted = [tensor for tensor, needed in zip((input, weight, bias), mask, strict=True) if needed]
+            found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+            grad_input, grad_weight, grad_bias = (next(found) if needed else None for needed in mask)
+        elif C * H * W >= 400_000:
             gradients = _backward_by_channel_sums(
                 grad.contiguous(memory_format=torch.channels_last), input, weight, mean, rstd
             )
@@ -229,9 +242,10 @@ def _backward_by_channel_sums(
     of_one = -of_x * mean - group_dy * rstd
     of_x, of_one, of_dy = (t.expand(N, G, C // G).reshape(N, C) for t in (of_x, of_one, rstd * gamma))
 
-    grad_input, unused = torch.empty_like(input), (torch.empty(0), torch.empty(0))
+    unused = torch.empty(0, dtype=mean.dtype)
+    grad_input = torch.empty_like(input)
     for n in range(N):  # in evaluation batch norm computes x * weight + bias here, in float32
-        out = (grad_input[n : n + 1], *unused)
+        out = (grad_input[n : n + 1], unused, unused.clone())
         torch.native_batch_norm(input[n : n + 1], of_x[n], of_one[n], zero, one, False, 0.0, 0.0, out=out)
     grad_input.addcmul_(grad, of_dy[:, :, None, None].to(grad.dtype))
     grad_weight = ((dy_x - dy * mean) * rstd).sum(0).view(C)

@@ -101,6 +101,7 @@ def test_what_is_refused(tmp_path, capsys):
     assert not Path("photos/oxford-iiit-pet").exists()
 
 
+@pytest.mark.slow  # the documentation goes the same way in every run of the tests
 def test_from_a_folder_to_a_tested_model(tmp_path, capsys):
     images(tmp_path, "my photos/cat", "my photos/dog")
     assert main(["data", "check", "my photos"]) == 0

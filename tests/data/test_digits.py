@@ -85,7 +85,7 @@ def test_mnist_is_written_like_the_others(tmp_path: Path, monkeypatch: pytest.Mo
         np.testing.assert_array_equal(data.test_dataset[place][0][0].numpy(), images[number])
 
 
-@pytest.mark.parametrize("norm", ["none", "bn", "gn"])
+@pytest.mark.parametrize("norm", ["gn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("none", "bn"))])
 def test_the_small_net_trains_on_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], norm: str
 ) -> None:

@@ -197,7 +197,7 @@ def test_no_torch_is_imported(in_root):
 @pytest.mark.parametrize(
     ("decoder", "backbone", "norm"),
     [
-        ("upernet", "resnet18", "ln"),
+        pytest.param("upernet", "resnet18", "ln", marks=pytest.mark.slow),
         pytest.param("unet", "tf_efficientnet_lite0", "gn", marks=pytest.mark.slow),
         pytest.param("deeplabv3plus", "resnetv2_18", "bn_frozen", marks=pytest.mark.slow),
     ],

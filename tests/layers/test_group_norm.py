@@ -155,3 +155,63 @@ def test_groups_of_one_value_are_refused():
     with pytest.raises(ConfigError, match="hold one value each"):
         GroupNorm(8, 8)(torch.randn(2, 8, 1, 1))
     assert GroupNorm(8, 4)(torch.randn(2, 8, 1, 1)).isfinite().all()
+
+
+NARROW = [(2, 8, 6, 7), (1, 256, 40, 40)]  # below and above 400,000 values an image
+
+
+@pytest.mark.parametrize("shape", NARROW)
+def test_float64_in_channels_last(shape):
+    x, weight, bias = (t.detach().double().requires_grad_() for t in inputs(shape))
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    output, expected = group_norm(last, 4, weight, bias), F.group_norm(x, 4, weight, bias)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(
+        gradients(output, (last, weight, bias)), gradients(expected, (x, weight, bias)), strict=True
+    ):
+        assert (ours - theirs).norm() <= 1e-10 * theirs.norm()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_gradients(layout):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    weight, bias = (torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def norm(*arguments):
+        return group_norm(arguments[0].contiguous(memory_format=layout), 2, *arguments[1:])
+
+    assert torch.autograd.gradcheck(norm, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(norm, (x, weight, bias))
+
+
+def test_a_gradient_penalty_in_channels_last_has_a_gradient():
+    penalties = []
+    for layout in LAYOUTS:
+        x, weight, bias = inputs((2, 8, 6, 7), layout=layout)
+        direction = torch.linspace(-1, 1, x.numel()).view(x.shape)
+        [of_input] = torch.autograd.grad((group_norm(x, 4, weight, bias) * direction).sum(), x, create_graph=True)
+        penalties.append(torch.autograd.grad(of_input.square().sum(), (x, weight)))
+    for first, second in zip(*penalties, strict=True):
+        assert first.norm() > 0
+        torch.testing.assert_close(first, second.contiguous(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 9, 9), (1, 512, 32, 32)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_behind_a_frozen_stem(shape, groups):
+    x, weight, bias = inputs(shape)
+    frozen = x.detach().contiguous(memory_format=torch.channels_last)  # torch 2.11 ends the process here
+    found = gradients(group_norm(frozen, groups, weight, bias), (weight, bias))
+    expected = gradients(F.group_norm(x.detach(), groups, weight, bias), (weight, bias))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_of_no_images(layout):
+    x = torch.empty(0, 8, 5, 5).contiguous(memory_format=layout).requires_grad_()
+    output = group_norm(x, 4, torch.ones(8), torch.zeros(8))
+    assert output.shape == x.shape
+    output.sum().backward()
+    assert x.grad.shape == x.shape

@@ -76,7 +76,7 @@ def test_a_validation_that_is_not_finite(folder_root, capsys, monkeypatch):
 
 
 def test_accuracy_at_the_level_of_guessing_is_said_once(folder_root, capsys):
-    options = words(folder_root, optimizer__lr="1e-9", trainer__max_epochs="4", data__val_fraction="0.4")
+    options = words(folder_root, optimizer__lr="1e-9", trainer__max_epochs="3", data__val_fraction="0.4")
     assert main(options) == 0
     assert capsys.readouterr().out.count("is what guessing reaches (0.600), for 2 validations now") == 1
 

@@ -116,6 +116,7 @@ def test_a_script_leaves_what_the_command_leaves(
     assert main(["compare", str(run.logs)]) == 0
 
 
+@pytest.mark.slow
 def test_a_script_on_the_sample_can_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     module = task()

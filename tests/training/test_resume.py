@@ -75,8 +75,8 @@ class CrashError(Exception):
     ("norm", "crash", "more"),
     [
         ("gn_ws", ("on_train_batch_end", 13), []),
-        ("bn", ("on_train_batch_end", 6), []),
-        ("bn", ("on_validation_end", 2), []),
+        pytest.param("bn", ("on_train_batch_end", 6), [], marks=pytest.mark.slow),
+        pytest.param("bn", ("on_validation_end", 2), [], marks=pytest.mark.slow),
         ("bn", ("on_train_batch_end", 11), ["--trainer.max_steps", "8"]),  # the third epoch is not whole
     ],
 )
