@@ -48,7 +48,7 @@ def check_parsed_values(section: Mapping[str, Any]) -> None:
         if trainer[name] is not None and trainer[name] < least:
             allowed = "more than 0" if 0 < least < 1 else f"{least:g} or more"
             raise ConfigError(f"trainer.{name}={trainer[name]} is out of range; use {allowed}.")
-    if trainer["max_steps"] == 0 or (trainer["max_steps"] == -1 and trainer["max_epochs"] == -1):
+    if trainer["max_steps"] == 0 or (trainer["max_steps"] == -1 and trainer["max_epochs"] in (-1, None)):
         raise ConfigError(
             f"trainer.max_epochs={trainer['max_epochs']}, trainer.max_steps={trainer['max_steps']}: the training has "
             "no steps, or no end; give one of them a number of 1 or more."

@@ -14,7 +14,7 @@ import lightning
 import torch
 from torch import Tensor
 
-from gn_transfer.config import ConfigError
+from gn_transfer.config import ConfigError, check_range
 from gn_transfer.data.augmentation import Augmentation, Recipe, read_pipeline
 from gn_transfer.data.cache import CacheMode, DatasetCache, default_cache_dir
 from gn_transfer.data.dataset import ImageDataset, LabeledImage, without_bad_images
@@ -122,6 +122,8 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
             if value is not None and (value < least or (most is not None and value > most)):
                 allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
                 raise ConfigError(f"data.{key}={value} is out of range; give an integer {allowed}.")
+        if min_crop_scale is not None:
+            check_range("data.min_crop_scale", min_crop_scale, low=0.0, high=1.0, open_low=True, open_high=False)
         self.root = root
         self.img_size = img_size
         self.batch_size = batch_size

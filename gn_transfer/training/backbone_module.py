@@ -141,7 +141,13 @@ class BackboneModule(LightningModule, ABC):
             return
         config = self.model_config
         if self._restored is not None:
-            built = rebuild_backbone(config, self._restored["architecture"], self._restored["transfer_report"])
+            try:
+                built = rebuild_backbone(config, self._restored["architecture"], self._restored["transfer_report"])
+            except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+                raise ConfigError(
+                    f"no model can be built from the checkpoint's description ({type(error).__name__}: {error}); use "
+                    "another checkpoint of the run, or the version of gn-transfer that wrote it."
+                ) from error
         else:
             number = {"calibrated": CALIBRATION_IMAGES, "distilled": DISTILLATION_SAMPLES}.get(config.conversion)
             images = calibration_images(number) if number and calibration_images is not None else None

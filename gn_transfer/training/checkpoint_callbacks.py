@@ -134,6 +134,7 @@ class LastCheckpoint(Checkpoint):
         directory: Where ``last.ckpt`` goes; set when the run has a folder. Nothing is saved before, and nothing by a
             ``fast_dev_run``, which learns nothing.
         say: Prints a line.
+        training_began: Everything was restored from the checkpoint, if there was one.
     """
 
     def __init__(self, every_minutes: float = 5.0) -> None:
@@ -142,6 +143,7 @@ class LastCheckpoint(Checkpoint):
         self.every_minutes = every_minutes
         self.stop_requested = False
         self.say: Callable[[str], None] = print
+        self.training_began = False
         self._saved_at = time.monotonic()
         self._previous_handlers: dict[int, Any] = {}
 
@@ -161,6 +163,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handle the signals: the first finishes what is at hand, saves and stops; the second stops at once."""
+        self.training_began = True
 
         def request_stop(number: int, frame: FrameType | None) -> None:
             if self.stop_requested or trainer.state.fn != "fit":
@@ -242,14 +245,15 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn != "fit":
             return
         stored = checkpoint["gn_transfer"]
-        if wrong := [key for key in ("position", "torch_rng_state") if key not in stored]:
-            raise ConfigError(f"the checkpoint lacks {', '.join(wrong)}, so that no run can go on from it.")
+        position, state = stored.get("position"), stored.get("torch_rng_state")
+        if not (_is_position(position) and isinstance(state, torch.Tensor) and state.dtype == torch.uint8):
+            raise ConfigError("the checkpoint does not say where in the training it was, so no run can go on from it.")
         if not checkpoint.get("optimizer_states"):
             raise ConfigError(
                 "the checkpoint holds no state of the optimizer, so that the run would go on without its momentum; to "
                 "start a new run from its weights, set model.pretrained to the checkpoint."
             )
-        position, devices = stored["position"], stored.get("devices", trainer.world_size)
+        devices = stored.get("devices", trainer.world_size)
         here = trainer.world_size * trainer.accumulate_grad_batches * _batch_size(trainer)
         if devices != trainer.world_size and (position["batch"] or here != stored["images_per_step"]):
             where = "inside an epoch" if position["batch"] else f"with {stored['images_per_step']} images per step"
@@ -259,7 +263,7 @@ class LastCheckpoint(Checkpoint):
                 "accumulation.effective_batch_size, a checkpoint of the end of an epoch fits any number of devices."
             )
         trainer.datamodule.train_sampler.resume_at(**position)  # type: ignore[attr-defined]
-        torch.set_rng_state(stored["torch_rng_state"])
+        torch.set_rng_state(state)
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = time.monotonic()
@@ -274,6 +278,14 @@ class LastCheckpoint(Checkpoint):
         if path not in _problems(trainer):
             for check in (c for c in trainer.callbacks if isinstance(c, DivergenceCheck)):  # type: ignore[attr-defined]
                 check.last_good = str(path)
+
+
+def _is_position(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"epoch", "batch"}
+        and all(isinstance(number, int) and 0 <= number < 2**31 for number in value.values())
+    )
 
 
 def _any_process(trainer: Trainer, decision: bool) -> bool:

@@ -22,6 +22,7 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
+from gn_transfer.config import ConfigError
 from gn_transfer.data import ImageDataModule
 from gn_transfer.data.describe import test_images
 from gn_transfer.data.splits import split_digest
@@ -150,6 +151,10 @@ def train(
         facts: Further entries of ``metrics.json``.
         plan: What was announced; the run keeps it.
         ckpt_path: Checkpoint to continue.
+
+    Raises:
+        ConfigError: The checkpoint does not fit, or the training went wrong; see
+            :class:`gn_transfer.training.divergence.DivergenceCheck`.
     """
     assert task.report is not None
     config = config or config_of(task, data, trainer)
@@ -197,6 +202,13 @@ def train(
             tensorboard.announce()
     try:
         trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if ckpt_path is None or isinstance(error, ConfigError) or find(trainer, LastCheckpoint).training_began:
+            raise
+        raise ConfigError(
+            f"{ckpt_path} holds a state that this training cannot take ({type(error).__name__}: {error}); use another "
+            "checkpoint of the run, or the version of gn-transfer that wrote it."
+        ) from error
     finally:
         if own_log is not None:
             own_log.close()

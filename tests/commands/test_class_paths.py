@@ -56,11 +56,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def changed(trained: Path, target: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """The checkpoint of the run, with another description."""
+def changed(trained: Path, target: Path, change: Callable[[dict[str, Any]], object], *, whole: bool = False) -> Path:
+    """The checkpoint of the run, with another description; with ``whole``, everything in it can change."""
     [source] = trained.glob("checkpoints/own/*/last.ckpt")
     content = torch.load(source, weights_only=True)
-    change(content["gn_transfer"])
+    change(content if whole else content["gn_transfer"])
     torch.save(content, target)
     return target
 
