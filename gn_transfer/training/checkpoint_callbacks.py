@@ -248,11 +248,6 @@ class LastCheckpoint(Checkpoint):
         position, state = stored.get("position"), stored.get("torch_rng_state")
         if not (_is_position(position) and isinstance(state, torch.Tensor) and state.dtype == torch.uint8):
             raise ConfigError("the checkpoint does not say where in the training it was, so no run can go on from it.")
-        if not checkpoint.get("optimizer_states"):
-            raise ConfigError(
-                "the checkpoint holds no state of the optimizer, so that the run would go on without its momentum; to "
-                "start a new run from its weights, set model.pretrained to the checkpoint."
-            )
         devices = stored.get("devices", trainer.world_size)
         here = trainer.world_size * trainer.accumulate_grad_batches * _batch_size(trainer)
         if devices != trainer.world_size and (position["batch"] or here != stored["images_per_step"]):

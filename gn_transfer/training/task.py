@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from gn_transfer.backbones import ModelConfig, parameter_depths
+from gn_transfer.config import ConfigError
 from gn_transfer.data import ImageDataModule
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.training.accumulation import MicroBatch
@@ -171,6 +172,26 @@ class TransferTask(BackboneModule):
         self.log_dict({**metrics.compute(), loss_name: mean_loss.compute()}, prog_bar=False)
         metrics.reset()
         mean_loss.reset()
+
+    def on_load_checkpoint(self, content: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other classes, and to train on from one that lacks a part of the training's state.
+
+        Lightning would begin that part anew in silence.
+
+        Raises:
+            ConfigError: See there.
+        """
+        super().on_load_checkpoint(content)
+        loops = content.get("loops")
+        if self.trainer.state.fn == "fit" and not (
+            all(content.get(key) for key in ("callbacks", "optimizer_states", "lr_schedulers"))
+            and isinstance(loops, dict)
+            and "epoch_progress" in loops.get("fit_loop", {})
+        ):
+            raise ConfigError(
+                "the checkpoint lacks a part of the state of its training (optimizer, schedule, loops or callbacks), "
+                "so no run can go on from it; to start a new run from its weights, set model.pretrained to it."
+            )
 
     # -- optimization -------------------------------------------------------------------------------------------
 

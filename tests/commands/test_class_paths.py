@@ -101,6 +101,27 @@ def test_a_crafted_checkpoint_is_refused(trained: Path, tmp_path: Path, monkeypa
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["gn_transfer"].update(position={"epoch": 1.5, "batch": 0}), "does not say where"),
+        (lambda content: content["gn_transfer"].update(position={"epoch": 10**20, "batch": 0}), "does not say where"),
+        (lambda content: content["gn_transfer"].update(torch_rng_state=[0]), "does not say where"),
+        (lambda content: content.update(optimizer_states=[]), "lacks a part of the state"),
+        (lambda content: content.pop("loops"), "lacks a part of the state"),
+        (lambda content: content.pop("callbacks"), "lacks a part of the state"),
+        (lambda content: content["loops"]["fit_loop"].clear(), "lacks a part of the state"),
+        (lambda content: content.update(lr_schedulers=[5]), "a state that this training cannot take"),
+        (lambda content: content["gn_transfer"]["architecture"].pop("architecture"), "no model can be built"),
+    ],
+)
+def test_no_run_goes_on_from_a_state_that_is_not_whole(trained, tmp_path, monkeypatch, capsys, change, message):
+    monkeypatch.chdir(tmp_path)
+    path = changed(trained, tmp_path / "own.ckpt", change, whole=True)
+    assert main(["fit", "--ckpt_path", str(path), "--trainer.max_epochs", "2"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_checkpoint_says_neither_where_runs_nor_where_caches_are_written(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
