@@ -103,6 +103,15 @@ def test_a_name_that_looks_like_a_pattern(tmp_path):
     assert find_images([str(path)]) == ([str(path)], {})
 
 
+@pytest.mark.parametrize(("output", "code"), [(">&-", 0), ("> /dev/full", 2), ("| true", 0)])
+def test_an_output_that_cannot_be_written(bundle_dir, images, output, code):
+    words = f"{sys.executable} -m gn_transfer predict {bundle_dir} {images / 'red.PNG'} {output}"
+    script = f"set -o pipefail; {words}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.skipif(os.getuid() == 0, reason="root may read every folder")
 def test_a_folder_that_cannot_be_read_is_named(bundle_dir, images, capsys):
     (images / "deep").chmod(0)
