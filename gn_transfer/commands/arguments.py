@@ -54,7 +54,7 @@ class Arguments:
         if studies := [config for config, content in self._configs.items() if "base" in content]:
             raise ConfigError(f"{studies[0]} is a study of many runs: gn-transfer sweep --config {studies[0]}.")
         self.config_name = run_name(Path(name or path or (Path(configs[-1]).stem if configs else "default")))
-        self.has_config = named_config = bool(configs)
+        self.has_config = bool(configs)
         self.checkpoint: Path | None = None
         self.stored: dict[str, Any] | None = None
         named = bool(configs) or path is not None or name is not None
@@ -67,7 +67,7 @@ class Arguments:
                 configs = []
             self.has_config = bool(configs)
             self.stored = self._read(index)
-        self.names_images = named_config or bool(
+        self.names_images = bool(self._configs) or bool(
             self.stored or any(word == "--data" or word.startswith(("--data=", "--data.")) for word in self.argv)
         )
         if self.stored is not None and not configs and name is None:

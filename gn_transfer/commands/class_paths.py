@@ -67,11 +67,11 @@ def read_config(path: Path, *, allow_class_path: bool = False) -> dict[str, Any]
         raise ConfigError(f"--config {path} cannot be read as YAML ({error}).") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"--config {path} holds no keys; see configs/sample_gnws.yaml for a configuration.")
-    check_values(content, f"--config {path}", allow_class_path=allow_class_path)
+    check_file_values(content, f"--config {path}", allow_class_path=allow_class_path)
     return content
 
 
-def check_values(content: Mapping[str, Any], where: str, *, allow_class_path: bool = False) -> None:
+def check_file_values(content: Mapping[str, Any], where: str, *, allow_class_path: bool = False) -> None:
     """Refuse values of a file that would run a stranger's code.
 
     Args:
@@ -96,7 +96,7 @@ def check_values(content: Mapping[str, Any], where: str, *, allow_class_path: bo
         )
 
 
-def check_parsed(section: Mapping[str, Any], typed: str) -> None:
+def check_parsed_classes(section: Mapping[str, Any], typed: str) -> None:
     """Refuse classes that neither the command line nor :data:`ALLOWED` names, just before they are made.
 
     Args:
@@ -146,6 +146,8 @@ def config_of_checkpoint(stored: Mapping[str, Any], checkpoint: Path) -> tuple[d
     for key in ("cache_dir", "download"):  # where files are written is for this call to say
         if taken.get("data", {}).get("init_args", {}).pop(key, None):
             left_out.append(f"data.{key}")
+    if found := next(_not_allowed(taken, ()), None):
+        raise ConfigError(f"{checkpoint}: {found}; refused.")
     return taken, left_out
 
 
@@ -180,7 +182,7 @@ def _not_allowed(value: Any, place: tuple[str, ...]) -> Iterator[str]:
         named = place == ("data",) or (of_object and len(place) == 2)
         if named and value not in ALLOWED and not re.fullmatch(r"\w+", value):
             yield f"{key} names {value}"
-        elif "class_path" in value or ((named or of_object) and Path(value).is_file()):
+        elif re.search(r"class_path['\"]?\s*:", value) or ((named or of_object) and Path(value).is_file()):
             yield f"{key} is {value!r}"
 
 

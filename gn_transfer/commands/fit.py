@@ -74,6 +74,8 @@ def fit(
             log.print(f"warning: {warning}")
     if cli.section.dry_run:
         return plan
+    if trainer.num_nodes > 1 and trainer.is_global_zero:
+        log.print(f"note       the training begins when this command runs on all {trainer.num_nodes} nodes")
     run = run or choose_run(cli, trainer)
     if trainer.is_global_zero:
         log.print(f"{'continuing' if _continues(cli, run) else 'run':<10} {run.logs}")
@@ -136,8 +138,6 @@ def check_validation(cli: TrainingCLI, trainer: Trainer) -> None:
             f"trainer.val_check_interval={interval} is more than the {batches:,} batches of an epoch; use fewer, or "
             "trainer.check_val_every_n_epoch."
         )
-    if trainer.num_nodes > 1 and trainer.is_global_zero:
-        cli.log.print(f"note       the training begins when this command runs on all {trainer.num_nodes} nodes")
 
 
 def limit_samples(cli: TrainingCLI, trainer: Trainer) -> None:

@@ -1,4 +1,4 @@
-"""The parsers' messages in our words: what is wrong, the value got, what is allowed."""
+"""Other programs' messages in our words: what is wrong, the value got, what is allowed, what to do."""
 
 from __future__ import annotations
 
@@ -62,6 +62,29 @@ def explain(message: str, known_keys: Sequence[str], data_modules: Sequence[str]
         key, kinds, value = found.groups()
         return f"{section}{key}={value} is not allowed; use {_either(_alternatives(kinds))}."
     return flat
+
+
+def explain_fault(error: RuntimeError | MemoryError) -> str | None:
+    """Say what a fault of the machine is, and what to do; None where it is none.
+
+    Args:
+        error: What ended a training or an evaluation.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory|bad_alloc", text, re.I):
+        return (
+            f"out of memory ({text[:200] or 'MemoryError'}). Lower data.batch_size with the same "
+            "accumulation.effective_batch_size, lower data.img_size, or set model.gradient_checkpointing=true; a "
+            "training goes on with --ckpt_path last."
+        )
+    if "can't start new thread" in text:
+        return "no thread can be started: lower data.num_workers, or raise the limits of this account (ulimit -u, -v)."
+    if re.search(r"Connection (closed|reset) by peer|ProcessGroupNCCL|gloo.*(timed? ?out|closed)", text, re.I):
+        return (
+            f"another process of this training has ended ({text[:200]}). Its own message says why; without one, it was "
+            "killed, mostly because memory ran out. The training goes on with --ckpt_path last."
+        )
+    return None
 
 
 # What other programs call our keys.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -78,14 +77,10 @@ def run(arguments: Sequence[str]) -> int:
         layout = ClassificationLayout(bundle.classes, how["top_k"])
     ending = "" if options.output is None else options.output.suffix.lower().removeprefix(".")
     write = FORMATS[options.format or (ending if ending in FORMATS else "table")]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what decoders warn of is either read, or refused and listed
-            results = _Results(bundle, paths, how, masks, figure=options.figure is not None)
-            _write(results, write, layout, options.output)
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what decoders warn of is either read, or refused and listed
+        results = _Results(bundle, paths, how, masks, figure=options.figure is not None)
+        _write(results, write, layout, options.output)
     if options.output is not None:
         print(f"results {options.output}", file=sys.stderr)
     if options.figure is not None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gn_transfer.backbones import resolve_pretrained
-from gn_transfer.commands.class_paths import check_values as check_values_of_file
+from gn_transfer.commands.class_paths import check_file_values
 from gn_transfer.commands.fit import fit
 from gn_transfer.commands.training_cli import parsed
 from gn_transfer.commands.training_keys import known_keys
@@ -21,7 +21,7 @@ from gn_transfer.data.workers import core_count
 from gn_transfer.report.runs import short_name
 from gn_transfer.study.definition import Study
 from gn_transfer.study.runner import share_threads
-from gn_transfer.study.trials import Trial
+from gn_transfer.study.trials import Trial, arguments_of
 from gn_transfer.training.plan import Plan
 from gn_transfer.training.progress import duration
 from gn_transfer.training.run_log import RunLog
@@ -51,7 +51,7 @@ def check_classes(study: Study, typed: Collection[str]) -> None:
             group, dot, name = key.partition(".")
             if key not in typed:
                 content = {group: {name: value}} if dot else {group: value}
-                check_values_of_file(content, study.name, allow_class_path=study.allow_class_path)
+                check_file_values(content, study.name, allow_class_path=study.allow_class_path)
 
 
 def check_keys(study: Study) -> None:
@@ -125,12 +125,6 @@ def print_plan(
                 f"{', '.join(f'{value:g}' for value in select.values)}; each time the best is the first or the "
                 f"last, one more is tried (up to {select.extend}). Final trials are shown with the middle one."
             )
-
-
-def arguments_of(study: Study, trial: Trial) -> list[str]:
-    """Give the options of ``fit`` for a trial."""
-    trusted = ["--allow_class_path"] if study.allow_class_path else []
-    return ["--config", str(study.base), *trial.arguments(), *trusted]
 
 
 def _common(plans: Sequence[Plan]) -> list[str]:

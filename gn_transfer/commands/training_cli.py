@@ -6,8 +6,8 @@ import errno
 import importlib
 import logging
 import os
-import re
 import sys
+import threading
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +24,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from gn_transfer.commands.arguments import Arguments
-from gn_transfer.commands.class_paths import check_parsed
-from gn_transfer.commands.parsing import explain
+from gn_transfer.commands.class_paths import check_parsed_classes
+from gn_transfer.commands.parsing import explain, explain_fault
 from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA, known_keys
 from gn_transfer.commands.value_checks import check_parsed_values
 from gn_transfer.config import ConfigError
@@ -127,7 +127,7 @@ class TrainingCLI(LightningCLI):
         super().parse_arguments(parser, args)
         values = self.config[str(self.config.subcommand)].as_dict()
         if not self.arguments.allow_class_path:
-            check_parsed(values, " ".join(self.arguments.typed))
+            check_parsed_classes(values, " ".join(self.arguments.typed))
         check_parsed_values(values)
 
     def _parse_ckpt_path(self) -> None:
@@ -275,7 +275,7 @@ class TrainingCLI(LightningCLI):
         except ConfigError:
             raise
         except Exception as error:  # Lightning checks its own arguments with errors of many classes
-            raise ConfigError(f"trainer: {error} Correct the keys of trainer, or leave them out.") from error
+            raise MisconfigurationException(str(error)) from error
 
 
 @contextmanager
@@ -300,7 +300,7 @@ def parsed(
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     prepared = Arguments(command, arguments)
-    with prepared.files() as argv, _quiet_warnings(), _own_argv(argv):
+    with prepared.files() as argv, _quiet_warnings(), _quiet_writer(), _own_argv(argv):
         try:
             yield TrainingCLI(prepared, log, builds=builds)
         except ArgumentError as error:
@@ -322,29 +322,6 @@ def parsed(
             if explained := explain_fault(error):
                 raise ConfigError(explained) from error
             raise
-
-
-def explain_fault(error: RuntimeError | MemoryError) -> str | None:
-    """Say what a fault of the machine is, and what to do; None where it is none.
-
-    Args:
-        error: What ended a training or an evaluation.
-    """
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory|bad_alloc", text, re.I):
-        return (
-            f"out of memory ({text[:200] or 'MemoryError'}). Lower data.batch_size with the same "
-            "accumulation.effective_batch_size, lower data.img_size, or set model.gradient_checkpointing=true; a "
-            "training goes on with --ckpt_path last."
-        )
-    if "can't start new thread" in text:
-        return "no thread can be started: lower data.num_workers, or raise the limits of this account (ulimit -u, -v)."
-    if re.search(r"Connection (closed|reset) by peer|ProcessGroupNCCL|gloo.*(timed? ?out|closed)", text, re.I):
-        return (
-            f"another process of this training has ended ({text[:200]}). Its own message says why; without one, it was "
-            "killed, mostly because memory ran out. The training goes on with --ckpt_path last."
-        )
-    return None
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -372,6 +349,23 @@ def _own_argv(argv: list[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
+
+
+@contextmanager
+def _quiet_writer() -> Iterator[None]:
+    """Print no traceback of TensorBoard's thread that could not write: the next call of the logger says it."""
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        of_writer = type(failed.thread).__name__ == "_AsyncWriterThread"
+        if not (of_writer and isinstance(failed.exc_value, OSError)):
+            before(failed)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 
 from lightning.pytorch import Callback, Trainer
 
@@ -69,12 +70,17 @@ def known_keys() -> list[str]:
         *CALLBACKS.items(),
         ("trainer", Trainer),
     ]
-    keys = [
-        f"{group}.{name}"
-        for group, kind in groups
-        for part in kind.__mro__[:-1]  # data modules pass what they do not name themselves on to their base
-        if part.__module__.startswith("gn_transfer") or part is Trainer
-        for name, parameter in inspect.signature(part).parameters.items()
-        if parameter.kind is not parameter.VAR_KEYWORD
-    ]
+    keys = [f"{group}.{name}" for group, kind in groups for _, name in parameters_of(kind)]
     return ["seed_everything", *dict.fromkeys(keys), "samples", "ckpt_path", "dry_run"]
+
+
+def parameters_of(kind: type) -> Iterator[tuple[type, str]]:
+    """Name the arguments of a class, each with the class that has it.
+
+    Data modules pass what they do not name themselves on to their base, so that bases count as well.
+    """
+    for part in kind.__mro__[:-1]:
+        if part.__module__.startswith("gn_transfer") or part is Trainer:
+            for name, parameter in inspect.signature(part).parameters.items():
+                if parameter.kind is not parameter.VAR_KEYWORD:
+                    yield part, name

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Mapping
+from functools import cache
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from lightning.pytorch import Trainer
 
-from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA
+from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA, parameters_of
 from gn_transfer.config import ConfigError
 
 _LARGEST = 2**31 - 1
@@ -40,8 +40,8 @@ def check_parsed_values(section: Mapping[str, Any]) -> None:
     seed = section["seed_everything"]
     if not 0 <= seed <= _LARGEST_SEED:
         raise ConfigError(f"seed_everything={seed} is out of range; use a number in [0, {_LARGEST_SEED}].")
-    for group in (*CONFIGS, *CALLBACKS, "trainer"):
-        kind: type = {**CONFIGS, **CALLBACKS, "trainer": Trainer}[group]
+    kinds: dict[str, type] = {**CONFIGS, **CALLBACKS, "trainer": Trainer}
+    for group, kind in kinds.items():
         _check_group(group, section[group], kind)
     trainer = section["trainer"]
     for name, least in _TRAINER_LEAST.items():
@@ -54,8 +54,8 @@ def check_parsed_values(section: Mapping[str, Any]) -> None:
             "no steps, or no end; give one of them a number of 1 or more."
         )
     data = section["data"]
-    kinds = {kind.__name__: kind for kind in DATA}
-    if kind := kinds.get(str(data["class_path"]).rpartition(".")[2]):  # type: ignore[assignment]
+    name = str(data["class_path"]).rpartition(".")[2]
+    for kind in (kind for kind in DATA if kind.__name__ == name):
         _check_group("data", data.get("init_args") or {}, kind)
     if section.get("samples") is not None:
         _check_value("samples", section["samples"])
@@ -79,12 +79,14 @@ def _check_value(key: str, value: Any) -> None:
 
 
 def _needed(kind: type) -> Iterator[str]:
-    """Name the arguments of a class, and of those that it passes further arguments to, that may not be None."""
-    for part in kind.__mro__[:-1]:
-        if not (part.__module__.startswith("gn_transfer") or part is Trainer):
-            continue
-        hints = get_type_hints(part if hasattr(part, "__dataclass_fields__") else part.__init__)  # type: ignore[misc]
-        for name, parameter in inspect.signature(part).parameters.items():
-            hint = hints.get(name, Any)
-            if parameter.kind is not parameter.VAR_KEYWORD and hint is not Any and NoneType not in get_args(hint):
-                yield name
+    """Name the arguments of a class that may not be None."""
+    for part, name in parameters_of(kind):
+        hint = _hints(part).get(name, Any)
+        if hint is not Any and NoneType not in get_args(hint):
+            yield name
+
+
+@cache
+def _hints(part: type) -> dict[str, Any]:
+    """Types of the arguments of a class."""
+    return get_type_hints(part if hasattr(part, "__dataclass_fields__") else part.__init__)  # type: ignore[misc]

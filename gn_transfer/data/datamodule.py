@@ -24,8 +24,7 @@ from gn_transfer.data.sampler import EpochSampler
 from gn_transfer.data.splits import balanced_weights, few_shots
 from gn_transfer.data.workers import choose_num_workers, core_count
 
-MAX_WORKERS = 1024
-"""Most threads that fetch images."""
+_MOST_WORKERS = 1024
 
 EVAL_BATCH_SIZE = 16
 """Smallest batch of validation and test: without gradients it needs little memory, and no metric depends on it."""
@@ -112,16 +111,17 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for key, value, least, most in (
-            ("img_size", img_size, 1, None),
-            ("batch_size", batch_size, 1, None),
-            ("seed", seed, 0, None),
-            ("shots_per_class", shots_per_class, 1, None),
-            ("num_workers", num_workers, 0, MAX_WORKERS),
+        for key, value, least in (
+            ("img_size", img_size, 1),
+            ("batch_size", batch_size, 1),
+            ("seed", seed, 0),
+            ("shots_per_class", shots_per_class, 1),
+            ("num_workers", num_workers, 0),
         ):
-            if value is not None and (value < least or (most is not None and value > most)):
-                allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
-                raise ConfigError(f"data.{key}={value} is out of range; give an integer {allowed}.")
+            if value is not None and value < least:
+                raise ConfigError(f"data.{key}={value} is out of range; give an integer of at least {least}.")
+        if num_workers is not None:
+            check_range("data.num_workers", num_workers, low=0, high=_MOST_WORKERS, open_high=False)
         if min_crop_scale is not None:
             check_range("data.min_crop_scale", min_crop_scale, low=0.0, high=1.0, open_low=True, open_high=False)
         self.root = root

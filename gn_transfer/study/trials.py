@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
@@ -150,3 +150,15 @@ def make_trial(study: Study, configuration: Configuration, stage: Stage, seed: i
         name,
         {**configuration.values, **budget, "seed_everything": seed},
     )
+
+
+def arguments_of(study: Study, trial: Trial, *, defaults: Sequence[str] = ()) -> list[str]:
+    """Give the options of ``fit`` for a trial.
+
+    Args:
+        study: Its study.
+        trial: The trial.
+        defaults: Options that those of the trial overrule.
+    """
+    trusted = ["--allow_class_path"] if study.allow_class_path else []
+    return ["--config", str(study.base), *defaults, *trial.arguments(), *trusted]

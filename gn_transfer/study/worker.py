@@ -26,7 +26,7 @@ from gn_transfer.files import read_json
 from gn_transfer.study.definition import Study
 from gn_transfer.study.planning import Outcome, plan_trials
 from gn_transfer.study.store import Store
-from gn_transfer.study.trials import Trial
+from gn_transfer.study.trials import Trial, arguments_of
 from gn_transfer.training.checkpoint import read_checkpoint
 from gn_transfer.training.checkpoint_callbacks import write_checkpoint
 from gn_transfer.training.run_folder import LAST, PREVIOUS, RunFolder
@@ -140,8 +140,7 @@ def _train(context: StudyContext, trial: Trial) -> dict[str, Any]:
     if record.get("status") == "finished":
         _thin_out(context.study, trial, run)
         return record
-    arguments = ["--config", str(context.study.base), *_defaults(), *trial.arguments()]
-    arguments += ["--allow_class_path"] if context.study.allow_class_path else []
+    arguments = arguments_of(context.study, trial, defaults=_defaults())
     _reset_peak_memory()
     if any(_is_readable(run.checkpoints / name) for name in (LAST, PREVIOUS)):
         arguments += ["--ckpt_path", str(run.checkpoints / LAST)]  # where it is corrupt, fit takes the one before

@@ -24,14 +24,13 @@ from gn_transfer.training.divergence import DivergenceCheck, is_finite
 from gn_transfer.training.run_folder import LAST, PREVIOUS
 
 
-def write_checkpoint(content: dict[str, Any], path: Path) -> None:
+def write_checkpoint(content: dict[str, Any], path: Path, *, keep_previous: bool = False) -> None:
     """Write a checkpoint beside its place and rename it, so that a kill leaves the old or the new one, never a half.
-
-    The ``last.ckpt`` that it replaces stays as ``previous.ckpt``.
 
     Args:
         content: Plain values and tensors.
         path: Local file to write; its folder is made if missing.
+        keep_previous: The file that it replaces stays, as ``previous.ckpt``.
 
     Raises:
         OSError: The disk is full, or the folder cannot be written. What was there is as before.
@@ -48,7 +47,7 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
             if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
                 raise
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        if path.name == LAST and path.is_file():
+        if keep_previous and path.is_file():
             with suppress(OSError):  # a file system without links keeps one checkpoint
                 aside.unlink(missing_ok=True)
                 aside.hardlink_to(path)
@@ -77,7 +76,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             storage_options: Not used; the signature is Lightning's.
         """
         try:
-            write_checkpoint(checkpoint, Path(path))
+            write_checkpoint(checkpoint, Path(path), keep_previous=Path(path).name == LAST)
             self.problems.pop(Path(path), None)
         except OSError as error:  # on one process of several: an exception here would leave the others waiting
             self.problems[Path(path)] = error.strerror or str(error)
@@ -182,12 +181,11 @@ class LastCheckpoint(Checkpoint):
         step_ended = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not step_ended or batch_idx + 1 >= trainer.num_training_batches:
             return
-        stop = _any_process(trainer, self.stop_requested)
-        # Each process has a clock of its own, and saving is done by all: they must agree.
-        if stop or _any_process(trainer, time.monotonic() - self._saved_at >= 60.0 * self.every_minutes):
+        due = self.stop_requested or time.monotonic() - self._saved_at >= 60.0 * self.every_minutes
+        if _any_process(trainer, due):  # each has a clock of its own, and saving is done by all
             self._save(trainer, pl_module)
-        if stop:
-            raise KeyboardInterrupt
+            if _any_process(trainer, self.stop_requested):
+                raise KeyboardInterrupt
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save at the end of every epoch, after its validation."""
@@ -202,7 +200,7 @@ class LastCheckpoint(Checkpoint):
             ConfigError: The last weights of the run are not on the disk.
         """
         self._restore_handlers()
-        if _problems(trainer):
+        if _any_process(trainer, bool(_problems(trainer))):  # only the first writes, and knows of them
             self._save(trainer, pl_module)
         if trainer.is_global_zero and (found := _problems(trainer)):
             path, reason = next(iter(found.items()))
@@ -262,7 +260,9 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = time.monotonic()
-        if self.directory is None or trainer.fast_dev_run or not is_finite(pl_module):  # type: ignore[attr-defined]
+        if self.directory is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if _any_process(trainer, not is_finite(pl_module)):  # the statistics of a batch norm differ between processes
             return
         path = self.directory / LAST
         trainer.save_checkpoint(path)

@@ -57,7 +57,7 @@ class TransferTask(BackboneModule):
         super().__init__(model)
         self.optimizer_config = optimizer or OptimizerConfig()
         self.micro_batch = MicroBatch()
-        self._left = sys.maxsize
+        self._images_left = sys.maxsize
 
     # -- what a task defines ------------------------------------------------------------------------------------
 
@@ -137,8 +137,8 @@ class TransferTask(BackboneModule):
         images, targets = batch
         with torch.autocast(self.device.type, enabled=False):  # evaluation is float32 whatever the training precision
             logits: Tensor = self(images)
-            own = min(len(targets), self._left)
-            self._left -= own
+            own = min(len(targets), self._images_left)
+            self._images_left -= own
             if own:
                 mean_loss.update(self.evaluation_loss(logits[:own], targets[:own]), own)
         if own:
@@ -147,11 +147,11 @@ class TransferTask(BackboneModule):
 
     def on_validation_epoch_start(self) -> None:
         """Count the images of this process that are no repetitions."""
-        self._left = self._own_images("val_dataset")
+        self._images_left = self._own_images("val_dataset")
 
     def on_test_epoch_start(self) -> None:
         """Count the images of this process that are no repetitions."""
-        self._left = self._own_images("test_dataset")
+        self._images_left = self._own_images("test_dataset")
 
     def _own_images(self, dataset: str) -> int:
         """Count the images that this process has to evaluate; what fills up the processes' last batches comes after."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,6 @@ class RunLogger(TensorBoardLogger):
     def __init__(self, run: RunFolder, hparams: Mapping[str, bool | int | float | str]) -> None:
         super().__init__(save_dir=run.logs, name="", version="", default_hp_metric=False)
         self._flat = dict(hparams)
-        threading.excepthook = _pass_over_full_disk
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -138,13 +136,6 @@ class RunLogger(TensorBoardLogger):
         with going_on_without(EVENTS):
             self.experiment._get_file_writer().add_summary(session_end)
             super().finalize(status)
-
-
-def _pass_over_full_disk(failed: threading.ExceptHookArgs) -> None:
-    """Print nothing about TensorBoard's thread that could not write: the next call of the logger says it."""
-    of_writer = type(failed.thread).__name__ == "_AsyncWriterThread"
-    if not (of_writer and isinstance(failed.exc_value, OSError)):
-        threading.__excepthook__(failed)
 
 
 def _summaries(flat: dict[str, Any]) -> tuple[Any, Any, Any]:

@@ -192,6 +192,7 @@ def test_a_configuration_names_no_classes_of_strangers(tmp_path, monkeypatch, co
         {"trainer": {"callbacks": ["RichModelSummary"], "logger": ["CSVLogger"], "strategy": "ddp"}},
         {"trainer": {"logger": False, "accelerator": "cpu", "profiler": "simple"}},
         {"data": "Folder"},
+        {"data": {"class_path": "Folder", "init_args": {"root": "photos/my_class_paths"}}},
         {"data": {"class_path": "gn_transfer.data.Pets", "init_args": {"root": "photos", "augmentation": "a.yaml"}}},
     ],
 )

@@ -26,6 +26,7 @@ from gn_transfer.study.planning import Outcome, plan_trials
 from gn_transfer.study.runner import StudyProgress, StudyRunner
 from gn_transfer.study.trials import Trial
 from gn_transfer.study.worker import StudyContext, run_trial, run_trials
+from gn_transfer.training.checkpoint import read_checkpoint
 
 SMALL = """
 base: pets_gnws.yaml
@@ -239,6 +240,8 @@ def test_a_begun_trial_goes_on_from_its_checkpoint(pets_root, monkeypatch):
     assert "continuing" in Path("runs/sweep_small", trial.name, "run.log").read_text()
     assert metrics(trial.name)["samples_seen"] == 24
     assert checkpoint.stat().st_mtime > began
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["last.ckpt"]  # what it replaced goes as well
+    assert read_checkpoint(checkpoint)["optimizer_states"] == []
 
 
 def test_a_trial_with_a_corrupt_checkpoint_starts_again(pets_root):

@@ -17,7 +17,7 @@ from gn_transfer.__main__ import main
         ("data.val_fraction", "null", "data.val_fraction=null is not allowed"),
         ("data.batch_size", "1000", "more than the 9 training images"),
         ("data.num_workers", "99999999999999999999", "out of range"),
-        ("data.num_workers", "5000", "from 0 to 1024"),
+        ("data.num_workers", "5000", "[0, 1024]"),
         ("seed_everything", "-1", "[0, 4294967295]"),
         ("seed_everything", "99999999999", "[0, 4294967295]"),
         ("freezing.epochs", "99999999999999999999", "out of range"),

@@ -46,7 +46,7 @@ def test_a_full_disk_in_torchs_own_writer(tmp_path, monkeypatch):
 
 def test_the_checkpoint_before_the_last_stays(tmp_path):
     for position in (1, 2, 3):
-        write_checkpoint(checkpoint(position), tmp_path / "last.ckpt")
+        AtomicCheckpointIO().save_checkpoint(checkpoint(position), tmp_path / "last.ckpt")
     assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "previous.ckpt"}
     assert read_checkpoint(tmp_path / "last.ckpt")["gn_transfer"]["position"] == 3
     assert read_checkpoint(tmp_path / "previous.ckpt")["gn_transfer"]["position"] == 2
