@@ -1,13 +1,15 @@
-"""The study of sweep_imagenet.yaml: store its runs compactly, and compute every number that is published about it.
+"""The studies over the learning rate: store their runs compactly, and compute every number that is published of them.
 
     gn-transfer sweep --config sweep_imagenet.yaml --workers 2 --data.root DATA
     python benchmarks/headline.py collect runs/sweep_imagenet --data_root DATA
-    python benchmarks/headline.py analyse
+    python benchmarks/headline.py analyse sweep_imagenet
 
-`collect` writes `results/imagenet_runs.csv`, one row per run, those that choose the learning rate included, and
-`results/imagenet_predictions.csv`, the class that each final run gave to each test image. Test images that also stand
-in trainval, exactly or nearly, are marked there and left out of every number. `analyse` reads only these two files and
-writes `results/imagenet.json`, `results/imagenet.md` and `results/imagenet.svg`.
+and the same with `sweep_imagenet_shift`, whose DATA is `data_sample`.
+
+`collect` writes `results/STUDY_runs.csv`, one row per run, those that choose the learning rate included, and
+`results/STUDY_predictions.csv`, the class that each final run gave to each test image. Test images that also stand in
+trainval, exactly or nearly, are marked there and left out of every number. `analyse` reads only these two files and
+writes `results/STUDY.json`, `results/STUDY.md` and `results/STUDY.svg`.
 
 Summaries, fixed before the runs: the curve over the rate (validation, mean over seeds, t interval); the best rate,
 nested (chosen on the other seeds, scored on the seed left out); the mean over all rates; the width of the band within 3
@@ -39,7 +41,6 @@ from gn_transfer.report.predictions import image_weights
 from gn_transfer.training.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
-RUNS, PREDICTIONS = RESULTS / "imagenet_runs.csv", RESULTS / "imagenet_predictions.csv"
 BASELINE = "bn_frozen"
 MARGIN = 0.02
 BAND = 0.03
@@ -72,11 +73,11 @@ def collect(study: Path, data_root: Path) -> None:
             found = list(csv.DictReader(path.open(encoding="utf-8")))
             targets = {row["path"]: row["target"] for row in found}
             predicted[folder.name] = {row["path"]: row["predicted"] for row in found}
-    write_csv(RUNS, list(rows[0]), (list(row.values()) for row in rows))
+    write_csv(RESULTS / f"{study.name}_runs.csv", list(rows[0]), (list(row.values()) for row in rows))
     classes = sorted(set(targets.values()))
     known = in_trainval(data_root) if targets else set()
     write_csv(
-        PREDICTIONS,
+        RESULTS / f"{study.name}_predictions.csv",
         ["path", "target", "in_trainval", *predicted],
         (
             [path, classes.index(target), int(path in known), *(classes.index(p[path]) for p in predicted.values())]
@@ -214,16 +215,16 @@ def figure(summary: Mapping[str, Any], chance: float) -> Figure:
     return drawn
 
 
-def analyse() -> None:
+def analyse(study: str) -> None:
     """Compute and print every number from the stored rows."""
-    rows = list(csv.DictReader(RUNS.open(encoding="utf-8")))
-    predictions = list(csv.DictReader(PREDICTIONS.open(encoding="utf-8")))
+    rows = list(csv.DictReader((RESULTS / f"{study}_runs.csv").open(encoding="utf-8")))
+    predictions = list(csv.DictReader((RESULTS / f"{study}_predictions.csv").open(encoding="utf-8")))
     chance = 1 / max(2, len({row["target"] for row in predictions})) if predictions else 0.2
     over_rates = curves(rows, chance)
     summary = {"over_rates": over_rates, "test": finals(rows, predictions), "runs": len(rows), **environment()}
-    write_json(RESULTS / "imagenet.json", summary)
-    figure(over_rates, chance).savefig(RESULTS / "imagenet.svg", metadata={"Date": None})
-    write_text(RESULTS / "imagenet.md", table(summary))
+    write_json(RESULTS / f"{study}.json", summary)
+    figure(over_rates, chance).savefig(RESULTS / f"{study}.svg", metadata={"Date": None})
+    write_text(RESULTS / f"{study}.md", table(summary))
     print(table(summary))
 
 
@@ -256,14 +257,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     collecting = commands.add_parser("collect", help="store the runs of a study")
-    collecting.add_argument("study", type=Path)
+    collecting.add_argument("study", type=Path, help="folder of its runs")
     collecting.add_argument("--data_root", type=Path, required=True)
-    commands.add_parser("analyse", help="compute every number from the stored runs")
+    analysing = commands.add_parser("analyse", help="compute every number from the stored runs")
+    analysing.add_argument("study", help="name of the folder that was collected")
     options = parser.parse_args()
     if options.command == "collect":
         collect(options.study, options.data_root)
     else:
-        analyse()
+        analyse(options.study)
 
 
 if __name__ == "__main__":

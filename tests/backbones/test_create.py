@@ -61,7 +61,7 @@ def test_weights_of_the_same_norm_are_loaded_except_the_head(bn_file):
     assert "conv1.weight" in backbone.report.loaded
 
 
-@pytest.mark.parametrize("norm", ["gn", "gn_ws", "ln", "none"])
+@pytest.mark.parametrize("norm", ["gn", "gn_ws", "ln", "in", "none"])
 def test_bn_weights_into_another_norm_are_refused_by_name(bn_file, norm):
     with pytest.raises(ConfigError, match=rf"trained with BatchNorm and model.norm={norm}.*model.conversion=copy"):
         small(norm, pretrained=str(bn_file))
@@ -84,6 +84,14 @@ def test_gn_weights_into_bn_are_refused(tmp_path):
 def test_weights_of_another_architecture(bn_file):
     with pytest.raises(ConfigError, match=r"does not fit resnet34: \d+ of \d+ tensors"):
         create_backbone("resnet34", norm="bn", num_classes=5, pretrained=str(bn_file))
+
+
+def test_a_tensor_of_another_shape_under_the_right_name(tmp_path):
+    state = small("bn").model.state_dict()
+    state["layer1.0.conv1.weight"] = torch.zeros(64, 64, 1, 1)
+    save_file(state, tmp_path / "odd.safetensors")
+    with pytest.raises(ConfigError, match=r"1 of \d+ tensors .* layer1\.0\.conv1\.weight \(64, 64, 3, 3\)"):
+        small("bn", pretrained=str(tmp_path / "odd.safetensors"))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".npz"])

@@ -75,6 +75,12 @@ def test_a_damaged_file_is_replaced(tmp_path, computed):
     assert len(computed) == 2
 
 
+def test_pixels_are_normalized_as_the_weights_expect():
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(1, 3, 1, 1)
+    found = fitting.TrainingImages(pixels, mean=(0.1, 0.2, 0.5), std=(0.1, 0.5, 0.25)).normalized(pixels)
+    assert found.flatten().tolist() == pytest.approx([-1.0, 0.0, 2.0])
+
+
 def test_a_folder_that_cannot_be_written_costs_nothing_but_time(tmp_path, computed):
     (tmp_path / "file").write_text("")
     convert(tmp_path / "file" / "kept")

@@ -173,6 +173,27 @@ def test_runs_of_the_same_seed_are_averaged(tmp_path):
     assert (group.n, group.mean, group.sd) == (1, pytest.approx(0.6), None)
 
 
+def test_pairs_are_runs_of_the_same_seed(tmp_path):
+    for seed in range(5):
+        fabricate(tmp_path, "bn", 1, seed, 0.4 + 0.05 * seed)
+    for seed in (6, 4, 3, 2):
+        fabricate(tmp_path, "gn_ws", 1, seed, 0.5 + 0.05 * seed)
+    [contrast] = compare([tmp_path]).contrasts
+    assert contrast.test.pairs == 3
+    assert contrast.difference == pytest.approx(0.1)
+
+
+def test_predictions_that_contradict_the_stored_figure_are_not_used(tmp_path):
+    for seed in range(2):
+        fabricate(tmp_path, "bn", 1, seed, 0.5)
+        fabricate(tmp_path, "gn_ws", 1, seed, 0.5, **{"test/acc1": 0.75})
+    report = compare([tmp_path])
+    assert {run.parent.name + "/" + run.name for run in report.predictions} == {
+        f"{tmp_path.name}/bn-bs1-seed{seed}" for seed in range(2)
+    }
+    assert any("2 of 4 runs hold no predictions per image" in note for note in report.notes)
+
+
 def test_one_metric_for_all(tmp_path):
     two_norms(tmp_path, seeds=2)
     last = fabricate(tmp_path, "bn", 1, 2, tested=False)

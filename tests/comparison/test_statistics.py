@@ -46,6 +46,16 @@ def test_an_interval_over_seeds_alone():
     assert (low, high) == pytest.approx((0.2, 0.4))  # both seeds alike are drawn a quarter of the time each
 
 
+def test_an_interval_over_many_seeds_is_that_of_their_mean():
+    values = np.linspace(0, 1, 21)
+    low, high = interval([np.full(RESAMPLES, value) for value in values])
+    half = 1.96 * values.std() / len(values) ** 0.5
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.01)
+    assert interval([np.full(RESAMPLES, value) for value in values], level=0.5) == pytest.approx(
+        (0.5 - half * 0.6745 / 1.96, 0.5 + half * 0.6745 / 1.96), abs=0.01
+    )
+
+
 def accuracies(correct: np.ndarray, number: int = 0) -> np.ndarray:
     """How accurate a run would have been on resampled images."""
     paths = [str(place) for place in range(len(correct))]

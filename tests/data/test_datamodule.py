@@ -181,6 +181,26 @@ def test_split_is_plain_disjoint_and_repeats(pets_root: Path) -> None:
     assert pets(pets_root, seed=1).split() != split
 
 
+def test_images_that_calibrate_follow_the_seed(pets_root: Path) -> None:
+    every, few = pets(pets_root).training_images(100), pets(pets_root).training_images(5)
+    assert (every.dtype, tuple(every.shape)) == (torch.uint8, (24, 3, 32, 32))
+    assert torch.equal(few, every[:5])
+    assert not torch.equal(pets(pets_root, seed=1, val_fraction=0.2).training_images(5), few)
+    data = pets(pets_root)
+    before, data.seed = data.training_images(5), 9  # the same split, other images of it
+    assert not torch.equal(data.training_images(5), before)
+
+
+def test_batches_that_evaluate_with_their_own_statistics_mix_the_classes(pets_root: Path) -> None:
+    data = Pets(pets_root, img_size=32, batch_size=4, num_workers=0)
+    data.evaluate_in_training_batches = True
+    data.setup("fit")
+    targets = [image.target for image in data.val_dataset.images]
+    assert targets != sorted(targets)
+    assert sorted(data.split()["val"]) == sorted(pets(pets_root).split()["val"])
+    assert [len(batch) for batch, _ in data.val_dataloader()] == [4, 2]
+
+
 def test_few_shots_leave_validation_as_it_is_and_are_stored(pets_root: Path) -> None:
     few, every = pets(pets_root, shots_per_class=2), pets(pets_root)
     assert few.split()["val"] == every.split()["val"]

@@ -91,6 +91,7 @@ def test_bfloat16_is_as_exact_as_torch():
     [
         {"padding": "same"},
         {"padding": (0, 0)},
+        {"padding": (1, 0)},
         {"dilation": (2, 2)},
         {"stride": (1, 2)},
     ],
@@ -103,3 +104,18 @@ def test_what_the_fast_path_does_not_know_goes_to_torch(monkeypatch, change):
     output = conv2d(images, weight, **arguments)
     assert output.grad_fn.name() == "ConvolutionBackward0"
     torch.testing.assert_close(output, F.conv2d(images, weight, **arguments))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_autocast_casts_as_it_does_for_torch(monkeypatch, kernel):
+    monkeypatch.setattr(conv, "by_matmul", lambda *_: ALL._replace(grad_input=kernel == 1))
+    images = torch.randn(1, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(12, 8, kernel, kernel, requires_grad=True), torch.randn(12, requires_grad=True)
+    arguments = bias, (1, 1), (kernel // 2, kernel // 2), (1, 1), 1
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = conv2d(images, weight, *arguments), F.conv2d(images, weight, *arguments)
+    assert ours.grad_fn.name() == "_MatmulConvBackward"
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=5e-2)
+    ours.sum().backward()
+    assert weight.grad.dtype == bias.grad.dtype == torch.float32

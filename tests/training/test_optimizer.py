@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gn_transfer.training.optimizer import create_optimizer, parameter_groups
+from gn_transfer.training.optimizer import OptimizerConfig, create_optimizer, parameter_groups
 from gn_transfer.training.schedules import warmup_constant, warmup_cosine
 
 
@@ -65,6 +65,44 @@ def test_optimizers_are_fused_and_step(name):
     parameter.sum().backward()
     optimizer.step()
     assert (parameter < 1).all()
+
+
+def test_momentum_is_that_of_sgd_by_hand():
+    parameter = nn.Parameter(torch.tensor([[1.0]]))
+    groups = parameter_groups([("w", parameter)], lr=0.1, head="fc", weight_decay=0.5)
+    optimizer = create_optimizer("sgd", groups, momentum=0.9)
+    for _ in range(2):
+        parameter.grad = torch.tensor([[2.0]])
+        optimizer.step()
+    # 1: the gradient is 2 + 0.5 * 1, the weight 0.75. 2: 2 + 0.5 * 0.75, and 0.9 of what was moved before.
+    assert parameter.item() == pytest.approx(0.75 - 0.1 * (0.9 * 2.5 + 2.375))
+
+
+def test_betas_of_adam():
+    [weight] = [nn.Parameter(torch.ones(1, 1))]
+    optimizer = create_optimizer("adamw", parameter_groups([("w", weight)], lr=0.1, head="fc"), momentum=0.8)
+    assert optimizer.defaults["betas"] == (0.8, 0.999)
+
+
+def test_a_head_that_does_not_learn():
+    config, model = OptimizerConfig(lr=0.1, head_lr=0.0, layer_decay=0.5), nn.Module()
+    model.body, model.fc = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = config.create_optimizer(model, "fc", {"body.weight": 0, "body.bias": 0, "fc.weight": 1})
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == {
+        "backbone/no_decay": 0.1,
+        "head/no_decay": 0.0,
+    }
+
+
+def test_warmup_is_a_share_of_all_steps():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=2.0)
+    scheduler = OptimizerConfig(warmup_fraction=0.21, schedule="constant").create_scheduler(optimizer, 10)
+    rates = []
+    for _ in range(4):
+        rates += scheduler.get_last_lr()
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([2 / 3, 4 / 3, 2, 2])
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

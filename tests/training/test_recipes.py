@@ -126,6 +126,7 @@ def test_the_average_is_evaluated_saved_and_resumed(folder_root, monkeypatch, ca
     assert metrics["evaluated_weights"] == whole["gn_transfer"]["weights"] == said
     trained = whole["current_model_state"]
     assert not same(whole["state_dict"], trained)
+    assert whole["averaging_state"]["n_averaged"] == whole["global_step"]  # once per step, not per micro-batch
 
     monkeypatch.chdir("broken")
     assert fit(folder_root, "gn_ws", ema__decay="0.5") == 0
