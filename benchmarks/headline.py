@@ -202,16 +202,24 @@ def finals(rows: Sequence[Mapping[str, str]], predictions: Sequence[Mapping[str,
 
 
 def figure(summary: Mapping[str, Any], chance: float) -> Figure:
-    """Draw the curves over the rate."""
-    drawn = Figure(figsize=(7.2, 4.2), layout="constrained")
+    """Draw the curves over the rate, with t intervals over the seeds."""
+    drawn = Figure(figsize=(8.4, 4.4), layout="constrained")
     axes = drawn.add_subplot()
-    for arm, found in summary.items():
-        points = found["curve"]
-        axes.plot([p["lr"] for p in points], [100 * p["mean"] for p in points], "o-", markersize=4, label=arm)
+    best_first = sorted(summary.items(), key=lambda item: -max(point["mean"] for point in item[1]["curve"]))
+    for number, (arm, found) in enumerate(best_first):
+        rates = np.array([point["lr"] for point in found["curve"]]) * 1.02 ** (
+            number - len(summary) / 2
+        )  # side by side
+        means = np.array([point["mean"] for point in found["curve"]])
+        ends = np.array([point["interval"] or (point["mean"],) * 2 for point in found["curve"]]).clip(0, 1)
+        errors = np.abs(ends.T - means)
+        line, marker = f"C{number}", "osD^v<>pX"[number % 9]
+        axes.errorbar(rates, 100 * means, 100 * errors, color=line, linewidth=0, elinewidth=0.8, alpha=0.4)
+        axes.plot(rates, 100 * means, color=line, marker=marker, markersize=4, linewidth=1.4, label=arm)
     axes.axhline(100 * chance, color="#999", linewidth=0.8, linestyle=":")
     axes.set(xscale="log", xlabel="learning rate", ylabel="validation accuracy, %", ylim=(0, 102))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    drawn.legend(loc="outside right center", frameon=False, fontsize=8)
     return drawn
 
 

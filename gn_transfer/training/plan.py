@@ -133,7 +133,8 @@ def make_plan(
     warnings = [*check_own_splits(data), *advice(task, data.batch_size, micro_batches)]
     if frozen_epochs >= epochs > 0:
         warnings.append(
-            f"freezing.epochs={frozen_epochs}, and the run has {epochs}: the backbone never learns. Choose fewer."
+            f"freezing.epochs={frozen_epochs}, and the run has {epochs}: only the last layer learns. It bears a far "
+            "higher learning rate than the whole model. To train the backbone after it, choose fewer epochs."
         )
     return Plan(rows, warnings, seconds)
 

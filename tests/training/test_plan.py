@@ -75,5 +75,7 @@ def test_planning_uses_no_random_numbers(data):
 
 
 def test_a_backbone_that_never_learns_is_warned_of(data):
-    assert any("the backbone never learns" in warning for warning in plan(data, frozen_epochs=3, max_epochs=3).warnings)
+    assert any(
+        "only the last layer learns" in warning for warning in plan(data, frozen_epochs=3, max_epochs=3).warnings
+    )
     assert not any("never learns" in warning for warning in plan(data, frozen_epochs=2, max_epochs=3).warnings)
