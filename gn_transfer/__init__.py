@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gn_transfer.inference.classification import ClassificationBundle, Prediction
     from gn_transfer.inference.load import load, load_bundle, load_for_training
     from gn_transfer.inference.segmentation import Segmentation, SegmentationBundle
-    from gn_transfer.layers import convert_norm
+    from gn_transfer.layers import convert_norm, diagnose
     from gn_transfer.training.accumulation import GradientAccumulation
     from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
     from gn_transfer.training.classification import RegularizationConfig, TransferClassifier
@@ -64,6 +64,7 @@ _HOMES = {
     "TransferClassifier": "training.classification",
     "TransferSegmenter": "training.segmentation",
     "convert_norm": "layers",
+    "diagnose": "layers",
     "load": "inference.load",
     "load_bundle": "inference.load",
     "load_for_training": "inference.load",
@@ -97,6 +98,7 @@ __all__ = [
     "TransferClassifier",
     "TransferSegmenter",
     "convert_norm",
+    "diagnose",
     "load",
     "load_bundle",
     "load_for_training",

@@ -20,10 +20,12 @@ COMMANDS = {
     "predict": "classify images with a bundle: gn-transfer predict BUNDLE IMAGES",
     "report": "write one run as a page: gn-transfer report RUN",
     "compare": "compare runs in tables and on a page: gn-transfer compare RUNS... --output DIR",
+    "doctor": "tell what batch norm does to a model at a batch size: gn-transfer doctor CKPT --batch_size 1",
+    "reestimate": "repair the running statistics of a checkpoint: gn-transfer reestimate CKPT",
     "backbones": "list models with pretrained weights, or download these: gn-transfer backbones --norm gn_ws",
 }
 
-_LOADS_TORCH = frozenset({"fit", "validate", "test", "sweep", "data", "export", "backbones"})
+_LOADS_TORCH = frozenset({"fit", "validate", "test", "sweep", "data", "export", "doctor", "reestimate", "backbones"})
 
 _HELP = """\
 usage: gn-transfer COMMAND [options]

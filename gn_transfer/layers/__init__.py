@@ -19,13 +19,16 @@ from gn_transfer.layers.convert import (
     plain_conv,
     uses_weight_standardization,
 )
+from gn_transfer.layers.diagnosis import Diagnosis
 from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, fitting_group_count, group_count
+from gn_transfer.layers.measure_norms import diagnose
 from gn_transfer.layers.memory_format import preferred_memory_format
 from gn_transfer.layers.std_conv import StdConv2d, standardize_weight
 
 __all__ = [
     "AccumulationEngine",
     "BatchNormAct2d",
+    "Diagnosis",
     "FrozenBatchNorm2d",
     "FrozenBatchNormAct2d",
     "GroupNorm",
@@ -37,6 +40,7 @@ __all__ = [
     "convert_norm",
     "corrected_momentum",
     "default_groups",
+    "diagnose",
     "fitting_group_count",
     "group_count",
     "group_counts",

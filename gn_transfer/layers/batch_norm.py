@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from gn_transfer.config import ConfigError
 
@@ -105,7 +106,7 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
     Raises:
         ConfigError: No batch.
     """
-    moments = [_Moments(layer) for layer in model.modules() if isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm)]
+    moments = [_Moments(layer) for layer in model.modules() if isinstance(layer, _BatchNorm)]
     modes = {layer: layer.training for layer in model.modules()}
     model.eval()  # what is neither frozen nor a batch norm (dropout) is as in evaluation
     try:
@@ -147,9 +148,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         ConfigError: It has none, or frozen ones only.
     """
     layers = [
-        layer
-        for layer in model.modules()
-        if isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm) and not isinstance(layer, FrozenBatchNorm2d)
+        layer for layer in model.modules() if isinstance(layer, _BatchNorm) and not isinstance(layer, FrozenBatchNorm2d)
     ]
     if not layers:
         raise ConfigError("the model has no batch norm that looks at its batch, so there are no batch statistics.")
@@ -170,14 +169,14 @@ class _Moments:
         layer: The batch norm.
     """
 
-    def __init__(self, layer: nn.BatchNorm2d | nn.SyncBatchNorm) -> None:
+    def __init__(self, layer: _BatchNorm) -> None:
         self.layer = layer
         self.count = 0
         self.sums = torch.zeros(())
         layer.forward = self.forward  # type: ignore[method-assign]
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``input`` of shape ``(N, C, H, W)`` by its own statistics, and activate it as the layer does."""
+        """Normalize ``input`` of shape ``(N, C, *)`` by its own statistics, and activate it as the layer does."""
         values = input.transpose(0, 1).flatten(1).double()
         self.count += values.shape[1]
         self.sums = self.sums + torch.stack([values.sum(1), values.square().sum(1)])
