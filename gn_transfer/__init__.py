@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
     from gn_transfer.training.classification import RegularizationConfig, TransferClassifier
     from gn_transfer.training.ema import ExponentialMovingAverage
-    from gn_transfer.training.freezing import BackboneFreezing
+    from gn_transfer.training.freezing import BackboneFreezing, FreezeBatchNorm
     from gn_transfer.training.optimizer import OptimizerConfig
     from gn_transfer.training.segmentation import SegmentationConfig, TransferSegmenter
 
@@ -45,6 +45,7 @@ _HOMES = {
     "Digits": "data",
     "ExponentialMovingAverage": "training.ema",
     "Folder": "data",
+    "FreezeBatchNorm": "training.freezing",
     "GradientAccumulation": "training.accumulation",
     "ImageDataModule": "data",
     "ModelConfig": "backbones.model_config",
@@ -79,6 +80,7 @@ __all__ = [
     "Digits",
     "ExponentialMovingAverage",
     "Folder",
+    "FreezeBatchNorm",
     "GradientAccumulation",
     "ImageDataModule",
     "ModelConfig",

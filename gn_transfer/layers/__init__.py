@@ -20,6 +20,7 @@ from gn_transfer.layers.convert import (
     uses_weight_standardization,
 )
 from gn_transfer.layers.diagnosis import Diagnosis
+from gn_transfer.layers.freeze import freeze_batch_norm
 from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, fitting_group_count, group_count
 from gn_transfer.layers.measure_norms import diagnose
 from gn_transfer.layers.memory_format import preferred_memory_format
@@ -42,6 +43,7 @@ __all__ = [
     "default_groups",
     "diagnose",
     "fitting_group_count",
+    "freeze_batch_norm",
     "group_count",
     "group_counts",
     "is_norm",

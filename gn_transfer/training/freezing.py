@@ -1,4 +1,4 @@
-"""Freeze the backbone in the first epochs, while the new head learns."""
+"""Freeze the backbone in the first epochs, while the new head learns; freeze batch norms for good."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gn_transfer.config import ConfigError, check_range
+from gn_transfer.layers.freeze import freeze_batch_norm
 
 
 class BackboneFreezing(Callback):
@@ -54,3 +55,21 @@ class BackboneFreezing(Callback):
         if frozen and pl_module.model.training:  # Lightning switches the module to training after each validation
             pl_module.model.eval()
             pl_module.model.get_submodule(pl_module.head).train()
+
+
+class FreezeBatchNorm(Callback):
+    """Freeze the batch norms of a LightningModule of your own; ``model.train()`` does not undo it.
+
+    For our own modules, ``model.norm: bn_frozen`` does the same. Callbacks are set up before ``configure_model``: call
+    :func:`gn_transfer.layers.freeze_batch_norm` there where that builds the model.
+
+    Args:
+        affine: Whether scale and shift still learn.
+    """
+
+    def __init__(self, affine: bool = True) -> None:
+        self.affine = affine
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Replace the batch norms before the optimizer is made; their parameters stay the same objects."""
+        freeze_batch_norm(pl_module, affine=self.affine)
