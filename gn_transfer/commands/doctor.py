@@ -114,9 +114,10 @@ def _print_layers(layers: Sequence[BatchNormLayer]) -> None:
         return
     measured.sort(key=lambda layer: max(layer.mean_shift or 0.0, (layer.variance_factor or 1.0) - 1), reverse=True)
     console = Console()
+    console = Console(width=max(console.width, 110))  # names of layers are long
     table = Table(box=None, pad_edge=False)
     for column in ("layer", "values", "batch mean off", "running mean off", "variance factor"):
-        table.add_column(column, justify="left" if column == "layer" else "right")
+        table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
     for layer in measured[:_SHOWN]:
         table.add_row(
             layer.name,

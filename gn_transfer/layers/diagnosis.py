@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -98,8 +99,8 @@ class Diagnosis:
         layers: The batch norms, in the order of the model.
         output_difference: How far the outputs of training mode are from those of evaluation mode, as a share of what
             outputs of different images differ by; None where training mode cannot run.
-        gradient_difference: How far the gradient over batches of ``batch_size`` is from that of all the images at
-            once, as a share of its length; None where it cannot be computed.
+        gradient_angle: Angle between the gradient over batches of ``batch_size`` and that of the same images at once,
+            in degrees; 90 where they have nothing in common. None where it cannot be computed.
         accuracy: Share of right answers with ``running`` statistics, with those of each ``batch``, and of all
             ``images`` together; empty without targets.
         findings: What to know, the most important first; empty where all is fine.
@@ -109,7 +110,7 @@ class Diagnosis:
     images: int
     layers: tuple[BatchNormLayer, ...]
     output_difference: float | None
-    gradient_difference: float | None
+    gradient_angle: float | None
     accuracy: dict[str, float] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
 
@@ -128,19 +129,20 @@ class Diagnosis:
             f"{len(self.layers)} batch norms, {using} of them use the statistics of their batch in training; "
             f"measured on {self.images} images at batch size {self.batch_size}"
         ]
-        if self.gradient_difference is not None:
-            lines.append(f"gradient: {self.gradient_difference:.0%} away from that of the same images in one batch")
+        if self.gradient_angle is not None:
+            lines.append(f"gradient: turned by {self.gradient_angle:.0f} degrees from that of the images in one batch")
         if self.output_difference is not None:
             lines.append(f"outputs: training mode is {self.output_difference:.0%} away from evaluation mode")
         if self.accuracy:
             said = ", ".join(
                 f"{share:.1%} with statistics of {_STATISTICS[key]}" for key, share in self.accuracy.items()
             )
-            lines.append(f"accuracy: {said}")
+            lines += textwrap.wrap(f"accuracy: {said}", 100, subsequent_indent="          ")
         for number, finding in enumerate(self.findings, 1):
-            lines += ["", f"{number}. {finding.what}"]
+            lines += ["", *textwrap.wrap(f"{number}. {finding.what}", 100, subsequent_indent="   ")]
             for remedy in finding.remedies:
-                lines += [f"   - {remedy.text}", f"       {remedy.command if commands else remedy.code}"]
+                lines += textwrap.wrap(remedy.text, 100, initial_indent="   - ", subsequent_indent="     ")
+                lines.append(f"       {remedy.command if commands else remedy.code}")
         if not self.findings:
             lines += ["", f"Nothing to mend: batch size {self.batch_size} suits this model's norms."]
         return "\n".join(lines)
@@ -211,8 +213,9 @@ def judge(found: Diagnosis, crashing: Sequence[BatchNormLayer], undone: Sequence
         yield Finding(
             "statistics",
             f"The running statistics of {len(misfits)} of {len(found.layers)} layers are not those of these images: "
-            f"{_named([layer.name for layer in misfits])}. The worst mean is {misfits[0].mean_shift:.1f} standard "
-            f"deviations away, its variance a factor of {misfits[0].variance_factor:.1f}. "
+            f"{_named([layer.name for layer in misfits])}. A mean is up to "
+            f"{max(layer.mean_shift or 0 for layer in misfits):.1f} standard deviations away, a variance up to a "
+            f"factor of {max(layer.variance_factor or 1 for layer in misfits):.1f}. "
             + (
                 "Other images than the weights were trained on do that, too: then leave the statistics as they are. "
                 "Re-estimate those that a training at a small batch size has left."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -58,14 +59,14 @@ def diagnose(model: nn.Module, batches: Iterable[Any], *, batch_size: int = 1, l
         crashing = [layer for layer in layers if layer.uses_batch and layer.values_per_channel == 1]
         running = _outputs(model, images, batch_size)
         accuracy = _accuracies({"running": running}, targets)
-        output_difference = gradient_difference = None
+        output_difference = gradient_angle = None
         if any(layer.uses_batch for layer in layers) and not crashing:
             with batch_statistics(model):
                 batch, whole = _outputs(model, images, batch_size), _outputs(model, images, len(images))
-                gradient_difference = _gradient_difference(model, images, targets, batch_size, loss)
+                gradient_angle = _gradient_angle(model, images, targets, batch_size, loss)
             output_difference = _distance(batch, running)
             accuracy = _accuracies({"running": running, "batch": batch, "images": whole}, targets)
-    found = Diagnosis(batch_size, len(images), layers, output_difference, gradient_difference, accuracy)
+    found = Diagnosis(batch_size, len(images), layers, output_difference, gradient_angle, accuracy)
     undone = [name for name, layer in norms.items() if model.training and not layer.training and _uses_batch(layer)]
     return replace(found, findings=tuple(judge(found, crashing, undone)))
 
@@ -91,8 +92,9 @@ def _gather(batches: Iterable[Any], number: int) -> tuple[Tensor, Tensor | None]
             break
     if count < 2:
         raise ConfigError(f"diagnose needs two images at least, and got {count}.")
-    together = torch.cat(targets)[:number] if len(targets) == len(images) else None
-    return torch.cat(images)[:number], together
+    order = torch.randperm(min(count, number), generator=torch.Generator().manual_seed(0))  # not sorted by class
+    together = torch.cat(targets)[:number][order] if len(targets) == len(images) else None
+    return torch.cat(images)[:number][order], together
 
 
 @contextmanager
@@ -225,10 +227,10 @@ def are_classes(targets: Tensor, output: Tensor) -> bool:
     return not targets.is_floating_point() and output.ndim == targets.ndim + 1 and output.shape[2:] == targets.shape[1:]
 
 
-def _gradient_difference(
+def _gradient_angle(
     model: nn.Module, images: Tensor, targets: Tensor | None, batch_size: int, loss: Loss | None
 ) -> float | None:
-    """Compare the gradient of some images in batches with that of the same images at once."""
+    """Tell the angle between the gradient of some images in batches and that of the same images at once."""
     number = min(max(_GRADIENT_IMAGES, 2 * batch_size), len(images)) // batch_size * batch_size
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if number < 2 * batch_size or not parameters:
@@ -246,8 +248,8 @@ def _gradient_difference(
             total += torch.cat([(torch.zeros_like(p) if g is None else g).flatten().float() for g, p in pairs]) * size
         return total / number
 
-    whole = gradient(number)
-    return float((gradient(batch_size) - whole).norm() / whole.norm().clamp_min(1e-12))
+    cosine = F.cosine_similarity(gradient(batch_size), gradient(number), dim=0).clamp(-1, 1)
+    return math.degrees(math.acos(float(cosine)))
 
 
 def _default_loss(output: Any, targets: Tensor | None, numbers: Tensor) -> Tensor:

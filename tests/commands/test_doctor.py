@@ -98,7 +98,7 @@ def test_a_segmentation(capsys):
     words += ["--model.decoder", "fpn", "--model.pretrained", "null", "--data.cache", "none"]
     found = doctor(capsys, "resnet18", *words, "--batch_size", "1")
     assert len(found["layers"]) > 20
-    assert found["gradient_difference"] > 0.3
+    assert found["gradient_angle"] > 20
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_batch_size_1_is_found_and_freezing_comes_first():
     ]
     assert "corrected_momentum(batch_size)" in found.as_text()
     assert "--batch_norm.momentum corrected" in found.as_text(commands=True)
-    assert found.gradient_difference > 0.5
+    assert found.gradient_angle > 45
     assert all(layer.batch_noise > 0.5 for layer in found.layers)
     assert [layer.values_per_channel for layer in found.layers] == [64, 16]
     assert [round(layer.averaged_images) for layer in found.layers] == [19, 19]
@@ -66,7 +66,7 @@ def test_batch_size_32_is_fine():
 
 def test_the_noise_of_a_batch_falls_with_the_root_of_its_size():
     noise = [diagnose(net(), [images()], batch_size=size).layers[0].batch_noise for size in (1, 4, 16)]
-    assert noise[1] == pytest.approx(noise[0] / 2, rel=0.15)
+    assert noise[1] == pytest.approx(noise[0] / 2, rel=0.25)
     assert noise[2] == pytest.approx(noise[0] / 4, rel=0.3)
     pixels = torch.tensor([1.0, 3.0, 5.0, 7.0]).reshape(4, 1, 1, 1)  # mean 4, variance 20 / 3, batches of 2: 2 and 6
     [layer] = diagnose(nn.BatchNorm2d(1, eps=1e-12), [pixels], batch_size=2).layers
@@ -78,7 +78,7 @@ def test_the_noise_of_a_batch_falls_with_the_root_of_its_size():
 def test_norms_that_do_not_look_at_the_batch_are_fine_at_batch_size_1(norm):
     found = diagnose(convert_norm(net(), norm, **({} if norm == "bn_frozen" else {"num_groups": 4})), [images()])
     assert keys(found) == []
-    assert found.gradient_difference is None
+    assert found.gradient_angle is None
     assert len(found.layers) == (2 if norm == "bn_frozen" else 0)
 
 
@@ -121,7 +121,7 @@ def test_a_single_value_per_channel_stops_the_training():
     found = diagnose(model, [images()], batch_size=1)
     assert keys(found)[0] == "crash"
     assert "1 would take the mean of a single value" in found.findings[0].what.replace("2 would", "1 would")
-    assert found.gradient_difference is found.output_difference is None
+    assert found.gradient_angle is found.output_difference is None
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         model.train()(images()[:1])
     assert "crash" not in keys(diagnose(model, [images()], batch_size=2))
@@ -173,8 +173,8 @@ def test_the_gradient_is_that_of_a_loss_of_ones_own():
         return output["out"][0].square().mean()
 
     found = diagnose(Named(), [(images(), torch.zeros(64))], batch_size=4, loss=loss)
-    assert seen == [(16, (16, 4))] + [(4, (4, 4))] * 4
-    assert found.gradient_difference > 0.1
+    assert seen == [(4, (4, 4))] * 4 + [(16, (16, 4))]
+    assert found.gradient_angle > 5
     assert found.accuracy == {}
 
 
