@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -17,7 +18,13 @@ from gn_transfer.commands.parsing import Parser
 from gn_transfer.commands.training_cli import parsed
 from gn_transfer.config import ConfigError
 from gn_transfer.data import ImageDataModule, SegmentationDataModule
-from gn_transfer.layers.diagnosis import MOST_MEAN_SHIFT, MOST_VARIANCE_FACTOR, BatchNormLayer, Diagnosis
+from gn_transfer.layers.diagnosis import (
+    MOST_BATCH_NOISE,
+    MOST_MEAN_SHIFT,
+    MOST_VARIANCE_FACTOR,
+    BatchNormLayer,
+    Diagnosis,
+)
 from gn_transfer.layers.measure_norms import diagnose
 from gn_transfer.training.checkpoint import check_classes, read_checkpoint
 from gn_transfer.training.task import TransferTask
@@ -48,13 +55,16 @@ def run(arguments: Sequence[str]) -> int:
         assert task.model is not None
         batches = _batches(task, data, max(_IMAGES, 2 * size), with_targets=of_run)  # another last layer guesses
         found = diagnose(task.model, batches, batch_size=size)
+    if options.figure is not None:
+        try:
+            draw(found).savefig(options.figure)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--figure {options.figure} cannot be written: {error}; use .png or .svg.") from error
     if options.format == "json":
         print(json.dumps(found.as_dict(), indent=2))
     else:
         print(found.as_text(commands=True))
         _print_layers(found.layers)
-    if options.figure is not None:
-        draw(found).savefig(options.figure)
     return 0
 
 
@@ -133,21 +143,26 @@ def _print_layers(layers: Sequence[BatchNormLayer]) -> None:
 
 
 def draw(found: Diagnosis) -> Figure:
-    """Draw how far the running statistics of every layer are from those of the images, and the limits."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
+    """Draw the noise of a batch and the error of the running statistics, layer by layer, with the limits."""
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True)
     numbers = range(1, len(found.layers) + 1)
-    for axes, values, limit, label in (
-        (top, [layer.mean_shift or 0.0 for layer in found.layers], MOST_MEAN_SHIFT, "mean, off by (sd)"),
-        (bottom, [layer.variance_factor or 1.0 for layer in found.layers], MOST_VARIANCE_FACTOR, "variance, factor"),
-    ):
-        axes.bar(numbers, values, color=["#b2432f" if value > limit else "#4a7ba6" for value in values])
+    values = (
+        [layer.batch_noise or 0.0 for layer in found.layers],
+        [layer.mean_shift or 0.0 for layer in found.layers],
+        [layer.variance_factor or 1.0 for layer in found.layers],
+    )
+    limits = (MOST_BATCH_NOISE, MOST_MEAN_SHIFT, MOST_VARIANCE_FACTOR)
+    labels = (f"mean of {found.batch_size},\noff by (sd)", "running mean,\noff by (sd)", "running variance,\nfactor")
+    for axes, heights, limit, label in zip(panels, values, limits, labels, strict=True):
+        axes.bar(numbers, heights, color=["#b2432f" if height > limit else "#4a7ba6" for height in heights])
         axes.axhline(limit, color="#888", linewidth=0.8, linestyle=":")
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
-    bottom.set_yscale("log")
-    bottom.set_xlabel("batch norm, from the first to the last")
-    figure.suptitle(f"Running statistics against those of {found.images} images", fontsize=10)
+    panels[2].set_yscale("log")
+    panels[2].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[2].set_xlabel("batch norm, from the first to the last")
+    figure.suptitle(f"Statistics of batches of {found.batch_size}, and running ones, against {found.images} images")
     return figure
 
 

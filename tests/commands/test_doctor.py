@@ -77,6 +77,8 @@ def test_a_model_with_the_images_of_its_run(checkpoint, capsys, tmp_path):
     assert "accuracy:" in printed
     assert "<svg" in figure.read_text()
     assert doctor(capsys, str(checkpoint))["batch_size"] == 4  # that of the run
+    assert main(["doctor", str(checkpoint), "--figure", "layers.nonsense"]) == 2
+    assert "--figure layers.nonsense cannot be written" in capsys.readouterr().err
 
 
 def test_a_model_of_timm(folder_root, capsys):
