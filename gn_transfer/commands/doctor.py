@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from gn_transfer.commands.evaluate import load_run, set_up_images
 from gn_transfer.commands.parsing import Parser
 from gn_transfer.commands.training_cli import parsed
 from gn_transfer.config import ConfigError
@@ -26,11 +27,8 @@ from gn_transfer.layers.diagnosis import (
     Diagnosis,
 )
 from gn_transfer.layers.measure_norms import diagnose
-from gn_transfer.training.checkpoint import check_classes, read_checkpoint
 from gn_transfer.training.task import TransferTask
-from gn_transfer.training.tasks import load_task
 
-_IMAGES = 64
 _SHOWN = 12  # layers of the table
 
 
@@ -53,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
     with _loaded(options.subject, rest, of_run=of_run) as (task, data):
         size = options.batch_size or data.batch_size
         assert task.model is not None
-        batches = _batches(task, data, max(_IMAGES, 2 * size), with_targets=of_run)  # another last layer guesses
+        batches = _batches(task, data, with_targets=of_run)  # a new last layer only guesses
         found = diagnose(task.model, batches, batch_size=size)
     if options.figure is not None:
         try:
@@ -73,12 +71,7 @@ def _loaded(subject: str, rest: Sequence[str], *, of_run: bool) -> Iterator[tupl
     """Load a checkpoint with the images of its run, or build a model of timm for images that are named."""
     if of_run:
         with parsed("validate", [subject, *rest]) as cli:
-            assert cli.arguments.checkpoint is not None
-            content = read_checkpoint(cli.arguments.checkpoint)
-            task: TransferTask = load_task(content, cli.arguments.checkpoint)
-            _set_up(cli.datamodule, task)
-            check_classes(content["gn_transfer"]["classes"], cli.datamodule.classes)
-            yield task, cli.datamodule
+            yield load_run(cli)[1], cli.datamodule
         return
     given = {word.partition("=")[0] for word in rest}
     chosen = {"--model.norm": "bn", "--model.pretrained": "auto"}
@@ -90,27 +83,21 @@ def _loaded(subject: str, rest: Sequence[str], *, of_run: bool) -> Iterator[tupl
             "run the path of its checkpoint."
         )
     with parsed("fit", [*rest, "--model.backbone", subject, *words]) as cli:
-        _set_up(cli.datamodule, cli.task)
+        set_up_images(cli.datamodule, cli.task)
         cli.task.build_for(cli.datamodule)
         yield cli.task, cli.datamodule
 
 
-def _set_up(data: ImageDataModule, task: TransferTask) -> None:
-    data.channels = task.model_config.resolved_in_chans
-    data.prepare_data()
-    data.setup("fit")
-
-
 def _batches(
-    task: TransferTask, data: ImageDataModule, number: int, *, with_targets: bool
+    task: TransferTask, data: ImageDataModule, *, with_targets: bool
 ) -> Iterator[tuple[Tensor, Tensor] | Tensor]:
-    """Give images from all over the list, which is sorted by class: of validation, or crops of a segmentation.
+    """Give images in a mixed order, since lists are sorted by class: of validation, or crops of a segmentation.
 
     Masks, in which some pixels do not count, are left out.
     """
     crops = isinstance(data, SegmentationDataModule)
     dataset = data.train_dataset if crops else data.val_dataset
-    positions = torch.linspace(0, len(dataset) - 1, min(number, len(dataset))).round().int().tolist()
+    positions = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
     for start in range(0, len(positions), 8):
         images, targets = dataset.batch(positions[start : start + 8])
         pixels = task.normalize(images)

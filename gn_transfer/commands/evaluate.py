@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gn_transfer.commands.training_cli import TrainingCLI, parsed
+from gn_transfer.data import ImageDataModule
 from gn_transfer.data.describe import describe_data
 from gn_transfer.report.evaluation import wilson_interval
-from gn_transfer.training.checkpoint import check_classes
+from gn_transfer.training.checkpoint import check_classes, read_checkpoint
 from gn_transfer.training.classification import TransferClassifier
 from gn_transfer.training.predictions import ImagePredictions
 from gn_transfer.training.run_folder import run_of_checkpoint
 from gn_transfer.training.run_log import RunLog
+from gn_transfer.training.task import TransferTask
+from gn_transfer.training.tasks import load_task
 from gn_transfer.training.train import evaluate, find
 
 
@@ -64,6 +68,33 @@ def run_parsed(cli: TrainingCLI, stage: str) -> None:
     run = run_of_checkpoint(checkpoint)
     if run is not None and (run.logs / "metrics.json").is_file():
         say(f"next       gn-transfer report {shlex.quote(str(run.logs))}")
+
+
+def load_run(cli: TrainingCLI) -> tuple[dict[str, Any], TransferTask]:
+    """Load the checkpoint that was parsed, and set up the images of its run, those of training too.
+
+    Args:
+        cli: What was parsed for ``validate``.
+
+    Returns:
+        The checkpoint's content, and its module.
+
+    Raises:
+        ConfigError: A checkpoint or images that do not fit.
+    """
+    assert cli.arguments.checkpoint is not None
+    content = read_checkpoint(cli.arguments.checkpoint)
+    task = load_task(content, cli.arguments.checkpoint)
+    set_up_images(cli.datamodule, task)
+    check_classes(content["gn_transfer"]["classes"], cli.datamodule.classes)
+    return content, task
+
+
+def set_up_images(data: ImageDataModule, task: TransferTask) -> None:
+    """Set up the images of training and validation for a module."""
+    data.channels = task.model_config.resolved_in_chans
+    data.prepare_data()
+    data.setup("fit")
 
 
 def _say_nothing(line: str) -> None:

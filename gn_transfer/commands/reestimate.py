@@ -7,14 +7,13 @@ from pathlib import Path
 
 import torch
 
+from gn_transfer.commands.evaluate import load_run
 from gn_transfer.commands.parsing import Parser
 from gn_transfer.commands.training_cli import parsed
 from gn_transfer.config import ConfigError
 from gn_transfer.layers import reestimate_statistics
 from gn_transfer.training.batch_norm_statistics import FROZEN_STATISTICS_BATCH
-from gn_transfer.training.checkpoint import check_classes, read_checkpoint
 from gn_transfer.training.checkpoint_callbacks import write_checkpoint
-from gn_transfer.training.tasks import load_task
 from gn_transfer.training.train import evaluate
 
 
@@ -39,14 +38,9 @@ def run(arguments: Sequence[str]) -> int:
         output = options.output or checkpoint.with_name(f"{checkpoint.stem}_reestimated.ckpt")
         if output.exists():
             raise ConfigError(f"--output {output} exists already; name another file.")
-        content = read_checkpoint(checkpoint)
-        task = load_task(content, checkpoint)
+        content, task = load_run(cli)
         if not any(name.endswith("running_mean") for name in content["state_dict"]):
             raise ConfigError(f"{checkpoint}: model.norm={task.norm} has no running statistics to re-estimate.")
-        data.channels = task.model_config.resolved_in_chans
-        data.prepare_data()
-        data.setup("fit")
-        check_classes(content["gn_transfer"]["classes"], data.classes)
         trainer = cli.build_trainer()
         before = evaluate(task, data, trainer, checkpoint, "validate")
         images = data.training_images(options.images)

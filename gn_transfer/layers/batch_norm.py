@@ -162,6 +162,22 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             layer.training, layer.track_running_stats = training, tracked
 
 
+def normalize_by_batch(layer: _BatchNorm, input: Tensor) -> Tensor:
+    """Do what a batch norm does in training, whatever its mode, frozen or not; its running statistics stay.
+
+    Args:
+        layer: The batch norm, also with timm's activation inside.
+        input: Shape ``(N, C, *)``.
+
+    Returns:
+        Normalized and activated, of the same shape.
+    """
+    output = F.batch_norm(input, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
+    for part in ("drop", "act"):
+        output = getattr(layer, part, nn.Identity())(output)
+    return output
+
+
 class _Moments:
     """Stands in for a batch norm's forward: normalizes by the batch, and gathers E[x] and E[x^2].
 
@@ -180,10 +196,7 @@ class _Moments:
         values = input.transpose(0, 1).flatten(1).double()
         self.count += values.shape[1]
         self.sums = self.sums + torch.stack([values.sum(1), values.square().sum(1)])
-        output = F.batch_norm(input, None, None, self.layer.weight, self.layer.bias, training=True, eps=self.layer.eps)
-        for part in ("drop", "act"):
-            output = getattr(self.layer, part, nn.Identity())(output)
-        return output
+        return normalize_by_batch(self.layer, input)
 
     def write(self) -> None:
         """Set the layer's running statistics."""

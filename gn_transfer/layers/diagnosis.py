@@ -155,7 +155,7 @@ _STATISTICS = {"running": "the checkpoint", "batch": "each batch", "images": "al
 
 _FREEZE = Remedy(
     "Freeze the statistics: the same function at every batch size, and model.train() does not undo it.",
-    'convert_norm(model, "bn_frozen")',
+    "freeze_batch_norm(model)",
     "gn-transfer fit ... --model.norm bn_frozen",
 )
 _CALIBRATE = Remedy(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gn_transfer.config import ConfigError
-from gn_transfer.layers.batch_norm import FrozenBatchNorm2d, batch_statistics, inputs_of
+from gn_transfer.layers.batch_norm import FrozenBatchNorm2d, batch_statistics, inputs_of, normalize_by_batch
 from gn_transfer.layers.diagnosis import BatchNormLayer, Diagnosis, judge
 
 Loss: TypeAlias = Callable[[Any, Tensor | None], Tensor]
@@ -142,7 +143,7 @@ def _describe(
     frozen = [layer for layer in norms.values() if not _uses_batch(layer)]
     try:
         for layer in frozen:
-            layer.forward = _by_batch(layer)  # type: ignore[method-assign,assignment]
+            layer.forward = partial(normalize_by_batch, layer)  # type: ignore[method-assign]
         with batch_statistics(model) if len(frozen) < len(norms) else _evaluating(model), torch.no_grad():
             model(images)
     finally:
@@ -186,29 +187,17 @@ def _batch_noise(of_images: Tensor, mean: Tensor, variance: Tensor, batch_size: 
     return float(((of_batches - mean).square() / variance).mean().div(share).sqrt())
 
 
-def _by_batch(layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
-    """Stand in for the forward of a frozen batch norm: normalize by the batch, and activate as the layer does."""
-
-    def forward(input: Tensor) -> Tensor:
-        output = F.batch_norm(input, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
-        for part in ("drop", "act"):
-            output = getattr(layer, part, nn.Identity())(output)
-        return output
-
-    return forward
-
-
 def _outputs(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
     with torch.no_grad():
-        return torch.cat([tensor_of(model(part)).float() for part in torch.split(images, batch_size)])
+        return torch.cat([_tensor_of(model(part)).float() for part in torch.split(images, batch_size)])
 
 
-def tensor_of(output: Any) -> Tensor:
+def _tensor_of(output: Any) -> Tensor:
     """Take the first tensor of an output: a tensor, or a mapping or sequence that holds some."""
     if isinstance(output, Tensor):
         return output
     parts = output.values() if hasattr(output, "values") else output
-    return tensor_of(next(iter(parts)))
+    return _tensor_of(next(iter(parts)))
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float:
@@ -218,12 +207,12 @@ def _distance(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _accuracies(outputs: dict[str, Tensor], targets: Tensor | None) -> dict[str, float]:
-    if targets is None or any(not are_classes(targets, output) for output in outputs.values()):
+    if targets is None or any(not _are_classes(targets, output) for output in outputs.values()):
         return {}
     return {key: float((output.argmax(1) == targets).float().mean()) for key, output in outputs.items()}
 
 
-def are_classes(targets: Tensor, output: Tensor) -> bool:
+def _are_classes(targets: Tensor, output: Tensor) -> bool:
     return not targets.is_floating_point() and output.ndim == targets.ndim + 1 and output.shape[2:] == targets.shape[1:]
 
 
@@ -254,8 +243,8 @@ def _gradient_angle(
 
 def _default_loss(output: Any, targets: Tensor | None, numbers: Tensor) -> Tensor:
     """Compute the cross entropy; without targets that are classes of the output, images are of all classes by turns."""
-    found = tensor_of(output).float()
-    if targets is not None and are_classes(targets, found):
+    found = _tensor_of(output).float()
+    if targets is not None and _are_classes(targets, found):
         return F.cross_entropy(found, targets)
     if found.ndim < 2 or found.shape[1] < 2:
         return (found.flatten(1).mean(1) * (1 - 2 * (numbers % 2))).mean()

@@ -187,7 +187,7 @@ def test_a_segmentation_is_measured_by_pixels():
 def test_what_is_found_goes_into_json():
     found = diagnose(net(), [images()], batch_size=1).as_dict()
     assert found["layers"][0]["name"] == "1"
-    assert found["findings"][0]["remedies"][0]["code"] == 'convert_norm(model, "bn_frozen")'
+    assert found["findings"][0]["remedies"][0]["code"] == "freeze_batch_norm(model)"
 
 
 @pytest.mark.parametrize(
