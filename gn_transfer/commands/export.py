@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gn_transfer.commands.parsing import Parser
-from gn_transfer.config import ConfigError
-from gn_transfer.inference.export import export_bundle, find_checkpoint
+from gn_transfer.config import ConfigError, check_range
+from gn_transfer.inference.export import export_bundle
+from gn_transfer.inference.export_source import find_checkpoint
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -25,9 +26,19 @@ def run(arguments: Sequence[str]) -> int:
         ParityError: The bundle does not compute what was trained; none is left.
     """
     options = create_parser().parse_args(arguments)
+    check_range("--max_drop", options.max_drop, low=0, high=100, open_high=False)
     path = find_checkpoint(options.checkpoint)
     try:
-        parity = export_bundle(path, options.output, data_root=options.root, say=print)
+        parity = export_bundle(
+            path,
+            options.output,
+            data_root=options.root,
+            precision=options.precision,
+            int8=options.quantize == "int8",
+            max_drop=options.max_drop,
+            push_to_hub=options.push_to_hub,
+            say=print,
+        )
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST):
             raise
@@ -60,6 +71,32 @@ def create_parser() -> Parser:
         help="folder to write; an older bundle there is replaced, anything else is refused",
     )
     parser.add_argument(
+        "--push_to_hub",
+        metavar="USER/NAME",
+        help="push the bundle to the Hugging Face hub too, as a repository that timm loads; log in first with hf auth "
+        "login",
+    )
+    parser.add_argument(
         "--data.root", dest="root", metavar="PATH", help="where the run's images lie now, if they were moved"
+    )
+    parser.add_argument(
+        "--precision",
+        type=float,
+        metavar="P",
+        help="wanted share of right answers, such as 0.99: predict calls an image unknown where the model is less "
+        "certain than that needs on the validation images",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=["int8"],
+        help="compute with 8-bit integers: a quarter of the size, and faster without a GPU; the ranges come from "
+        "training images of the run",
+    )
+    parser.add_argument(
+        "--max_drop",
+        type=float,
+        default=1.0,
+        metavar="POINTS",
+        help="refuse int8 where it loses more on the validation images, in points of accuracy or mIoU (default 1)",
     )
     return parser

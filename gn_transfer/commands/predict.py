@@ -74,7 +74,7 @@ def run(arguments: Sequence[str]) -> int:
     how: dict[str, int] = {}
     if isinstance(bundle, ClassificationBundle):
         how = {"top_k": options.top_k or 1, "batch_size": options.batch_size or _BATCH_SIZE}
-        layout = ClassificationLayout(bundle.classes, how["top_k"])
+        layout = ClassificationLayout(bundle.classes, how["top_k"], may_be_unknown=bundle.threshold is not None)
     ending = "" if options.output is None else options.output.suffix.lower().removeprefix(".")
     write = FORMATS[options.format or (ending if ending in FORMATS else "table")]
     with warnings.catch_warnings():
@@ -209,7 +209,8 @@ def _tile(bundle: ClassificationBundle | SegmentationBundle, result: Prediction 
     assert result.path is not None
     if isinstance(result, Prediction):
         assert isinstance(bundle, ClassificationBundle)
-        return bundle.square(result.path), [result.label, f"{result.prob:.1%}"]
+        said = "" if result.known else ", unknown"
+        return bundle.graph_input(result.path), [result.label, f"{result.prob:.1%}{said}"]
 
     number = len(result.classes)
     shares = [(name, count / result.mask.size) for name, count in result.pixels.items()]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.decode import BadImageError
-from gn_transfer.inference.image_source import ImageSource
+from gn_transfer.inference.image_source import ImageSource, Pixels
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it writes an identifier of the machine into the user's cache
 import onnxruntime
@@ -42,6 +42,21 @@ class Bundle(ABC):
     @abstractmethod
     def iter_predict(self, images: Iterable[ImageSource]) -> Iterator[Any | BadImageError]:
         """Predict any number of images in bounded memory, in their order; an undecodable one gives its error."""
+
+    @abstractmethod
+    def graph_input(self, image: ImageSource) -> Pixels:
+        """Decode an image and bring it to the pixels that the graph takes, as training's evaluation does.
+
+        Args:
+            image: A path, the content of an image file, a uint8 RGB array ``(H, W, 3)``, or a Pillow image.
+
+        Returns:
+            Pixels, uint8 RGB, shape ``(H, W, 3)``.
+
+        Raises:
+            BadImageError: It cannot be decoded.
+            ConfigError: It is no image.
+        """
 
     def _run(self, images_BHWC: npt.NDArray[np.uint8], *outputs: str) -> list[npt.NDArray[Any]]:
         """Run the graph on pixels, uint8 RGB."""

@@ -1,4 +1,4 @@
-"""The files of a bundle: reading and verifying them. Needs no torch.
+"""The files of a bundle: reading, verifying and sealing them. Needs no torch.
 
 A bundle is one flat folder:
 
@@ -21,7 +21,7 @@ from types import NoneType
 from typing import Any
 
 from gn_transfer.config import ConfigError
-from gn_transfer.files import parse_json, read_text, sha256
+from gn_transfer.files import parse_json, read_text, sha256, write_json
 
 FORMAT = "gn_transfer bundle"
 FORMAT_VERSION = 2
@@ -104,6 +104,8 @@ def _check_values(path: Path, metadata: Mapping[str, Any], required: Mapping[str
             wrong.append("classes")
         if GRAPH not in files:
             raise ConfigError(f"{path} names no {GRAPH}; export the checkpoint again.")
+        if not _is_sound(metadata.get("confidence", {})):
+            wrong.append("confidence")
         if not all(isinstance(digest, str) for digest in files.values()):
             wrong.append("files")
         sides = [metadata.get(key) or 0 for key in ("img_size", "short_side", "tile_size")]
@@ -111,6 +113,15 @@ def _check_values(path: Path, metadata: Mapping[str, Any], required: Mapping[str
             wrong.append("sizes in pixels")
     if wrong:
         raise ConfigError(f"{path} is corrupt: no export writes such {', '.join(wrong)}; export the checkpoint again.")
+
+
+def _is_sound(confidence: Any) -> bool:
+    """Say whether what bundle.json says of confidence can be used: its threshold is a probability, or there is none."""
+    if not isinstance(confidence, dict):
+        return False
+    threshold = confidence.get("threshold")
+    probability = threshold.get("probability") if isinstance(threshold, dict) else threshold
+    return probability is None if threshold is None else isinstance(probability, float) and 0 <= probability <= 1
 
 
 def check_graph(folder: Path) -> None:
@@ -151,3 +162,15 @@ def metadata_sha256(metadata: Mapping[str, Any]) -> str:
     """Hash what bundle.json says, its own field ``sha256`` left out and whatever the order and the white space."""
     said = {key: value for key, value in metadata.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def seal(folder: Path, metadata: dict[str, Any]) -> None:
+    """Write bundle.json over the files that are there.
+
+    Args:
+        folder: The bundle's folder.
+        metadata: Its content; ``files`` and ``sha256`` are renewed.
+    """
+    metadata["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != METADATA}
+    metadata["sha256"] = metadata_sha256(metadata)
+    write_json(folder / METADATA, metadata)

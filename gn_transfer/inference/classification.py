@@ -32,15 +32,19 @@ class Prediction:
     Attributes:
         path: The image's file; None for pixels and contents of files.
         top: The likeliest classes with their probabilities, the likeliest first.
+        known: False where the probability is below the bundle's threshold: the model should not answer. True where
+            the bundle has none.
         logits: Of every class, shape ``(classes,)``, float32.
     """
 
     path: str | None
     top: tuple[tuple[str, float], ...]
+    known: bool
     logits: npt.NDArray[np.float32] = field(repr=False, compare=False)
 
     def __repr__(self) -> str:
-        return f"Prediction(label={self.label!r}, prob={self.prob:.4f}, path={self.path!r}, top={self.top})"
+        unknown = "" if self.known else ", known=False"
+        return f"Prediction(label={self.label!r}, prob={self.prob:.4f}{unknown}, path={self.path!r}, top={self.top})"
 
     @property
     def label(self) -> str:
@@ -66,6 +70,7 @@ class ClassificationBundle(Bundle):
 
     Attributes:
         img_size: Side of the square that the graph takes, in pixels.
+        threshold: Probability below which a prediction is unknown; None where the bundle has none.
 
     Raises:
         ConfigError: The bundle wants another crop than this version cuts.
@@ -74,6 +79,8 @@ class ClassificationBundle(Bundle):
     def __init__(self, folder: Path, metadata: Mapping[str, Any], session: onnxruntime.InferenceSession) -> None:
         super().__init__(folder, metadata, session)
         self.img_size = int(metadata["img_size"])
+        threshold = metadata.get("confidence", {}).get("threshold")
+        self.threshold: float | None = None if threshold is None else float(threshold["probability"])
         if metadata["crop_fraction"] != CROP_FRACTION:
             raise ConfigError(
                 f"{folder} wants a crop of {metadata['crop_fraction']} of the short side, this gn-transfer cuts "
@@ -115,22 +122,11 @@ class ClassificationBundle(Bundle):
             ConfigError: See :meth:`predict`.
         """
         check_positive("top_k", top_k)
-        for batch in prepared_batches(images, self.square, batch_size):
+        for batch in prepared_batches(images, self.graph_input, batch_size):
             yield from self._classify(batch, top_k)
 
-    def square(self, image: ImageSource) -> Pixels:
-        """Decode an image and cut the square that the graph takes, as training's evaluation does.
-
-        Args:
-            image: See :meth:`predict`.
-
-        Returns:
-            Pixels, uint8, shape ``(img_size, img_size, 3)``, RGB.
-
-        Raises:
-            BadImageError: It cannot be decoded.
-            ConfigError: It is no image.
-        """
+    def graph_input(self, image: ImageSource) -> Pixels:
+        """Cut the square of shape ``(img_size, img_size, 3)``; see the base class."""
         return preprocess_image(read_image(image), self.img_size)
 
     def logits_and_probs(
@@ -158,4 +154,5 @@ class ClassificationBundle(Bundle):
                 continue
             logits, probs = next(scores)
             order = np.argsort(-logits, kind="stable")[:top_k]
-            yield Prediction(path, tuple((self.classes[i], float(probs[i])) for i in order), logits)
+            top = tuple((self.classes[i], float(probs[i])) for i in order)
+            yield Prediction(path, top, self.threshold is None or top[0][1] >= self.threshold, logits)

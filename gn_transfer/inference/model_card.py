@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gn_transfer.backbones.pretrained import ALIASES
+from gn_transfer.inference.confidence import Temperature, Threshold
 from gn_transfer.report.evaluation import wilson_interval
 
 _CARD = """\
@@ -28,11 +29,11 @@ Run `{run}`, {checkpoint} (epoch {epoch}, {optimizer_steps} optimizer steps). Ex
 
 {errors}
 
-## Agreement with the trained model
+{confidence}## Agreement with the trained model
 
-On {images} validation images the logits of `model.onnx` and of the checkpoint in torch differ by at most \
+On {images} validation images the logits of {graph} and of the checkpoint in torch differ by at most \
 {max_difference:.1e} (allowed {tolerance:.1e}); the top class is equal on {same_class:,} of {compared:,} {items}; \
-{metric} {metric_bundle:.4f} against {metric_checkpoint:.4f}.
+{metric} {metric_bundle:.4f} against {metric_checkpoint:.4f}.{int8}
 
 ## Use it with numpy and onnxruntime alone
 
@@ -51,6 +52,9 @@ On {images} validation images the logits of `model.onnx` and of the checkpoint i
 """
 
 _LOAD = 'model.load_state_dict(load_file("model.safetensors"))'
+
+_INT8 = """ \
+`model.onnx` computes with 8-bit integers (ranges of {images} training images): {metric} {metric_int8:.4f}."""
 
 _CLASSIFICATION = """\
 ```python
@@ -117,7 +121,9 @@ def model_card(metadata: Mapping[str, Any]) -> str:
     """
     origin, parity = metadata["provenance"], metadata["parity"]
     report, classes = origin["transfer_report"], metadata["classes"]
-    metrics = {**metadata["metrics"], f"validation {parity['metric']} of this bundle": parity["metric_bundle"]}
+    quantization = metadata.get("quantization")
+    measured = parity["metric_bundle"] if quantization is None else quantization["metric_int8"]
+    metrics = {**metadata["metrics"], f"validation {parity['metric']} of this bundle": measured}
     start = "trained from scratch" if report["source"] == "from scratch" else f"started from `{report['source']}`"
     return _CARD.format(
         backbone=metadata["backbone"],
@@ -131,10 +137,23 @@ def model_card(metadata: Mapping[str, Any]) -> str:
         version=metadata["versions"]["gn-transfer"],
         metrics="\n".join(_metric_row(name, value, metadata["evaluated_images"]) for name, value in metrics.items()),
         **parity,
+        confidence=_of_confidence(metadata.get("confidence")),
+        graph="`model.onnx`" if quantization is None else "the graph in float, before it was quantized,",
+        int8="" if quantization is None else _INT8.format(**quantization, metric=parity["metric"]),
         mean=metadata["mean"],
         std=metadata["std"],
         **(_of_segmentation(metadata) if metadata["task"] == "segmentation" else _of_classification(metadata)),
     )
+
+
+def _of_confidence(confidence: Mapping[str, Any] | None) -> str:
+    """Write what a card says of the probabilities; nothing for a segmentation."""
+    if confidence is None:
+        return ""
+    lines = [f"`probs` is the softmax of the logits with {Temperature(**confidence['temperature']).summary()}."]
+    if (threshold := confidence["threshold"]) is not None:
+        lines.append(f"`gn-transfer predict` calls an image {Threshold(**threshold).summary()}.")
+    return "## Confidence\n\n" + "\n".join(lines) + "\n\n"
 
 
 def _of_classification(metadata: Mapping[str, Any]) -> dict[str, str]:

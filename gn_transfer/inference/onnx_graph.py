@@ -31,14 +31,16 @@ class InferenceModel(nn.Module):
         model: Trained model, mapping normalized images ``(B, 3, H, W)`` to logits; copied, not changed.
         mean: Pixel mean per channel, on pixels scaled to [0, 1].
         std: Pixel standard deviation per channel, likewise.
+        temperature: Divides the logits before the softmax; the logits themselves stay.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], temperature: float = 1.0) -> None:
         super().__init__()
         self.model = plain(model)
+        self.temperature = temperature
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1) * 255.0)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1) * 255.0)
 
@@ -52,7 +54,7 @@ class InferenceModel(nn.Module):
             Logits and probabilities, shape ``(B, classes)``, float32.
         """
         logits = self.model((images_BHWC.permute(0, 3, 1, 2).float() - self.mean) / self.std)
-        return logits, F.softmax(logits, dim=1)
+        return logits, F.softmax(logits / self.temperature, dim=1)
 
 
 class _ExportedGroupNorm(nn.Module):
@@ -144,7 +146,7 @@ def export_graph(
             f"the model has {parameters / 1e6:,.0f} million parameters; an ONNX file holds at most "
             f"{_MOST_PARAMETERS / 1e6:,.0f} million. Take a smaller backbone."
         )
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             model,
             (example,),
@@ -174,8 +176,8 @@ def save_graph(graph: onnx.ModelProto, path: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporters' talk to themselves: none of it asks anything of the user."""
+def quiet() -> Iterator[None]:
+    """Silence the exporters' warnings and log messages: none of them asks anything of the user."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ TOLERANCE = 1e-4
 """Greatest difference of a logit, absolute, or relative to the greatest logit where that exceeds 1."""
 
 Counts = npt.NDArray[np.int64]
+Evaluated: TypeAlias = Iterable[tuple[npt.NDArray[np.float32], npt.NDArray[np.integer]]]
+"""Logits and target of each validation image, in their order."""
 
 
 @dataclass(frozen=True)
@@ -164,33 +167,46 @@ def mean_iou(confusion: Counts) -> float:
     return float(np.nanmean(class_ious(confusion)))
 
 
-def compare_with_checkpoint(task: TransferTask, bundle: Bundle, data: ImageDataModule) -> ParityMeter:
-    """Run both over the validation images, from the files on: decoding and preprocessing are compared as well.
+def compare_with_checkpoint(
+    evaluated: Evaluated, bundles: Sequence[Bundle], data: ImageDataModule
+) -> list[ParityMeter]:
+    """Run bundles over the validation images, from the files on: decoding and preprocessing are compared as well.
 
     Args:
-        task: The checkpoint's module, in evaluation mode.
-        bundle: The bundle.
+        evaluated: What :func:`evaluate_checkpoint` gave for these images.
+        bundles: The bundles.
         data: Set up for validation.
+
+    Returns:
+        The comparison of each bundle.
 
     Raises:
         ConfigError: The checkpoint's logits are not finite.
     """
     images = data.val_dataset.images
-    meter = ParityMeter(len(bundle.classes))
-    predictions = bundle.iter_predict([data.val_dataset.root / image.path for image in images])
+    meters = [ParityMeter(len(bundle.classes)) for bundle in bundles]
+    paths = [data.val_dataset.root / image.path for image in images]
+    predictions = zip(*(bundle.iter_predict(paths) for bundle in bundles), strict=True)
     with progress_bar("comparing with the checkpoint", len(images)) as advance:
-        for (logits, target), prediction in zip(_evaluated(task, data), predictions, strict=True):
-            if isinstance(prediction, BadImageError):
-                raise prediction
-            meter.update(logits, prediction.logits, target)
+        for (logits, target), of_bundles in zip(evaluated, predictions, strict=True):
+            for meter, prediction in zip(meters, of_bundles, strict=True):
+                if isinstance(prediction, BadImageError):
+                    raise prediction
+                meter.update(logits, prediction.logits, target)
             advance()
-    return meter
+    return meters
 
 
-def _evaluated(
-    task: TransferTask, data: ImageDataModule
-) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.integer]]]:
-    """Give logits and target of every validation image."""
+def evaluate_checkpoint(task: TransferTask, data: ImageDataModule) -> Evaluated:
+    """Give logits and target of every validation image, in their order.
+
+    Args:
+        task: The checkpoint's module, in evaluation mode.
+        data: Set up for validation.
+
+    Yields:
+        Shapes ``(classes,)`` and ``()``, or ``(classes, H, W)`` and ``(H, W)`` of a segmentation.
+    """
     for batch, targets in data.val_dataloader():
         with torch.inference_mode():
             logits = task(batch).float().numpy()

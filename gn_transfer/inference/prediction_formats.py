@@ -40,25 +40,30 @@ class ClassificationLayout:
     Args:
         classes: Names of all classes.
         top_k: Classes per image.
+        may_be_unknown: Whether the bundle has a threshold.
     """
 
-    def __init__(self, classes: Sequence[str], top_k: int) -> None:
+    def __init__(self, classes: Sequence[str], top_k: int, *, may_be_unknown: bool) -> None:
         self._width = max(map(len, classes))
+        self._may_be_unknown = may_be_unknown
         more = [f"{name}_{place}" for place in range(2, min(top_k, len(classes)) + 1) for name in ("class", "prob")]
-        self.columns = ["class", "prob", *more]
+        self.columns = ["class", "prob", *more, *(["known"] if may_be_unknown else [])]
 
     def line(self, result: Prediction) -> str:
         """See :class:`Layout`."""
-        return "  ".join(f"{prob:6.1%} {label:<{self._width}}" for label, prob in result.top)
+        top = "  ".join(f"{prob:6.1%} {label:<{self._width}}" for label, prob in result.top)
+        return top if result.known else f"{top}  unknown: below the threshold"
 
     def entry(self, result: Prediction) -> dict[str, Any]:
         """See :class:`Layout`."""
         top = [{"class": label, "prob": prob} for label, prob in result.top]
-        return {"class": result.label, "prob": result.prob, "top": top}
+        known = {"known": result.known} if self._may_be_unknown else {}
+        return {"class": result.label, "prob": result.prob, **known, "top": top}
 
     def row(self, result: Prediction) -> list[object]:
         """See :class:`Layout`."""
-        return [value for pair in result.top for value in pair]
+        known = [str(result.known).lower()] if self._may_be_unknown else []
+        return [*(value for pair in result.top for value in pair), *known]
 
 
 class SegmentationLayout:

@@ -102,6 +102,14 @@ class SegmentationBundle(Bundle):
         for [(path, pixels)] in prepared_batches(images, read_image, 1):
             yield pixels if isinstance(pixels, BadImageError) else self._segment(path, pixels)
 
+    def graph_input(self, image: ImageSource) -> Pixels:
+        """Reduce the image to the size that it is segmented at, and cut the middle tile of a large one."""
+        image_HWC = reduce_image(read_image(image), self.short_side)
+        height, width = image_HWC.shape[:2]
+        places = tile_places(height, width, self.tile_size or max(height, width))
+        rows, columns = places[len(places) // 2]
+        return np.ascontiguousarray(image_HWC[rows, columns])
+
     def logits(self, image_HWC: Pixels) -> Array:
         """Run the graph on an image, whole or in tiles.
 

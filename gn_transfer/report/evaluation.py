@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -159,9 +160,17 @@ def calibration(predictions: Predictions) -> Calibration | None:
     Returns:
         None where the probability of the predicted class was not stored.
     """
-    confidence, right = predictions.prob_predicted, predictions.correct
-    if confidence is None:
-        return None
+    confidence = predictions.prob_predicted
+    return None if confidence is None else compare_confidence(confidence, predictions.correct)
+
+
+def compare_confidence(confidence: npt.NDArray[np.floating], right: npt.NDArray[Any]) -> Calibration:
+    """Compare confidence with accuracy; see :func:`calibration`.
+
+    Args:
+        confidence: Probability of the predicted class, shape ``(images,)``.
+        right: Whether it was right, as 0 and 1, likewise.
+    """
     numbers = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     bins = []
     for number in np.unique(numbers):

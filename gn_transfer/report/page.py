@@ -75,13 +75,29 @@ def write_page(folder: Path, output: Path) -> Path:
         run = read_run(folder, unfinished=True)
     except UnusableRunError as error:
         raise ConfigError(f"{folder}: {error}.") from error
+    return save_page(output, render(run))
+
+
+def save_page(output: Path, html: str) -> Path:
+    """Write a page; only one of ours is replaced.
+
+    Args:
+        output: File to write.
+        html: The page.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: It cannot be written, or it is something else than a page of ours.
+    """
     if output.is_dir():
         raise ConfigError(f"--output {output} is a folder; name a file, such as {output / 'report.html'}.")
     try:
         if output.exists() and _GENERATOR not in output.read_text(encoding="utf-8", errors="replace")[:999]:
             raise ConfigError(f"--output {output} exists and is no page of gn-transfer; name another file.")
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, render(run))
+        write_text(output, html)
     except OSError as error:
         raise ConfigError(f"--output {output} cannot be written ({error.strerror}); name another file.") from error
     return output

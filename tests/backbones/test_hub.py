@@ -18,7 +18,7 @@ from safetensors.torch import save
 from gn_transfer.backbones import create_backbone, hub
 from gn_transfer.config import ConfigError
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from hub_server import serve
 
 REPOSITORY = "timm/resnet18.a1_in1k"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 from gn_transfer.__main__ import main
@@ -53,6 +54,58 @@ def test_check_exits_with_2_and_lists(capsys: Any, pets_root: Path) -> None:
     assert "trainval: 10 images of Abyssinian, officially 100" in facts["warnings"]
     printed = run(capsys, "check", *pets(pets_root), "--data.on_bad_image", "skip")
     assert "empty file" in printed
+
+
+def hold_out(pets_root: Path, run: str, rows: list[tuple[str, str, str, float, float]]) -> None:
+    """Write what a run on these images leaves of its predictions."""
+    folder = Path("runs") / "pets" / run
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": {"root": str(pets_root)}}}))
+    with (folder / "predictions_best_val.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "target", "predicted", "prob_target", "prob_predicted"])
+        writer.writerows((f"oxford-iiit-pet/images/{name}", *values) for name, *values in rows)
+
+
+def test_check_finds_likely_wrong_labels(capsys: Any, pets_root: Path) -> None:
+    assert "labels are not checked: no run below runs/" in run(capsys, "check", *pets(pets_root))
+    sound = [
+        (f"{breed}_{number}.jpg", breed, breed, 0.8, 0.8)
+        for breed in ("Abyssinian", "american_bulldog")
+        for number in (1, 2)
+    ]
+    wrong = ("Abyssinian_3.jpg", "Abyssinian", "american_bulldog", 0.02, 0.97)
+    hold_out(pets_root, "one", [*sound, wrong, ("american_bulldog_3.jpg", "american_bulldog", "Abyssinian", 0.3, 0.4)])
+    hold_out(pets_root, "two", [*sound, wrong])
+    facts = json.loads(run(capsys, "check", *pets(pets_root), "--format", "json"))
+    [found] = facts["likely_wrong_labels"]  # of the other one the model was not certain enough
+    assert found["path"] == "oxford-iiit-pet/images/Abyssinian_3.jpg"
+    assert (found["label"], found["suggested"], found["runs"], found["agreeing"]) == (
+        "Abyssinian",
+        "american_bulldog",
+        2,
+        2,
+    )
+    assert found["prob_suggested"] == pytest.approx(0.97)
+    assert "labels: 6 of " in " ".join(facts["notes"])
+
+    images = pets_root / "oxford-iiit-pet" / "images"
+    (images / "Maine_Coon_11.jpg").write_bytes((images / "Maine_Coon_2.jpg").read_bytes())
+    printed = run(capsys, "check", *pets(pets_root), "--output", "report")
+    said = "Abyssinian_3.jpg: labeled Abyssinian (2.0%), likely american_bulldog (97.0%), 2 of 2 runs"
+    assert "".join(said.split()) in "".join(printed.split())
+    page = Path("report/index.html").read_text()
+    assert (
+        page.index("Likely wrong labels") < page.index("The same image in two splits") < page.index("What was checked")
+    )
+    assert page.count("data:image/jpeg;base64,") == 3
+    assert "likely american_bulldog (97.0\u00a0%)" in page
+    assert said in page
+    run(capsys, "check", *pets(pets_root), "--output", "report")  # replaces its own page
+    Path("mine.html").write_text("mine")
+    message = run(capsys, "check", *pets(pets_root), "--output", "mine.html", code=2)
+    assert Path("mine.html").read_text() == "mine"
+    assert message
 
 
 def test_check_of_a_full_download(capsys: Any, tmp_path: Path, real_data: Path) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from gn_transfer import load_bundle
@@ -21,50 +20,22 @@ from gn_transfer.backbones.create import rebuild
 from gn_transfer.config import ConfigError
 from gn_transfer.inference import export
 from gn_transfer.inference.bundle import open_graph
-from gn_transfer.inference.export import check_output, find_checkpoint, validation_data
+from gn_transfer.inference.bundle_files import metadata_sha256
+from gn_transfer.inference.export_source import check_output, find_checkpoint, run_data
 from gn_transfer.inference.model_card import timm_lines
 from gn_transfer.inference.onnx_graph import InferenceModel, plain, write_onnx
 from gn_transfer.inference.parity import Parity, ParityMeter
+from gn_transfer.inference.quantize import Quantization
 from gn_transfer.training.tasks import load_task
 
 BACKBONE, SIZE = "resnetv2_18", 64
-
-
 CHECKPOINT = Path("checkpoints/folder/gn_ws-bs4-seed0/best.ckpt")
 
 
-@pytest.fixture(scope="module")
-def run_root(tmp_path_factory) -> Path:
-    """What a run of one optimizer step over 30 images of noise leaves."""
-    root = tmp_path_factory.mktemp("run")
-    draw = np.random.default_rng(0)
-    for number in range(30):
-        folder = root / "images" / f"class {number % 3}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw.integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    words = f"--model.backbone {BACKBONE} --model.norm gn_ws --model.pretrained null --data.img_size {SIZE}"
-    words += " --data.batch_size 4 --accumulation.effective_batch_size 4 --mixed_precision.mode fp32"
-    words += " --trainer.max_epochs 1 --trainer.limit_train_batches 1"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("OMP_NUM_THREADS", "1")
-        assert main(["fit", "--config", "folder.yaml", "--data.root", "images", *words.split()]) == 0
-    return root
-
-
-@pytest.fixture(scope="module")
-def bundle(run_root: Path) -> Path:
-    """The bundle of that run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(run_root)
-        assert main(["export", str(CHECKPOINT), "--output", "bundle"]) == 0
-    return run_root / "bundle"
-
-
 @pytest.fixture
-def in_root(run_root: Path, monkeypatch) -> Path:
-    monkeypatch.chdir(run_root)
-    return run_root
+def in_root(exported_run: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(exported_run)
+    return exported_run
 
 
 def test_a_bundle_holds_what_was_promised(bundle):
@@ -167,6 +138,98 @@ def test_bn_is_folded_where_it_is_exact(tmp_path):
     assert np.abs(logits - expected).max() < 1e-4 * max(1.0, np.abs(expected).max())
 
 
+def test_a_temperature_changes_probabilities_alone(in_root, bundle, monkeypatch, capsys):
+    monkeypatch.setattr("gn_transfer.inference.confidence.FEWEST_IMAGES", 6)
+    assert main(["export", str(CHECKPOINT), "--output", "warm", "--precision", "0.01"]) == 0
+    said = capsys.readouterr().out
+    warm = load_bundle("warm")
+    temperature = warm.metadata["confidence"]["temperature"]
+    assert temperature["images"] == 6
+    assert f"temperature {temperature['value']:.3f}, fitted on 6 validation images" in said
+    images = np.random.default_rng(2).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
+    logits, probs = warm.logits_and_probs(images)
+    assert logits == pytest.approx(load_bundle(bundle).logits_and_probs(images)[0], abs=1e-6)
+    assert temperature["value"] != 1
+    assert probs == pytest.approx(torch.softmax(torch.tensor(logits) / temperature["value"], 1).numpy(), abs=1e-6)
+    card = Path("warm/README.md").read_text()
+    assert f"temperature {temperature['value']:.3f}" in card
+    assert "calls an image unknown below" in card
+
+
+def test_unknown_images(in_root, bundle, monkeypatch, capsys):
+    """A threshold that no image of noise reaches: every format says so, and the likeliest class stays."""
+    certain = load_bundle(bundle)
+    assert certain.threshold is None
+    assert all(prediction.known for prediction in certain.predict(["images/class 0/0.png"]))
+    copy = in_root / "unsure"
+    shutil.copytree(bundle, copy)
+    metadata = json.loads((copy / "bundle.json").read_text())
+    metadata["confidence"]["threshold"] = {"probability": 0.999}
+    metadata["sha256"] = metadata_sha256(metadata)
+    (copy / "bundle.json").write_text(json.dumps(metadata))
+    [prediction] = load_bundle(copy).predict(["images/class 0/0.png"])
+    assert not prediction.known
+    assert "known=False" in repr(prediction)
+    assert prediction.label == certain.predict(["images/class 0/0.png"])[0].label
+    for form, said in (("table", "unknown: below the threshold"), ("json", '"known": false'), ("csv", ",false,")):
+        assert main(["predict", "unsure", "images/class 0/0.png", "--format", form]) == 0
+        assert said in capsys.readouterr().out
+    assert main(["predict", str(bundle), "images/class 0/0.png", "--format", "csv"]) == 0
+    assert "known" not in capsys.readouterr().out
+    for wrong in ({"probability": 7.0}, {"probability": "0.5"}, [], {}):
+        metadata["confidence"]["threshold"] = wrong
+        metadata["sha256"] = metadata_sha256(metadata)
+        (copy / "bundle.json").write_text(json.dumps(metadata))
+        with pytest.raises(ConfigError, match="no export writes such confidence"):
+            load_bundle(copy)
+
+
+def test_int8(in_root, bundle, capsys):
+    assert main(["export", str(CHECKPOINT), "--output", "int8", "--quantize", "int8", "--max_drop", "100"]) == 0
+    said = capsys.readouterr().out
+    assert "int8        ranges of 24 training images" in said
+    assert "points lost" in said
+    assert sorted(path.name for path in Path("int8").iterdir()) == sorted(path.name for path in bundle.iterdir())
+    assert Path("int8/model.onnx").stat().st_size < 0.3 * (bundle / "model.onnx").stat().st_size
+    kinds = Counter(node.op_type for node in onnx.load("int8/model.onnx").graph.node)
+    assert kinds["LayerNormalization"] == 17  # in float
+    assert kinds["QuantizeLinear"] > 20
+    quantized, certain = load_bundle("int8"), load_bundle(bundle)
+    found = quantized.metadata["quantization"]
+    assert (found["kind"], found["images"]) == ("int8", 24)
+    assert found["metric_float"] == certain.metadata["parity"]["metric_bundle"]
+    held_out = json.loads(Path("runs/folder/gn_ws-bs4-seed0/split.json").read_text())["val"]
+    predictions = quantized.predict([Path("images") / path for path in held_out])
+    right = [prediction.label == path.split("/")[0] for prediction, path in zip(predictions, held_out, strict=True)]
+    assert found["metric_int8"] == pytest.approx(np.mean(right))
+    assert f"computes with 8-bit integers (ranges of 24 training images): accuracy {np.mean(right):.4f}" in (
+        Path("int8/README.md").read_text()
+    )
+    expected = np.stack([prediction.logits for prediction in certain.predict([Path("images") / p for p in held_out])])
+    logits = np.stack([prediction.logits for prediction in predictions])
+    assert 0 < np.abs(logits - expected).max() < 0.5 * np.abs(expected - expected.mean()).max()
+
+
+def test_int8_that_costs_too_much_is_not_left(in_root, bundle, monkeypatch, capsys):
+    def spoil(graph: Path, target: Path, images: list) -> Quantization:
+        model = onnx.load(graph)
+        [bias] = [tensor for tensor in model.graph.initializer if tensor.name.endswith("head.fc.bias")]
+        worst = load_bundle(bundle).metadata["validation"]["by_class"]
+        place = min(range(3), key=lambda number: list(worst.values())[number]["recall"] or 0)
+        bias.CopyFrom(onnx.numpy_helper.from_array(1e4 * np.eye(3, dtype=np.float32)[place], bias.name))
+        onnx.save(model, target)
+        return Quantization(len(images), 0.0, {}, [], 0.0)
+
+    before = load_bundle(bundle).metadata["parity"]["metric_bundle"]
+    monkeypatch.setattr(export, "quantize_graph", spoil)
+    words = ["export", str(CHECKPOINT), "--output", "spoilt", "--quantize", "int8", "--max_drop"]
+    dropped = 100 * (before - 1 / 3)
+    assert main([*words, f"{max(0.0, dropped - 20):g}"]) == (2 if dropped > 0 else 0)
+    if dropped > 0:
+        assert "points of accuracy on the validation images, more than --max_drop" in capsys.readouterr().err
+        assert not list(in_root.glob("*spoilt*"))
+
+
 def test_exporting_again_replaces_the_bundle_alone(in_root, bundle, capsys):
     copy = in_root / "again"
     shutil.copytree(bundle, copy)
@@ -247,20 +310,29 @@ def test_images_that_were_moved(folder_root, tmp_path):
     config = {"seed_everything": 0, "data": {"class_path": "gn_transfer.data.Folder", "init_args": {}}}
     config["data"]["init_args"] = {"root": str(tmp_path / "gone"), "img_size": 32, "val_fraction": 0.25}
     with pytest.raises(ConfigError, match=r"validation images cannot be used.*give --data.root PATH, where they lie"):
-        validation_data(config, ["apple", "pear"], None)
-    assert len(validation_data(config, ["apple", "pear"], str(folder_root)).val_dataset) == 3
+        run_data(config, ["apple", "pear"], None)
+    assert len(run_data(config, ["apple", "pear"], str(folder_root)).val_dataset) == 3
     with pytest.raises(ConfigError, match=r"knows 2 classes \(apple, plum\), the data"):
-        validation_data(config, ["apple", "plum"], str(folder_root))
+        run_data(config, ["apple", "plum"], str(folder_root))
 
 
 @pytest.mark.parametrize("class_path", ["os.system", "mine.Folder", "gn_transfer.data.decode_image", "Nothing"])
 def test_data_modules_that_are_not_ours(class_path):
     config = {"seed_everything": 0, "data": {"class_path": class_path, "init_args": {}}}
     with pytest.raises(ConfigError, match="export runs only data modules of gn_transfer"):
-        validation_data(config, ["a"], None)
+        run_data(config, ["a"], None)
 
 
-@pytest.mark.parametrize("options", [["--output", "x"], ["ckpt"], ["ckpt", "--output", "x", "--format", "h5"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--output", "x"],
+        ["ckpt"],
+        ["ckpt", "--output", "x", "--format", "h5"],
+        ["ckpt", "--output", "x", "--quantize", "int4"],
+        ["ckpt", "--output", "x", "--max_drop", "-1"],
+    ],
+)
 def test_bad_options(tmp_path, monkeypatch, capsys, options):
     monkeypatch.chdir(tmp_path)
     assert main(["export", *options]) == 2

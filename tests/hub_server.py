@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +13,13 @@ from typing import Any
 
 
 class StandInHub:
-    """Serves ``/REPOSITORY/resolve/main/FILE`` as the hub does.
+    """Serves ``/REPOSITORY/resolve/main/FILE`` as the hub does, and takes commits to repositories.
 
     Attributes:
         files: ``REPOSITORY/FILE`` to content; what is not there is a 404.
         mode: ``ok``, ``500``, ``hang`` (heads are answered, contents never come), ``dead`` (nothing is answered),
             ``truncated`` (the connection closes half-way) or ``wrong`` (other bytes of the same length).
+        token: What a writer has to show.
         requests: Method and path of what was asked for.
         url: What HF_ENDPOINT has to be.
     """
@@ -24,6 +27,7 @@ class StandInHub:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.mode = "ok"
+        self.token = "hf_good"
         self.requests: list[tuple[str, str]] = []
         self.released = threading.Event()
         self.url = ""
@@ -63,11 +67,58 @@ def handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
             else:
                 self.wfile.write(bytes(len(content)) if hub.mode == "wrong" else content)
 
+        def answer_json(self, status: int, content: Any) -> None:
+            body = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def write(self) -> None:
+            """Take what a client sends to create a repository, and to commit files in one request."""
+            hub.requests.append((self.command, self.path))
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.headers.get("Authorization") != f"Bearer {hub.token}":
+                self.answer_json(401, {"error": "Invalid credentials"})
+            elif hub.mode == "500":
+                self.answer_json(500, {"error": "out of order"})
+            elif self.path == "/api/repos/create":
+                self.answer_json(
+                    200, {"url": f"{hub.url}/{json.loads(body)['organization']}/{json.loads(body)['name']}"}
+                )
+            elif self.path == "/api/validate-yaml":  # the head of a README
+                self.answer_json(200, {"errors": [], "warnings": []})
+            elif "/preupload/" in self.path:
+                files = json.loads(body)["files"]
+                self.answer_json(
+                    200, {"files": [{**one, "uploadMode": "regular", "shouldIgnore": False} for one in files]}
+                )
+            elif "/commit/" in self.path:
+                repository = self.path.removeprefix("/api/models/").partition("/commit/")[0]
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        content = base64.b64decode(line["value"]["content"])
+                        hub.files[f"{repository}/{line['value']['path']}"] = content
+                self.answer_json(200, {"commitUrl": f"{hub.url}/{repository}/commit/0", "commitOid": "0" * 40})
+            else:
+                self.answer_json(404, {"error": "unknown"})
+
+        def do_POST(self) -> None:
+            self.write()
+
         def do_HEAD(self) -> None:
             self.answer(send_content=False)
 
         def do_GET(self) -> None:
-            self.answer(send_content=True)
+            if not self.path.startswith("/api/"):
+                self.answer(send_content=True)
+            elif self.headers.get("Authorization") != f"Bearer {hub.token}":
+                self.answer_json(401, {"error": "Invalid credentials"})
+            elif self.path == "/api/whoami-v2":
+                self.answer_json(200, {"name": "user", "type": "user"})
+            else:
+                self.answer_json(200, {"id": self.path.split("/models/")[-1], "sha": "0" * 40, "siblings": []})
 
         def log_message(self, *args: Any) -> None:
             pass

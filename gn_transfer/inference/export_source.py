@@ -1,0 +1,154 @@
+"""What export starts from: the checkpoint that is meant, the run's validation images, a folder that may be written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gn_transfer import data as data_modules
+from gn_transfer.config import ConfigError
+from gn_transfer.data.datamodule import ImageDataModule
+from gn_transfer.files import parse_json, read_json, read_text
+from gn_transfer.inference.bundle_files import FORMAT, METADATA
+from gn_transfer.report.runs import runs_on_images
+from gn_transfer.training.checkpoint import check_classes
+from gn_transfer.training.run_folder import run_of_checkpoint
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Find the checkpoint that is meant.
+
+    Args:
+        path: A .ckpt file, a folder ``checkpoints/CONFIG/RUN`` or ``runs/CONFIG/RUN``, or the folder of images that a
+            run was trained on: the newest such run.
+
+    Returns:
+        The file; of a folder best.ckpt, or last.ckpt where no epoch was validated.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if path.is_file():
+        return path
+    folders = [path]
+    if path.resolve().parent.parent.name == "runs":
+        run = path.resolve()
+        folders.append(run.parent.parent.parent / "checkpoints" / run.parent.name / run.name)
+    for folder in folders:
+        for name in ("best.ckpt", "last.ckpt"):
+            if (folder / name).is_file():
+                return folder / name
+    for run in runs_on_images(path, Path()) if path.is_dir() else []:
+        best = Path("checkpoints", run.parent.name, run.name, "best.ckpt")
+        if best.is_file():
+            return best
+    what = "has no best.ckpt or last.ckpt" if path.is_dir() else "no such file or folder"
+    raise ConfigError(f"{path}: {what}; give a checkpoint, such as checkpoints/pets_gnws/RUN/best.ckpt, or its folder.")
+
+
+def check_exportable(stored: Mapping[str, Any], checkpoint: Path) -> None:
+    missing = [
+        key for key in ("classes", "architecture", "transfer_report", "config", "config_name") if key not in stored
+    ]
+    if missing:
+        raise ConfigError(
+            f"{checkpoint} lacks {', '.join(missing)}, which export needs: it was not written by gn-transfer fit, or "
+            "by an older one. Continue its run for an epoch with gn-transfer fit --ckpt_path, and export the result."
+        )
+    if stored["architecture"].get("in_chans", 3) != 3:
+        raise ConfigError(
+            f"{checkpoint} is a model of {stored['architecture']['in_chans']}-channel images, and a bundle takes RGB "
+            "images; train with model.in_chans=3 to export it."
+        )
+    if stored["config"].get("batch_norm", {}).get("evaluation") == "batch":
+        raise ConfigError(
+            f"{checkpoint} was evaluated with the statistics of each batch (batch_norm.evaluation=batch), and a bundle "
+            "looks at one image at a time; train with batch_norm.evaluation=running."
+        )
+
+
+def check_output(output: Path, checkpoint: Path) -> None:
+    """Refuse to write over anything but a bundle of the same run.
+
+    Args:
+        output: The folder to write.
+        checkpoint: What is exported.
+
+    Raises:
+        ConfigError: A file, or a folder that holds something else than one bundle of this run.
+    """
+    if output.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise ConfigError(
+            f"--output {output} is the folder that you are in, or one above it; name a folder of its own."
+        )
+    if not output.exists() and not output.is_symlink():
+        return
+    found = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if output.is_dir() and not found:
+        return
+    try:
+        known = parse_json(read_text(output / METADATA))
+        extra = sorted(found - {METADATA, *known["files"]}) if known["format"] == FORMAT else sorted(found)
+        run = str(known["provenance"]["run"]).rpartition("/")[2]
+    except (OSError, ValueError, KeyError, TypeError):
+        extra = sorted(found) or [output.name]
+    if extra:
+        raise ConfigError(
+            f"--output {output} exists and holds something that is no bundle ({', '.join(extra[:3])}), which would be "
+            "lost; name a new folder."
+        )
+    if run != checkpoint.resolve().parent.name:
+        raise ConfigError(
+            f"--output {output} holds the bundle of another run ({known['provenance']['run']}), which would be lost; "
+            "name a new folder, or remove this one first."
+        )
+
+
+def run_data(
+    config: Mapping[str, Any], classes: Sequence[str], root: str | None, stage: str = "validate"
+) -> ImageDataModule:
+    """Set up the images of a run as the run had them.
+
+    Args:
+        config: The run's configuration.
+        classes: The checkpoint's classes.
+        root: Where the images lie; None takes the configuration's path.
+        stage: ``validate``, or ``fit`` for the training images too.
+
+    Returns:
+        The data, set up.
+
+    Raises:
+        ConfigError: The images are gone, have other classes, or come from a data module that is not ours.
+    """
+    class_path, arguments = config["data"]["class_path"], dict(config["data"]["init_args"])
+    package, _, name = class_path.rpartition(".")
+    kind = getattr(data_modules, name, None) if name in data_modules.__all__ else None
+    if package not in ("", "gn_transfer", "gn_transfer.data") or not (
+        isinstance(kind, type) and issubclass(kind, ImageDataModule)
+    ):
+        raise ConfigError(f"the run was trained on {class_path}, and export runs only data modules of gn_transfer.")
+    arguments["seed"] = config["seed_everything"]
+    if root is not None:
+        arguments["root"] = root
+    if "download" in arguments:
+        arguments["download"] = False
+    try:
+        data: ImageDataModule = kind(**arguments)
+        data.prepare_data()
+        data.setup(stage)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the run's validation images cannot be used: {error} A bundle is written only after it was compared "
+            "with its checkpoint on them: give --data.root PATH, where they lie now."
+        ) from error
+    check_classes(classes, data.classes)
+    return data
+
+
+def same_split(checkpoint: Path, data: ImageDataModule) -> bool | None:
+    """Say whether the validation images are the run's; None where its split.json is gone."""
+    run_folder = run_of_checkpoint(checkpoint)
+    recorded = read_json(None if run_folder is None else run_folder.logs / "split.json").get("val")
+    return None if recorded is None else sorted(recorded) == sorted(data.split()["val"])
