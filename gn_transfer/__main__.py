@@ -18,6 +18,7 @@ COMMANDS = {
     "data": "check, cache or show images: gn-transfer data check PHOTOS",
     "export": "write a checkpoint as a bundle for inference: gn-transfer export CKPT --output BUNDLE",
     "predict": "classify images with a bundle: gn-transfer predict BUNDLE IMAGES",
+    "demo": "show a bundle in the browser: gn-transfer demo BUNDLE",
     "report": "write one run as a page: gn-transfer report RUN",
     "compare": "compare runs in tables and on a page: gn-transfer compare RUNS... --output DIR",
     "doctor": "tell what batch norm does to a model at a batch size: gn-transfer doctor CKPT --batch_size 1",

@@ -18,6 +18,7 @@ from gn_transfer.inference.image_source import Pixels
 from gn_transfer.inference.onnx_graph import quiet
 
 _LAYERS = ("Conv", "Gemm", "MatMul")
+_IMAGES_OF_AN_ATTEMPT = 32
 _WORTH_KEEPING = 0.9
 """A layer stays in float where that lowers the error of the logits below this share of it."""
 
@@ -27,7 +28,7 @@ class Quantization:
     """How a graph was quantized. Errors are root mean squares of the logits' error over the spread of the logits.
 
     Attributes:
-        images: Training images that the ranges come from, and the errors too.
+        images: Training images that the ranges come from. The errors are of some 32 of them.
         error_without_exception: With every layer in int8.
         error_with_layer_in_float: With one layer left in float, by its place, ``first`` and ``last``.
         layers_in_float: Those that stayed in float.
@@ -46,8 +47,8 @@ class Quantization:
             f"with the {place} layer in float {error:.1%}" for place, error in self.error_with_layer_in_float.items()
         )
         return (
-            f"ranges of {self.images} training images; error of the logits there {self.error_without_exception:.1%} "
-            f"of their spread, {alone}; in float: {' and '.join(self.layers_in_float) or 'none'}"
+            f"ranges of {self.images} training images; error of the logits {self.error_without_exception:.1%} of their "
+            f"spread, {alone}; in float: {' and '.join(self.layers_in_float) or 'none'}; in all {self.error:.1%}"
         )
 
 
@@ -84,17 +85,18 @@ def quantize_graph(graph: Path, target: Path, images: Sequence[Pixels]) -> Quant
         prepared = Path(scratch) / "prepared.onnx"
         quant_pre_process(str(graph), str(prepared), skip_symbolic_shape=True)
         nodes = [node for node in onnx.load(prepared).graph.node if node.op_type in _LAYERS]
-        expected = _logits(graph, images)
+        some = images[:: max(1, len(images) // _IMAGES_OF_AN_ATTEMPT)]
+        expected = _logits(graph, some)
 
-        def attempt(in_float: list[str]) -> float:
-            _quantize(prepared, target, images, in_float)
-            return _relative_error(_logits(target, images), expected)
+        def attempt(in_float: list[str], ranges: Sequence[Pixels]) -> float:
+            _quantize(prepared, target, ranges, in_float)
+            return _relative_error(_logits(target, some), expected)
 
         ends = {"first": nodes[0].name, "last": nodes[-1].name}
-        error = attempt([])
-        alone = {place: attempt([name]) for place, name in ends.items()}
+        error = attempt([], some)
+        alone = {place: attempt([name], some) for place, name in ends.items()}
         kept = [place for place in ends if alone[place] < _WORTH_KEEPING * error]
-        final = attempt([ends[place] for place in kept])
+        final = attempt([ends[place] for place in kept], images)
     return Quantization(len(images), error, alone, kept, final)
 
 
