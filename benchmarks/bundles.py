@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,14 @@ def measure(checkpoint: Path, root: str | None, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folders = {name: Path(scratch) / name for name in ("float", "int8")}
         for name, folder in folders.items():
-            export_bundle(checkpoint, folder, data_root=root, int8=name == "int8", max_drop=100, say=print)
+            export_bundle(
+                checkpoint,
+                folder,
+                data_root=root,
+                int8=name == "int8",
+                max_drop=100,
+                say=partial(print, file=sys.stderr),
+            )
         bundles = {name: load_bundle(folder) for name, folder in folders.items()}
         stored = read_checkpoint(checkpoint)["gn_transfer"]
         data = run_data(stored["config"], stored["classes"], root, "test")
@@ -100,14 +109,14 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_OR_CKPT")
     parser.add_argument("--data.root", dest="root")
     parser.add_argument("--rounds", type=int, default=60, help="images of the latency")
-    parser.add_argument("--json", action="store_true", help="write benchmarks/results/bundles.json")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
     options = parser.parse_args()
     rows = [measure(find_checkpoint(run), options.root, options.rounds) for run in options.runs]
+    if options.json:
+        print(json.dumps({"rows": rows, **environment()}, indent=2))
+        return
     for row in rows:
         print(json.dumps(row))
-    if options.json:
-        target = Path(__file__).parent / "results" / "bundles.json"
-        target.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 from docstring_parser import parse
 
 from gn_transfer.__main__ import COMMANDS
-from gn_transfer.commands import backbones, compare, data, doctor, export, predict, reestimate, report, sweep
+from gn_transfer.commands import backbones, compare, data, demo, doctor, export, predict, reestimate, report, sweep
 from gn_transfer.commands.short_help import DATA_COMMANDS
 from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA
 from gn_transfer.data import ImageDataModule
@@ -71,6 +71,7 @@ def commands() -> str:
         "predict": [predict.create_parser()],
         "report": [report.create_parser()],
         "compare": [compare.create_parser()],
+        "demo": [demo.create_parser()],
         "doctor": [doctor.create_parser()],
         "reestimate": [reestimate.create_parser()],
         "backbones": [backbones.create_parser()],
