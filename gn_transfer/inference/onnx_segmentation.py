@@ -79,7 +79,9 @@ def write_segmentation_onnx(
     core = onnx.compose.add_prefix(core, "model/", rename_inputs=False, rename_outputs=False)
     before.ir_version = after.ir_version = core.ir_version
     merged = onnx.compose.merge_models(before, core, [("pixels", "pixels")])
-    save_graph(onnx.compose.merge_models(merged, after, [("padded", "padded"), ("size", "size")]), path)
+    merged = onnx.compose.merge_models(merged, after, [("padded", "padded"), ("size", "size")])
+    del merged.opset_import[1:]  # the same one of each part; onnxruntime quantizes a graph with a single one
+    save_graph(merged, path)
 
 
 def for_any_size(model: nn.Module) -> nn.Module:

@@ -239,3 +239,20 @@ def test_padding_of_any_size():
 def test_the_wrong_task_for_a_checkpoint(in_root):
     with pytest.raises(ConfigError, match=r"model\.decoder=fpn is for segmentation"):
         gnt.TransferClassifier.load_from_checkpoint(CHECKPOINT)
+
+
+def test_int8(in_root, capsys):
+    words = ["export", str(CHECKPOINT), "--output", "int8", "--quantize", "int8", "--max_drop"]
+    assert main([*words, "100"]) == 0
+    assert "points lost; top class equal to the checkpoint's on" in capsys.readouterr().out
+    quantized, certain = load_bundle("int8"), load_bundle("bundle")
+    assert quantized.metadata["quantization"]["kind"] == "int8"
+    assert quantized.metadata["quantization"]["metric_float"] == certain.metadata["parity"]["metric_bundle"]
+    assert Path("int8/model.onnx").stat().st_size < 0.4 * Path("bundle/model.onnx").stat().st_size
+    for number in (0, 7):  # images of other sizes than those that the ranges come from
+        [ours], [theirs] = (one.predict([f"own/images/{number}.png"]) for one in (quantized, certain))
+        assert ours.mask.shape == theirs.mask.shape
+        assert 0 < np.abs(ours.logits - theirs.logits).mean() < 0.2 * np.abs(theirs.logits).mean() + 0.05
+    for option, value in (("--precision", "0.9"), ("--push_to_hub", "user/pets")):
+        assert main(["export", str(CHECKPOINT), "--output", "other", option, value]) == 2
+        assert f"{option} is for models that classify images" in capsys.readouterr().err
