@@ -16,12 +16,13 @@ from gn_transfer.inference.onnx_graph import OPSET, export_graph, plain, save_gr
 _EXAMPLE = (2, 3, 6 * STRIDE, 8 * STRIDE)
 
 # The model takes sides that are multiples of its stride. What stands around it is written by hand: torch's exporter
-# does not follow all decoders through a padding that depends on the size.
+# does not follow all decoders through a padding that depends on the size. Pad names no axes: onnxruntime's transpose
+# optimizer takes pads of some axes for those of all, and an int8 graph then fails.
 _BEFORE = """
 <ir_version: 10, opset_import: ["" : {opset}]>
 before (uint8[batch, height, width, 3] images) => (float[batch, 3, padded_height, padded_width] pixels, int64[2] size)
 <float[1, 3, 1, 1] mean = {{{mean}}}, float[1, 3, 1, 1] std = {{{std}}}, int64 stride = {{{stride}}},
- int64[2] no_pads = {{0, 0}}, int64[2] padded_axes = {{2, 3}}>
+ int64[6] no_pads = {{0, 0, 0, 0, 0, 0}}>
 {{
     size = Shape <start = 1, end = 3> (images)
     channels_first = Transpose <perm = [0, 3, 1, 2]> (images)
@@ -31,7 +32,7 @@ before (uint8[batch, height, width, 3] images) => (float[batch, 3, padded_height
     negative = Neg (size)
     missing = Mod (negative, stride)
     pads = Concat <axis = 0> (no_pads, missing)
-    pixels = Pad (normal, pads, , padded_axes)
+    pixels = Pad (normal, pads)
 }}
 """
 _AFTER = """
