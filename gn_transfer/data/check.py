@@ -137,7 +137,9 @@ def check_images(
         names = ", ".join(image.path for image in beside[:3]) + (", ..." if len(beside) > 3 else "")
         report.warnings.append(f"{len(beside)} images are in no split: {names}.")
     if report.suspicious:
-        report.warnings.append(f"{_files(len(report.suspicious))} can be decoded, but should be looked at: see the suspicious ones.")
+        report.warnings.append(
+            f"{_files(len(report.suspicious))} can be decoded, but should be looked at: see suspicious."
+        )
     if report.duplicates:
         more = sum(len(group) - 1 for group in report.duplicates)
         report.warnings.append(f"{_files(more)} with the same pixels as another one.")
