@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(
             f"gn-transfer: error: {command} needs {error.name}, which is not installed; install gn-transfer "
-            "with what it depends on (without it, only predict works).",
+            "with what it depends on (predict and demo need less).",
             file=sys.stderr,
         )
         return 2

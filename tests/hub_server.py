@@ -20,6 +20,8 @@ class StandInHub:
         mode: ``ok``, ``500``, ``hang`` (heads are answered, contents never come), ``dead`` (nothing is answered),
             ``truncated`` (the connection closes half-way) or ``wrong`` (other bytes of the same length).
         token: What a writer has to show.
+        created: Whether a repository was created.
+        role: What the token may: ``write`` or ``read``.
         requests: Method and path of what was asked for.
         url: What HF_ENDPOINT has to be.
     """
@@ -28,6 +30,8 @@ class StandInHub:
         self.files: dict[str, bytes] = {}
         self.mode = "ok"
         self.token = "hf_good"
+        self.role = "write"
+        self.created = False
         self.requests: list[tuple[str, str]] = []
         self.released = threading.Event()
         self.url = ""
@@ -67,9 +71,11 @@ def handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
             else:
                 self.wfile.write(bytes(len(content)) if hub.mode == "wrong" else content)
 
-        def answer_json(self, status: int, content: Any) -> None:
+        def answer_json(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
             body = json.dumps(content).encode()
             self.send_response(status)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -84,6 +90,7 @@ def handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
             elif hub.mode == "500":
                 self.answer_json(500, {"error": "out of order"})
             elif self.path == "/api/repos/create":
+                hub.created = True
                 self.answer_json(
                     200, {"url": f"{hub.url}/{json.loads(body)['organization']}/{json.loads(body)['name']}"}
                 )
@@ -97,7 +104,9 @@ def handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
             elif "/commit/" in self.path:
                 repository = self.path.removeprefix("/api/models/").partition("/commit/")[0]
                 for line in map(json.loads, body.splitlines()):
-                    if line["key"] == "file":
+                    if line["key"] == "deletedFile":
+                        del hub.files[f"{repository}/{line['value']['path']}"]
+                    elif line["key"] == "file":
                         content = base64.b64decode(line["value"]["content"])
                         hub.files[f"{repository}/{line['value']['path']}"] = content
                 self.answer_json(200, {"commitUrl": f"{hub.url}/{repository}/commit/0", "commitOid": "0" * 40})
@@ -116,9 +125,20 @@ def handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
             elif self.headers.get("Authorization") != f"Bearer {hub.token}":
                 self.answer_json(401, {"error": "Invalid credentials"})
             elif self.path == "/api/whoami-v2":
-                self.answer_json(200, {"name": "user", "type": "user"})
+                user = {"name": "user", "type": "user", "orgs": [{"name": "lab"}]}
+                self.answer_json(200, {**user, "auth": {"accessToken": {"role": hub.role}}})
+            elif (files := self.files_of(self.path.removeprefix("/api/models/").partition("/tree/")[0])) or hub.created:
+                if "/tree/" in self.path:
+                    self.answer_json(200, [{"type": "file", "path": name, "oid": "0", "size": 1} for name in files])
+                    return
+                siblings = [{"rfilename": name} for name in files]
+                self.answer_json(200, {"id": self.path, "sha": "0" * 40, "siblings": siblings})
             else:
-                self.answer_json(200, {"id": self.path.split("/models/")[-1], "sha": "0" * 40, "siblings": []})
+                self.answer_json(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+
+        def files_of(self, repository: str) -> list[str]:
+            names = [name for name in hub.files if name.startswith(f"{repository}/")]
+            return [name.removeprefix(f"{repository}/") for name in names]
 
         def log_message(self, *args: Any) -> None:
             pass

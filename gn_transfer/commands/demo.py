@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
-
-import numpy as np
+from tempfile import TemporaryDirectory
 
 from gn_transfer.commands.parsing import Parser
 from gn_transfer.config import ConfigError, check_range
@@ -48,11 +48,12 @@ def run(arguments: Sequence[str]) -> int:
         write_space(bundle, examples, options.space)
         print(f"space {options.space}: push it as a Gradio Space, or try it with python {options.space / 'app.py'}")
         return 0
-    explain, name = _explanation(bundle)
-    page = build_page(bundle, examples, explain, name)
     if not _is_loopback(options.host):
         print(f"note: everyone who reaches {options.host} can use this page")
-    serve(page, options.host, options.port)
+    explain, name = _explanation(bundle)
+    with TemporaryDirectory() as uploads:
+        os.environ.setdefault("GRADIO_TEMP_DIR", uploads)
+        serve(build_page(bundle, examples, explain, name), options.host, options.port)
     return 0
 
 
@@ -107,12 +108,12 @@ def _explanation(bundle: Bundle) -> tuple[Explain | None, str]:
 
 def _validation_images(bundle: Bundle, root: str) -> list[Path]:
     """Choose validation images of the run, evenly spaced over the list, which is sorted by class."""
-    from gn_transfer.inference.export_source import run_data
-
+    try:
+        from gn_transfer.inference.export_source import evenly_spaced, run_data
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--data.root needs {error.name}, which trained the bundle; leave it out.") from error
     data = run_data(bundle.metadata["provenance"]["config"], bundle.classes, root)
-    images = data.val_dataset.images
-    places = np.unique(np.linspace(0, len(images) - 1, _EXAMPLES).round().astype(int))
-    return [data.val_dataset.root / images[place].path for place in places]
+    return evenly_spaced(data.val_dataset, _EXAMPLES)
 
 
 def _is_loopback(host: str) -> bool:

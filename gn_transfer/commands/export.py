@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gn_transfer.commands.parsing import Parser
 from gn_transfer.config import ConfigError, check_range
-from gn_transfer.inference.export import export_bundle
+from gn_transfer.inference.export import MAX_DROP, export_bundle
 from gn_transfer.inference.export_source import find_checkpoint
 
 
@@ -26,7 +26,10 @@ def run(arguments: Sequence[str]) -> int:
         ParityError: The bundle does not compute what was trained; none is left.
     """
     options = create_parser().parse_args(arguments)
-    check_range("--max_drop", options.max_drop, low=0, high=100, open_high=False)
+    if options.max_drop is not None:
+        check_range("--max_drop", options.max_drop, low=0, high=100, open_high=False)
+        if options.quantize is None:
+            raise ConfigError("--max_drop says what --quantize int8 may cost; give both, or neither.")
     path = find_checkpoint(options.checkpoint)
     try:
         parity = export_bundle(
@@ -35,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
             data_root=options.root,
             precision=options.precision,
             int8=options.quantize == "int8",
-            max_drop=options.max_drop,
+            max_drop=MAX_DROP if options.max_drop is None else options.max_drop,
             push_to_hub=options.push_to_hub,
             say=print,
         )
@@ -95,8 +98,8 @@ def create_parser() -> Parser:
     parser.add_argument(
         "--max_drop",
         type=float,
-        default=1.0,
         metavar="POINTS",
-        help="refuse int8 where it loses more on the validation images, in points of accuracy or mIoU (default 1)",
+        help="refuse int8 where it loses more on the validation images, in points of accuracy or mIoU (default "
+        f"{MAX_DROP:g})",
     )
     return parser

@@ -31,7 +31,7 @@ def occlusion(bundle: ClassificationBundle) -> Explain:
         bundle: The bundle.
 
     Returns:
-        The explanation; it runs the graph on 49 images.
+        The explanation; it runs the graph on 50 images.
     """
 
     def explain(square_HWC: Pixels, number: int) -> HeatMap:

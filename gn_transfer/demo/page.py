@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from gn_transfer.data.decode import BadImageError, decode_image
 from gn_transfer.data.overlay import class_colors
+from gn_transfer.data.preprocess import reduce_image
 from gn_transfer.demo.heat_map import Explain, laid_over
 from gn_transfer.inference.bundle_files import CARD
 from gn_transfer.inference.classification import ClassificationBundle
@@ -24,6 +26,7 @@ from gn_transfer.inference.segmentation import SegmentationBundle
 _CLASSES_SHOWN = 5
 _EXAMPLE_SIDE = 256
 _SEEN_SIDE = 320
+_MOST_PIXELS = 4_000_000  # of a segmentation: more would take gigabytes of logits and maps
 _LONGEST_SIDE = 1024  # of a segmented image in the page
 _KEPT_S = 3600  # uploads in the server's temporary folder
 
@@ -60,8 +63,9 @@ def build_page(
         The page, not yet served.
     """
     title = f"{bundle.metadata['backbone']}, {bundle.metadata['norm']}"
+    # Names, messages and the card may come from a stranger: they are shown as text, never as HTML or Markdown.
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(_KEPT_S, _KEPT_S)) as page:
-        gr.Markdown(f"# {title}\n{_described(bundle)}")
+        gr.HTML(f"<h1>{escape(title)}</h1><p>{escape(_described(bundle))}</p>")
         with gr.Row():
             with gr.Column():
                 upload = gr.File(label="Drop an image here", file_count="single", elem_id="upload")
@@ -78,22 +82,24 @@ def build_page(
                         elem_id="examples",
                     )
             with gr.Column():
-                status = gr.Markdown(elem_id="status")
+                status = gr.HTML(elem_id="status")
                 if isinstance(bundle, ClassificationBundle):
                     outputs, answer, steps = _show_classes(bundle, explain, explained_by)
                 else:
                     outputs, answer, steps = _show_mask(bundle)
 
         def answer_file(path: str | None) -> list[Any]:
-            if path is None:
-                return ["", *(None for _ in outputs)]
             try:
-                return answer(path)
+                if path is None:
+                    return ["", *(None for _ in outputs)]
+                said, *values = answer(path)
             except BadImageError as error:
-                return [f"**This file cannot be read: {error.reason}.**", *(None for _ in outputs)]
+                said, values = f"This file cannot be read: {error.reason}.", [None] * len(outputs)
+            return [f"<b>{escape(said)}</b>" if said else "", *values]
 
         def answer_example(event: gr.SelectData) -> list[Any]:
-            return answer(str(examples[event.index]))
+            known = isinstance(event.index, int) and 0 <= event.index < len(examples)
+            return answer_file(str(examples[event.index]) if known else None)
 
         started = [upload.change(answer_file, upload, [status, *outputs])]
         if examples:
@@ -102,7 +108,8 @@ def build_page(
             for step, sources, target in steps:
                 event.then(step, sources, target)
         with gr.Accordion("Model card", open=False, elem_id="card"):
-            gr.Markdown((bundle.folder / CARD).read_text(encoding="utf-8"))
+            card = (bundle.folder / CARD).read_text(encoding="utf-8")
+            gr.Textbox(card, lines=20, max_lines=40, show_label=False, interactive=False)
     return page  # type: ignore[no-any-return]
 
 
@@ -130,12 +137,13 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
 
 def _described(bundle: ClassificationBundle | SegmentationBundle) -> str:
     parity = bundle.metadata["parity"]
-    measured = bundle.metadata.get("quantization", {}).get("metric_int8", parity["metric_bundle"])
     what = "Segments images into" if isinstance(bundle, SegmentationBundle) else "Tells apart"
     names = ", ".join(bundle.classes[:12]) + (
         f", and {len(bundle.classes) - 12} more" if len(bundle.classes) > 12 else ""
     )
-    return f"{what} {names}. Validation {parity['metric']} {measured:.1%} on {parity['images']:,} images."
+    return (
+        f"{what} {names}. Validation {parity['metric']} {bundle.validation_metric:.1%} on {parity['images']:,} images."
+    )
 
 
 def _show_classes(bundle: ClassificationBundle, explain: Explain | None, explained_by: str) -> _Shown:
@@ -153,7 +161,7 @@ def _show_classes(bundle: ClassificationBundle, explain: Explain | None, explain
         said = ""
         if not prediction.known:
             said = (
-                f"**Unknown.** The highest probability, {prediction.prob:.1%}, is below the bundle's threshold of "
+                f"Unknown. The highest probability, {prediction.prob:.1%}, is below the bundle's threshold of "
                 f"{bundle.threshold:.1%}."
             )
         return [said, dict(prediction.top), _magnified(pixels), pixels, bundle.classes.index(prediction.label)]
@@ -179,8 +187,16 @@ def _show_mask(bundle: SegmentationBundle) -> _Shown:
     )
 
     def answer(path: str) -> list[Any]:
-        [segmentation] = bundle.predict([path])
-        pixels = _reduced(decode_image(path), _LONGEST_SIDE)
+        image_HWC = decode_image(path)
+        height, width = reduce_image(image_HWC, bundle.short_side).shape[:2]
+        if height * width > _MOST_PIXELS:
+            raise BadImageError(
+                path,
+                f"{width} x {height} pixels are too many for this page (at most {_MOST_PIXELS // 10**6} million); "
+                "gn-transfer predict takes it",
+            )
+        [segmentation] = bundle.predict([image_HWC])
+        pixels = _reduced(image_HWC, _LONGEST_SIDE)
         mask = cv2.resize(segmentation.mask, pixels.shape[1::-1], interpolation=cv2.INTER_NEAREST)
         shares = {name: count / segmentation.mask.size for name, count in segmentation.pixels.items()}
         parts = [(mask == place, name) for place, name in enumerate(bundle.classes) if (mask == place).any()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,7 @@ import gn_transfer
 from gn_transfer.config import ConfigError
 from gn_transfer.files import whole_folder
 from gn_transfer.inference.bundle import Bundle
-from gn_transfer.inference.bundle_files import METADATA
+from gn_transfer.inference.bundle_files import METADATA, WEIGHTS
 
 _NEEDED = ("gradio", "numpy", "onnxruntime", "opencv-python-headless", "pillow", "simplejpeg")
 
@@ -38,6 +39,7 @@ _README = """\
 title: {title}
 sdk: gradio
 sdk_version: {gradio}
+python_version: "{python}"
 app_file: app.py
 ---
 The page of a [bundle](bundle/README.md) of gn-transfer, made by `gn-transfer demo --space`. It needs no GPU.
@@ -58,10 +60,14 @@ def write_space(bundle: Bundle, examples: Sequence[Path], output: Path) -> None:
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--space {output} exists and holds something; name a new folder.")
+    output.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(output) as folder:
         (folder / "app.py").write_text(_APP, encoding="utf-8")
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"  # the pins of requirements.txt are for it
         title = f"{bundle.metadata['backbone']} {bundle.metadata['norm']}"
-        (folder / "README.md").write_text(_README.format(title=title, gradio=version("gradio")), encoding="utf-8")
+        (folder / "README.md").write_text(
+            _README.format(title=title, gradio=version("gradio"), python=python), encoding="utf-8"
+        )
         pins = "".join(f"{name}=={version(name)}\n" for name in _NEEDED if name != "gradio")  # Spaces install their own
         (folder / "requirements.txt").write_text(pins, encoding="utf-8")
         shutil.copytree(
@@ -70,7 +76,7 @@ def write_space(bundle: Bundle, examples: Sequence[Path], output: Path) -> None:
             ignore=shutil.ignore_patterns("__pycache__", "checkpoints", "configs"),
         )
         (folder / "bundle").mkdir()
-        needed = [name for name in bundle.metadata["files"] if not name.endswith(".safetensors")]
+        needed = [name for name in bundle.metadata["files"] if name != WEIGHTS]
         for name in (METADATA, *needed):
             shutil.copyfile(bundle.folder / name, folder / "bundle" / name)
         for number, path in enumerate(examples):

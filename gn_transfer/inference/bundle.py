@@ -39,6 +39,11 @@ class Bundle(ABC):
         self.classes: list[str] = list(metadata["classes"])
         self._session = session
 
+    @property
+    def validation_metric(self) -> float:
+        """Accuracy or mIoU of this graph, in int8 or not, on the validation images of the run."""
+        return validation_metric(self.metadata)
+
     @abstractmethod
     def iter_predict(self, images: Iterable[ImageSource]) -> Iterator[Any | BadImageError]:
         """Predict any number of images in bounded memory, in their order; an undecodable one gives its error."""
@@ -64,6 +69,16 @@ class Bundle(ABC):
         if not all(np.isfinite(result).all() for result in results):
             raise ConfigError(f"{self.folder}: the graph gives numbers that are not finite; export another checkpoint.")
         return results
+
+
+def validation_metric(metadata: Mapping[str, Any]) -> float:
+    """Give accuracy or mIoU of a bundle's graph, in int8 or not, on the validation images of the run.
+
+    Args:
+        metadata: Content of bundle.json.
+    """
+    quantization = metadata.get("quantization")
+    return float(metadata["parity"]["metric_bundle"] if quantization is None else quantization["metric_int8"])
 
 
 def open_graph(path: Path, threads: int | None = None) -> onnxruntime.InferenceSession:

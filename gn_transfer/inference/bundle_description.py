@@ -144,7 +144,9 @@ def provenance(content: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
     record = _record_of(checkpoint)
     kept = ("seed_everything", "data", "model", "optimizer", "regularization", "accumulation", "batch_norm")
     config = {key: stored["config"].get(key) for key in kept}
-    arguments = {key: value for key, value in config["data"]["init_args"].items() if key != "root"}
+    arguments = {key: value for key, value in config["data"]["init_args"].items() if key not in ("root", "cache_dir")}
+    if "augmentation" in arguments:
+        arguments["augmentation"] = _without_folder(arguments["augmentation"])
     model = {**config["model"], "pretrained": _without_folder(config["model"]["pretrained"])}
     report = {**stored["transfer_report"], "source": _without_folder(stored["transfer_report"]["source"])}
     trained_with = ("versions", "git_commit", "device", "samples_seen", "wall_time_s")

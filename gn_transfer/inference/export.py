@@ -21,8 +21,8 @@ from gn_transfer.inference.bundle_description import describe_bundle, scores_by_
 from gn_transfer.inference.bundle_files import CARD, GRAPH, WEIGHTS, seal
 from gn_transfer.inference.classification import ClassificationBundle
 from gn_transfer.inference.confidence import Temperature, choose_threshold, fit_temperature
-from gn_transfer.inference.export_source import check_exportable, check_output, run_data, same_split
-from gn_transfer.inference.hub_repository import check_hub, push_bundle
+from gn_transfer.inference.export_source import check_exportable, check_output, evenly_spaced, run_data, same_split
+from gn_transfer.inference.hub_repository import check_hub, find_arguments, push_bundle
 from gn_transfer.inference.image_source import Pixels
 from gn_transfer.inference.load import load_bundle
 from gn_transfer.inference.model_card import confused_pairs, model_card
@@ -42,6 +42,9 @@ from gn_transfer.training.segmentation import TransferSegmenter
 from gn_transfer.training.task import TransferTask
 from gn_transfer.training.tasks import load_task
 
+MAX_DROP = 1.0
+"""What int8 may cost if nothing else is said, in points of accuracy or mIoU."""
+
 CALIBRATION_IMAGES = {"classification": 128, "segmentation": 32}
 """Training images that the ranges of an int8 graph come from, by task."""
 
@@ -53,7 +56,7 @@ def export_bundle(
     data_root: str | None = None,
     precision: float | None = None,
     int8: bool = False,
-    max_drop: float = 1.0,
+    max_drop: float = MAX_DROP,
     push_to_hub: str | None = None,
     say: Callable[[str], Any] = lambda line: None,
 ) -> Parity:
@@ -97,14 +100,18 @@ def export_bundle(
     with whole_folder(output) as folder:
         say(f"checkpoint  {checkpoint}: {_described(stored, data)}")
         metadata = describe_bundle(content, checkpoint, data)
+        assert task.model is not None
+        if push_to_hub is not None:
+            find_arguments(task.model, metadata)  # what timm cannot build is refused before the work
         evaluated: Evaluated = evaluate_checkpoint(task, data)
         temperature = 1.0
         if metadata["task"] == "classification":
             with working("evaluating the checkpoint"):
                 evaluated = list(evaluated)
-            fitted = _describe_confidence(evaluated, precision, metadata, say)
+            fitted = _fit_temperature(evaluated)
+            say(f"confidence  {fitted.summary()}")
+            metadata["confidence"] = {"temperature": asdict(fitted), "threshold": None}
             temperature = fitted.value
-        assert task.model is not None
         with working("writing the graph"):
             _write_graph(task, stored["architecture"], data, folder / GRAPH, temperature)
         weights = {name: tensor.contiguous() for name, tensor in task.model.state_dict().items()}
@@ -134,6 +141,11 @@ def export_bundle(
                 **_check_drop(parity, meters[-1].compute(), max_drop, say),
             }
             in_int8.replace(folder / GRAPH)
+        if precision is not None:  # on the graph that leaves, in int8 or not
+            probs = softmax(np.stack(meters[-1].logits) / temperature, axis=1)
+            threshold = choose_threshold(probs, np.array(meters[-1].targets), precision)
+            say(f"threshold   {threshold.summary()}")
+            metadata["confidence"]["threshold"] = asdict(threshold)
         metadata["parity"] = asdict(parity)
         metadata["validation"] = {
             "images": parity.images,
@@ -150,36 +162,21 @@ def export_bundle(
     return parity
 
 
-def _describe_confidence(
-    evaluated: Evaluated, precision: float | None, metadata: dict[str, Any], say: Callable[[str], Any]
-) -> Temperature:
-    """Fit the temperature and choose the threshold, and store both in the metadata."""
+def _fit_temperature(evaluated: Evaluated) -> Temperature:
     logits = np.stack([scores for scores, _ in evaluated])
-    targets = np.array([int(target) for _, target in evaluated])
     if not np.isfinite(logits).all():
         raise ConfigError("the checkpoint's logits are not finite on its validation images; use another checkpoint.")
-    temperature = fit_temperature(logits, targets)
-    say(f"confidence  {temperature.summary()}")
-    threshold = None
-    if precision is not None:
-        threshold = choose_threshold(softmax(logits / temperature.value, axis=1), targets, precision)
-        say(f"threshold   {threshold.summary()}")
-    metadata["confidence"] = {
-        "temperature": asdict(temperature),
-        "threshold": None if threshold is None else asdict(threshold),
-    }
-    return temperature
+    return fit_temperature(logits, np.array([int(target) for _, target in evaluated]))
 
 
 def _training_images(
     bundle: ClassificationBundle | SegmentationBundle, data: ImageDataModule, most: int
 ) -> list[Pixels]:
     """Take training images, evenly spaced over the list, which is sorted by class, as the graph takes them."""
-    listed = data.train_dataset.images
     images = []
-    for place in np.unique(np.linspace(0, len(listed) - 1, most).round().astype(int)):
+    for path in evenly_spaced(data.train_dataset, most):
         try:
-            images.append(bundle.graph_input(data.train_dataset.root / listed[place].path))
+            images.append(bundle.graph_input(path))
         except BadImageError:  # data.on_bad_image=skip
             continue
     if not images:

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gn_transfer import data as data_modules
 from gn_transfer.config import ConfigError
 from gn_transfer.data.datamodule import ImageDataModule
+from gn_transfer.data.dataset import ImageDataset
 from gn_transfer.files import parse_json, read_json, read_text
 from gn_transfer.inference.bundle_files import FORMAT, METADATA
 from gn_transfer.report.runs import runs_on_images
@@ -48,6 +51,15 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def check_exportable(stored: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuse a checkpoint that no bundle can be made of.
+
+    Args:
+        stored: What the checkpoint says under ``gn_transfer``.
+        checkpoint: Its path, for the message.
+
+    Raises:
+        ConfigError: Something is missing, it takes no RGB images, or it was evaluated with batch statistics.
+    """
     missing = [
         key for key in ("classes", "architecture", "transfer_report", "config", "config_name") if key not in stored
     ]
@@ -128,7 +140,7 @@ def run_data(
     if package not in ("", "gn_transfer", "gn_transfer.data") or not (
         isinstance(kind, type) and issubclass(kind, ImageDataModule)
     ):
-        raise ConfigError(f"the run was trained on {class_path}, and export runs only data modules of gn_transfer.")
+        raise ConfigError(f"the run was trained on {class_path}, and only data modules of gn_transfer are run.")
     arguments["seed"] = config["seed_everything"]
     if root is not None:
         arguments["root"] = root
@@ -140,15 +152,30 @@ def run_data(
         data.setup(stage)
     except ConfigError as error:
         raise ConfigError(
-            f"the run's validation images cannot be used: {error} A bundle is written only after it was compared "
-            "with its checkpoint on them: give --data.root PATH, where they lie now."
+            f"the run's images cannot be used: {error} Give --data.root PATH, where they lie now."
         ) from error
     check_classes(classes, data.classes)
     return data
 
 
+def evenly_spaced(dataset: ImageDataset, most: int) -> list[Path]:
+    """Choose images evenly over a list that is sorted by class.
+
+    Args:
+        dataset: The images.
+        most: How many, at most.
+    """
+    places = np.unique(np.linspace(0, len(dataset.images) - 1, most).round().astype(int))
+    return [dataset.root / dataset.images[place].path for place in places]
+
+
 def same_split(checkpoint: Path, data: ImageDataModule) -> bool | None:
-    """Say whether the validation images are the run's; None where its split.json is gone."""
+    """Say whether the validation images are the run's; None where its split.json is gone.
+
+    Args:
+        checkpoint: The checkpoint.
+        data: Set up for validation.
+    """
     run_folder = run_of_checkpoint(checkpoint)
     recorded = read_json(None if run_folder is None else run_folder.logs / "split.json").get("val")
     return None if recorded is None else sorted(recorded) == sorted(data.split()["val"])

@@ -12,7 +12,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -33,7 +33,9 @@ PLAIN_WEIGHTS = "timm.safetensors"
 _NORM_ARGUMENTS: tuple[dict[str, Any], ...] = ({}, {"norm_layer": "groupnorm"}, {"norm_layer": "groupnorm1"})
 """The norms that timm builds from words in a file: its own, GroupNorm of 32 groups, of one group."""
 
+_OF_THE_CLIENT = ("huggingface_hub", "httpx", "requests")
 _TOLERANCE = 1e-4
+_OF_A_NEW_REPOSITORY = {".gitattributes", "README.md"}
 
 _CARD = """\
 ---
@@ -59,7 +61,8 @@ def check_hub(repository: str) -> None:
         repository: ``USER/NAME``.
 
     Raises:
-        ConfigError: Not such a name, a hub that is unreachable, no token, or one that the hub refuses.
+        ConfigError: Not such a name, a hub that is unreachable, no token, or one that may not write there; a repository
+            that holds something else than a bundle.
     """
     try:
         validate_repo_id(repository)
@@ -72,8 +75,23 @@ def check_hub(repository: str) -> None:
             f"--push_to_hub: {constants.ENDPOINT} cannot be reached, or HF_HUB_OFFLINE is set. Export without it, and "
             "push when there is a network."
         )
+    api = HfApi(endpoint=constants.ENDPOINT)
     with _explained(repository):
-        HfApi(endpoint=constants.ENDPOINT).whoami()
+        user = api.whoami()
+        try:
+            there = {file.rfilename for file in api.model_info(repository).siblings or []}
+        except RepositoryNotFoundError:
+            there = set()
+    owners = [user["name"], *(one["name"] for one in user.get("orgs", []))]
+    if repository.split("/")[0] not in owners:
+        raise ConfigError(f"--push_to_hub {repository}: your token is one of {', '.join(owners)}; give such a USER.")
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ConfigError("--push_to_hub: your token may only read; log in with hf auth login and one that may write.")
+    if there - _OF_A_NEW_REPOSITORY and METADATA not in there:
+        raise ConfigError(
+            f"--push_to_hub {repository} holds something that is no bundle ({', '.join(sorted(there)[:3])}), which "
+            "would be overwritten; name a new repository."
+        )
 
 
 def push_bundle(folder: Path, repository: str) -> str:
@@ -87,14 +105,19 @@ def push_bundle(folder: Path, repository: str) -> str:
         Address of the repository.
 
     Raises:
-        ConfigError: timm cannot build the model from words in a file, or the hub refuses.
+        ConfigError: timm cannot build the model from words in a file, or the hub refuses. The bundle stays as it is.
     """
     with TemporaryDirectory() as scratch:
         prepared = write_repository(folder, repository, Path(scratch) / "repository")
         api = HfApi(endpoint=constants.ENDPOINT)
         with _explained(repository):
             api.create_repo(repository, exist_ok=True)
-            api.upload_folder(repo_id=repository, folder_path=prepared, commit_message="Bundle of gn-transfer export")
+            api.upload_folder(
+                repo_id=repository,
+                folder_path=prepared,
+                commit_message="Bundle of gn-transfer export",
+                delete_patterns="*.safetensors",  # what an earlier bundle had and this one has not
+            )
     return f"{constants.ENDPOINT}/{repository}"
 
 
@@ -115,9 +138,7 @@ def write_repository(folder: Path, repository: str, target: Path) -> Path:
     task = load_for_training(folder).eval()
     assert task.model is not None
     metadata = parse_json(read_text(folder / METADATA))
-    architecture = metadata["architecture"]
-    name, fixed = ALIASES.get(architecture["architecture"], (architecture["architecture"], {}))
-    arguments, weights, built = _find_arguments(name, fixed, task.model, metadata)
+    name, arguments, weights, built = find_arguments(task.model, metadata)
     shutil.copytree(folder, target)
     own: dict[str, Any] = built.pretrained_cfg  # type: ignore[assignment]
     config = {
@@ -147,14 +168,24 @@ def write_repository(folder: Path, repository: str, target: Path) -> Path:
     return target
 
 
-def _find_arguments(
-    name: str, fixed: Mapping[str, Any], model: nn.Module, metadata: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Tensor] | None, nn.Module]:
+def find_arguments(
+    model: nn.Module, metadata: Mapping[str, Any]
+) -> tuple[str, dict[str, Any], dict[str, Tensor] | None, nn.Module]:
     """Find arguments from which timm builds a model that computes the same, by building it.
 
+    Args:
+        model: The trained model, in evaluation mode.
+        metadata: What bundle.json says of it.
+
     Returns:
-        The arguments; the weights where they are not those of the model itself; what timm built.
+        timm's name of the architecture; the arguments; the weights where they are not those of the model itself; and
+        what timm built.
+
+    Raises:
+        ConfigError: There are none.
     """
+    wanted = metadata["architecture"]["architecture"]
+    name, fixed = ALIASES.get(wanted, (wanted, {}))
     as_trained, standardized = model.state_dict(), plain(model).state_dict()
     images = torch.randn(2, 3, metadata["img_size"], metadata["img_size"], generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -168,11 +199,11 @@ def _find_arguments(
                 except (TypeError, RuntimeError, ValueError, AssertionError):
                     continue  # an argument that this model does not have, or channels that 32 does not divide
                 if (built(images) - expected).abs().max() <= _TOLERANCE * max(1.0, float(expected.abs().max())):
-                    return arguments, None if weights is as_trained else weights, built
+                    return name, arguments, None if weights is as_trained else weights, built
     raise ConfigError(
         f"--push_to_hub: timm cannot build {metadata['backbone']} with norm {metadata['norm']} from words in a file "
-        "(it knows BatchNorm, and GroupNorm of 32 groups or of one). The bundle is written; upload its folder with "
-        "hf upload, and load it with gn_transfer."
+        "(it knows BatchNorm, and GroupNorm of 32 groups or of one). Export without it; you may upload the folder of "
+        "the bundle with hf upload, and load it with gn_transfer."
     )
 
 
@@ -183,7 +214,9 @@ def _explained(repository: str) -> Iterator[None]:
         yield
     except LocalTokenNotFoundError as error:
         raise ConfigError("--push_to_hub: there is no token; log in with hf auth login, or set HF_TOKEN.") from error
-    except Exception as error:  # its own errors, those of its HTTP library, and OSError
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in _OF_THE_CLIENT:
+            raise
         status = getattr(getattr(error, "response", None), "status_code", None)
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         refused = "refuses the token" if status in (401, 403) else f"answers {status}" if status else first_line

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gn_transfer.backbones.pretrained import ALIASES
+from gn_transfer.inference.bundle import validation_metric
 from gn_transfer.inference.confidence import Temperature, Threshold
 from gn_transfer.report.evaluation import wilson_interval
 
@@ -122,8 +123,7 @@ def model_card(metadata: Mapping[str, Any]) -> str:
     origin, parity = metadata["provenance"], metadata["parity"]
     report, classes = origin["transfer_report"], metadata["classes"]
     quantization = metadata.get("quantization")
-    measured = parity["metric_bundle"] if quantization is None else quantization["metric_int8"]
-    metrics = {**metadata["metrics"], f"validation {parity['metric']} of this bundle": measured}
+    metrics = {**metadata["metrics"], f"validation {parity['metric']} of this bundle": validation_metric(metadata)}
     start = "trained from scratch" if report["source"] == "from scratch" else f"started from `{report['source']}`"
     return _CARD.format(
         backbone=metadata["backbone"],

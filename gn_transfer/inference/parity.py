@@ -83,6 +83,8 @@ class ParityMeter:
 
     Attributes:
         confusion: Images, or labeled pixels, of each class (rows) that the bundle gave each class (columns).
+        logits: Those of the bundle, of each image; empty for segmentations, whose logits are large.
+        targets: True class of each image; empty likewise.
 
     Example:
         >>> meter = ParityMeter(2)
@@ -96,6 +98,8 @@ class ParityMeter:
 
     def __init__(self, num_classes: int) -> None:
         self.confusion: Counts = np.zeros((num_classes, num_classes), np.int64)
+        self.logits: list[npt.NDArray[np.float32]] = []
+        self.targets: list[int] = []
         self._of_checkpoint = self.confusion.copy()
         self._images = self._same = 0
         self._difference = self._largest = 0.0
@@ -133,6 +137,9 @@ class ParityMeter:
         self._same += int((preds[0] == preds[1]).sum())
         self._images += 1
         self._of_pixels = target.ndim > 0
+        if not self._of_pixels:
+            self.logits.append(of_bundle)
+            self.targets.append(int(target))
 
     def compute(self) -> Parity:
         """Give the comparison of all images so far."""

@@ -28,7 +28,8 @@ class Quantization:
     """How a graph was quantized. Errors are root mean squares of the logits' error over the spread of the logits.
 
     Attributes:
-        images: Training images that the ranges come from. The errors are of some 32 of them.
+        images: Training images that the ranges come from. The errors are of 32 to 63 of them, or of fewer
+            where there are fewer.
         error_without_exception: With every layer in int8.
         error_with_layer_in_float: With one layer left in float, by its place, ``first`` and ``last``.
         layers_in_float: Those that stayed in float.

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MOST = 60
 """Entries of a section that the page shows."""
 
+_MOST_TOGETHER = 6
+
 
 class _Tile(NamedTuple):
     """An image and the lines below it; the first is in bold type."""
@@ -69,6 +71,12 @@ def _sections(root: Path, result: CheckResult, wrong: Sequence[WrongLabel]) -> I
     def section(heading: str, text: str, groups: list[list[_Tile]], found: int) -> _Section:
         return _Section(heading, text, groups, found - len(groups))
 
+    def together(group: Sequence[Inspected]) -> list[_Tile]:
+        tiles = [tile(file) for file in group[:_MOST_TOGETHER]]
+        if more := len(group) - len(tiles):
+            tiles[-1].lines.append(f"and {more:,} more")
+        return tiles
+
     yield section(
         "Likely wrong labels",
         "Runs that were not trained on these images gave another class with the probability that they usually give to "
@@ -93,20 +101,21 @@ def _sections(root: Path, result: CheckResult, wrong: Sequence[WrongLabel]) -> I
     yield section(
         "The same image in two splits",
         "Exactly or nearly: the accuracy measured there is too high. Remove one of the two.",
-        [[tile(file) for file in group] for group in leaks[:MOST]],
+        [together(group) for group in leaks[:MOST]],
         len(leaks),
     )
-    same = [group for group in result.duplicates if group not in leaks]
+    leaking = {tuple(file.path for file in group) for group in leaks}
+    same = [group for group in result.duplicates if tuple(file.path for file in group) not in leaking]
     yield section(
         "The same pixels",
-        "Files of one split whose decoded pixels are equal.",
-        [[tile(file) for file in group] for group in same[:MOST]],
+        "Files whose decoded pixels are equal.",
+        [together(group) for group in same[:MOST]],
         len(same),
     )
-    near = [pair for pair in result.near_duplicates if [pair[0], pair[1]] not in leaks]
+    near = [pair for pair in result.near_duplicates if (pair[0].path, pair[1].path) not in leaking]
     yield section(
         "Near-duplicates",
-        "Pairs of one split that show the same image in another size or quality, or with a watermark.",
+        "Pairs that show the same image in another size or quality, or with a watermark.",
         [[tile(one), tile(other, f"{apart:.1f} of 255 grey levels apart")] for one, other, apart in near[:MOST]],
         len(near),
     )

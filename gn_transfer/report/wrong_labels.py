@@ -72,8 +72,8 @@ def likely_wrong_labels(evaluations: Iterable[Predictions], labels: Mapping[str,
     runs: dict[str, int] = defaultdict(int)
     doubts: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for predictions in evaluations:
-        for path in predictions.paths:
-            runs[path] += 1
+        for path, label in zip(predictions.paths, predictions.targets, strict=True):
+            runs[path] += labels.get(path) == label
         for path, label, suggested, prob_label, prob_suggested in _doubts(predictions):
             if labels.get(path) == label:
                 doubts[path, suggested].append((prob_label, prob_suggested))

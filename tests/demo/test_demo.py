@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from PIL import Image
 from gn_transfer import load_bundle
 from gn_transfer.__main__ import main
 from gn_transfer.demo.heat_map import laid_over, occlusion, scaled
+from gn_transfer.inference.bundle_files import seal
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -71,6 +73,17 @@ def browser():
     driver.quit()
 
 
+def hostile_copy(bundle: Path, target: Path) -> Path:
+    """A bundle whose texts would fetch images and show a form, if a page took them for Markdown or HTML."""
+    shutil.copytree(bundle, target)
+    texts = "![a](http://127.0.0.1:9/a.png) <img src='http://127.0.0.1:9/b.png'> <form><input id='stolen'></form>"
+    with (target / "README.md").open("a") as card:
+        card.write(texts)
+    metadata = json.loads((target / "bundle.json").read_text())
+    seal(target, {**metadata, "backbone": texts})
+    return target
+
+
 def test_the_page_in_a_browser(bundle, browser, tmp_path, exported_run):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
@@ -84,13 +97,14 @@ def test_the_page_in_a_browser(bundle, browser, tmp_path, exported_run):
     def upload(path: Path) -> None:
         wait_for(lambda: browser.find_element(By.CSS_SELECTOR, "#upload input[type=file]")).send_keys(str(path))
 
+    hostile = hostile_copy(bundle, tmp_path / "hostile")
     port = free_port()
-    command = [sys.executable, "-W", "ignore", "-m", "gn_transfer", "demo", str(bundle), "--port", str(port)]
+    command = [sys.executable, "-W", "ignore", "-m", "gn_transfer", "demo", str(hostile), "--port", str(port)]
     with served([*command, "--data.root", str(exported_run / "images")], port, tmp_path) as address:
         browser.get(address)
-        picture = exported_run / "images" / "class 0" / "0.png"
-        [prediction] = load_bundle(bundle).predict([picture])
-        upload(picture)
+        photo = exported_run / "images" / "class 0" / "0.png"
+        [prediction] = load_bundle(bundle).predict([photo])
+        upload(photo)
         wait_for(lambda: prediction.label in text("#classes"))
         assert f"{prediction.prob:.0%}" in text("#classes")
         wait_for(lambda: browser.find_element(By.CSS_SELECTOR, "#heat img"))
@@ -108,6 +122,11 @@ def test_the_page_in_a_browser(bundle, browser, tmp_path, exported_run):
         browser.find_elements(By.CSS_SELECTOR, "#examples img")[0].click()
         wait_for(lambda: "class " in text("#classes"))
         assert text("#status") == ""
+        assert "<img src=" in text("h1")  # as text
+        browser.find_element(By.CSS_SELECTOR, "#card button").click()
+        card = wait_for(lambda: browser.find_element(By.CSS_SELECTOR, "#card textarea")).get_attribute("value")
+        assert "<img src=" in card
+        assert not browser.find_elements(By.ID, "stolen")
         messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
         asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
         assert not [url for url in asked if not url.startswith((address, "data:", "blob:"))]  # this machine alone
@@ -135,11 +154,12 @@ def test_a_space_answers_without_torch(bundle, exported_run, tmp_path, monkeypat
     assert (space / "README.md").read_text().startswith("---\ntitle: resnetv2_18 gn_ws\nsdk: gradio\nsdk_version: ")
     assert "onnxruntime==" in (space / "requirements.txt").read_text()
     assert "torch" not in (space / "requirements.txt").read_text()
-    picture = exported_run / "images" / "class 1" / "1.png"
-    [prediction] = load_bundle(bundle).predict([picture])
+    assert f'python_version: "3.{sys.version_info.minor}"' in (space / "README.md").read_text()
+    photo = exported_run / "images" / "class 1" / "1.png"
+    [prediction] = load_bundle(bundle).predict([photo])
     with served([sys.executable, "-W", "ignore", "-c", WITHOUT_TORCH], free_port(), space) as address:
         client = Client(address, verbose=False)
-        status, classes, *_ = client.predict(handle_file(picture), api_name="/answer_file")
+        status, classes, *_ = client.predict(handle_file(photo), api_name="/answer_file")
         assert classes["label"] == prediction.label
         assert classes["confidences"][0]["confidence"] == pytest.approx(prediction.prob, abs=1e-4)
         assert not status
@@ -210,12 +230,37 @@ def test_grad_cam_takes_the_last_feature_map(name):
     assert tuple(shapes[0]) == (1, model.num_features, 2, 2)
 
 
-def test_grad_cam_points_at_what_decides(exported_run, bundle):
+class Brightness(torch.nn.Module):
+    """Class 0 is bright, class 1 is dark: the mean of a coarse map of brightness, and its negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coarse = torch.nn.AvgPool2d(8)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        mean = self.coarse(images.mean(1, keepdim=True)).mean((1, 2, 3))
+        return torch.stack([mean, -mean], dim=1)
+
+
+def test_grad_cam_points_at_what_decides(monkeypatch):
+    from gn_transfer.demo import grad_cam
+
+    task = SimpleNamespace(model=Brightness(), normalize=lambda pixels: pixels.float() / 255)
+    task.eval = lambda: task
+    monkeypatch.setattr(grad_cam, "load_for_training", lambda folder: task)
+    square = np.zeros((64, 64, 3), np.uint8)
+    square[:32, 32:] = 250
+    heat = grad_cam.grad_cam(Path("bundle"))(square, 0)
+    assert heat.shape == (64, 64)
+    assert heat[8:24, 40:56].mean() > 0.9
+    assert max(heat[40:].max(), heat[:, :24].max()) < 0.1
+    assert grad_cam.grad_cam(Path("bundle"))(square, 1).max() == 0  # brightness speaks against the class
+
+
+def test_grad_cam_of_a_bundle(exported_run, bundle):
     from gn_transfer.demo.grad_cam import grad_cam
 
     square = np.asarray(Image.open(exported_run / "images" / "class 0" / "0.png").resize((64, 64)))
-    heat = grad_cam(bundle)(square, 0)
-    assert heat.shape == (64, 64)
-    assert 0 <= heat.min() <= heat.max() <= 1
-    other = grad_cam(bundle)(square, 1)
-    assert not np.array_equal(heat, other)
+    maps = [grad_cam(bundle)(square, number) for number in range(3)]
+    assert all(heat.shape == (64, 64) and 0 <= heat.min() <= heat.max() <= 1 for heat in maps)
+    assert not np.array_equal(maps[0], maps[1])

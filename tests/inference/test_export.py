@@ -20,12 +20,12 @@ from gn_transfer.backbones.create import rebuild
 from gn_transfer.config import ConfigError
 from gn_transfer.inference import export
 from gn_transfer.inference.bundle import open_graph
+from gn_transfer.inference.bundle_description import provenance
 from gn_transfer.inference.bundle_files import metadata_sha256
 from gn_transfer.inference.export_source import check_output, find_checkpoint, run_data
 from gn_transfer.inference.model_card import timm_lines
 from gn_transfer.inference.onnx_graph import InferenceModel, plain, write_onnx
-from gn_transfer.inference.parity import Parity, ParityMeter
-from gn_transfer.inference.quantize import Quantization
+from gn_transfer.inference.parity import Parity, ParityMeter, compare_with_checkpoint
 from gn_transfer.training.tasks import load_task
 
 BACKBONE, SIZE = "resnetv2_18", 64
@@ -210,24 +210,51 @@ def test_int8(in_root, bundle, capsys):
     assert 0 < np.abs(logits - expected).max() < 0.5 * np.abs(expected - expected.mean()).max()
 
 
-def test_int8_that_costs_too_much_is_not_left(in_root, bundle, monkeypatch, capsys):
-    def spoil(graph: Path, target: Path, images: list) -> Quantization:
-        model = onnx.load(graph)
-        [bias] = [tensor for tensor in model.graph.initializer if tensor.name.endswith("head.fc.bias")]
-        worst = load_bundle(bundle).metadata["validation"]["by_class"]
-        place = min(range(3), key=lambda number: list(worst.values())[number]["recall"] or 0)
-        bias.CopyFrom(onnx.numpy_helper.from_array(1e4 * np.eye(3, dtype=np.float32)[place], bias.name))
-        onnx.save(model, target)
-        return Quantization(len(images), 0.0, {}, [], 0.0)
+def test_the_threshold_is_that_of_the_int8_graph(in_root):
+    words = ["--quantize", "int8", "--max_drop", "100", "--precision", "0.1"]
+    assert main(["export", str(CHECKPOINT), "--output", "int8_sure", *words]) == 0
+    bundle = load_bundle("int8_sure")
+    held_out = json.loads(Path("runs/folder/gn_ws-bs4-seed0/split.json").read_text())["val"]
+    predictions = bundle.predict([Path("images") / path for path in held_out])
+    known = [
+        prediction.label == path.split("/")[0]
+        for prediction, path in zip(predictions, held_out, strict=True)
+        if prediction.known
+    ]
+    threshold = bundle.metadata["confidence"]["threshold"]
+    assert threshold["answered"] == pytest.approx(len(known) / len(held_out))
+    assert threshold["reached"] == pytest.approx(np.mean(known))
+    assert np.mean(known) >= 0.1
 
-    before = load_bundle(bundle).metadata["parity"]["metric_bundle"]
-    monkeypatch.setattr(export, "quantize_graph", spoil)
-    words = ["export", str(CHECKPOINT), "--output", "spoilt", "--quantize", "int8", "--max_drop"]
-    dropped = 100 * (before - 1 / 3)
-    assert main([*words, f"{max(0.0, dropped - 20):g}"]) == (2 if dropped > 0 else 0)
-    if dropped > 0:
-        assert "points of accuracy on the validation images, more than --max_drop" in capsys.readouterr().err
-        assert not list(in_root.glob("*spoilt*"))
+
+def test_int8_that_costs_too_much_is_not_left(in_root, bundle, monkeypatch, capsys):
+    def compare(*arguments: object) -> list[ParityMeter]:
+        meters = compare_with_checkpoint(*arguments)
+        meters[-1].confusion[:] = np.roll(np.diag(meters[-1].confusion.sum(1)), 1, axis=1)  # every image is wrong
+        return meters
+
+    assert load_bundle(bundle).metadata["parity"]["metric_bundle"] > 0
+    monkeypatch.setattr(export, "compare_with_checkpoint", compare)
+    assert main(["export", str(CHECKPOINT), "--output", "spoilt", "--quantize", "int8"]) == 2
+    assert "points of accuracy on the validation images, more than --max_drop 1" in capsys.readouterr().err
+    assert not list(in_root.glob("*spoilt*"))
+
+
+def test_the_drop_may_be_what_was_allowed():
+    in_float, in_int8 = (Parity(100, 0.0, 1.0, 1e-4, 100, 100, "accuracy", 0.89, accuracy) for accuracy in (0.89, 0.88))
+    assert export._check_drop(in_float, in_int8, 1.0, print)["metric_int8"] == 0.88
+    with pytest.raises(ConfigError, match=r"costs 1\.00 points of accuracy .* more than --max_drop 0\.9"):
+        export._check_drop(in_float, in_int8, 0.9, print)
+    assert export._check_drop(in_int8, in_float, 0.0, print)["metric_int8"] == 0.89
+
+
+def test_no_path_of_the_machine_leaves(in_root):
+    content = torch.load(CHECKPOINT, weights_only=True)
+    arguments = content["gn_transfer"]["config"]["data"]["init_args"]
+    arguments |= {"augmentation": "/home/me/secret/mine.yaml", "cache_dir": "/home/me/cache"}
+    said = json.dumps(provenance(content, CHECKPOINT))
+    assert "/home/me" not in said
+    assert "mine.yaml" in said
 
 
 def test_exporting_again_replaces_the_bundle_alone(in_root, bundle, capsys):
@@ -309,7 +336,7 @@ def test_checkpoints_that_do_not_fit(in_root, capsys, changes, message):
 def test_images_that_were_moved(folder_root, tmp_path):
     config = {"seed_everything": 0, "data": {"class_path": "gn_transfer.data.Folder", "init_args": {}}}
     config["data"]["init_args"] = {"root": str(tmp_path / "gone"), "img_size": 32, "val_fraction": 0.25}
-    with pytest.raises(ConfigError, match=r"validation images cannot be used.*give --data.root PATH, where they lie"):
+    with pytest.raises(ConfigError, match=r"the run's images cannot be used.*Give --data.root PATH, where they lie"):
         run_data(config, ["apple", "pear"], None)
     assert len(run_data(config, ["apple", "pear"], str(folder_root)).val_dataset) == 3
     with pytest.raises(ConfigError, match=r"knows 2 classes \(apple, plum\), the data"):
@@ -319,7 +346,7 @@ def test_images_that_were_moved(folder_root, tmp_path):
 @pytest.mark.parametrize("class_path", ["os.system", "mine.Folder", "gn_transfer.data.decode_image", "Nothing"])
 def test_data_modules_that_are_not_ours(class_path):
     config = {"seed_everything": 0, "data": {"class_path": class_path, "init_args": {}}}
-    with pytest.raises(ConfigError, match="export runs only data modules of gn_transfer"):
+    with pytest.raises(ConfigError, match="only data modules of gn_transfer are run"):
         run_data(config, ["a"], None)
 
 
@@ -331,6 +358,7 @@ def test_data_modules_that_are_not_ours(class_path):
         ["ckpt", "--output", "x", "--format", "h5"],
         ["ckpt", "--output", "x", "--quantize", "int4"],
         ["ckpt", "--output", "x", "--max_drop", "-1"],
+        ["ckpt", "--output", "x", "--max_drop", "2"],
     ],
 )
 def test_bad_options(tmp_path, monkeypatch, capsys, options):

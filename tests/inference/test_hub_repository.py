@@ -18,7 +18,7 @@ from gn_transfer import load_bundle
 from gn_transfer.__main__ import main
 from gn_transfer.backbones.create import rebuild
 from gn_transfer.config import ConfigError
-from gn_transfer.inference.hub_repository import _find_arguments, check_hub, push_bundle
+from gn_transfer.inference.hub_repository import check_hub, find_arguments, push_bundle
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from hub_server import serve
@@ -73,6 +73,10 @@ def test_timm_loads_what_was_pushed(exported_run, server, tmp_path, monkeypatch,
     for name in names:
         (copy / name).write_bytes(server.files[f"user/pets/{name}"])
     assert load_bundle(copy).classes == bundle.classes  # it is a bundle, too
+    assert main(["demo", str(copy), "--space", str(tmp_path / "space")]) == 0
+    assert load_bundle(tmp_path / "space" / "bundle").classes == bundle.classes
+    push_bundle(exported_run / "pushed", "user/pets")  # again, over itself
+    assert {name.removeprefix("user/pets/") for name in server.files} == names
     card = (copy / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: timm\n")
     assert "validation accuracy of this bundle" in card
@@ -93,15 +97,17 @@ def test_timm_loads_what_was_pushed(exported_run, server, tmp_path, monkeypatch,
 def test_arguments_are_found_by_building(name, norm, groups, expected, folded):
     head = {"resnet18": "fc", "tf_efficientnet_lite0": "classifier"}.get(name, "head.fc")
     torch.manual_seed(0)
-    net = rebuild(name, norm=norm, num_classes=3, head=head, num_groups=groups, group_size=None).eval()
-    for parameter in net.parameters():
+    model = rebuild(name, norm=norm, num_classes=3, head=head, num_groups=groups, group_size=None).eval()
+    for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     metadata = {"classes": ["a", "b", "c"], "img_size": 64, "backbone": name, "norm": norm}
+    metadata["architecture"] = {"architecture": name}
     if expected is None:
         with pytest.raises(ConfigError, match=f"timm cannot build {name} with norm gn from words in a file"):
-            _find_arguments(name, {}, net, metadata)
+            find_arguments(model, metadata)
         return
-    arguments, weights, built = _find_arguments(name, {}, net, metadata)
+    found, arguments, weights, built = find_arguments(model, metadata)
+    assert found == name
     assert (arguments, weights is not None) == (expected, folded)
     assert built.num_classes == 3
 
@@ -122,12 +128,28 @@ def test_names_of_no_repository(server, repository, message):
 
 def test_tokens(server, monkeypatch):
     check_hub("user/pets")
+    check_hub("lab/pets")
+    with pytest.raises(ConfigError, match="your token is one of user, lab; give such a USER"):
+        check_hub("other/pets")
+    server.role = "read"
+    with pytest.raises(ConfigError, match="your token may only read"):
+        check_hub("user/pets")
     monkeypatch.setenv("HF_TOKEN", "hf_other")
     with pytest.raises(ConfigError, match=r"refuses the token. Log in with hf auth login as a user who may write"):
         check_hub("user/pets")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ConfigError, match="there is no token; log in with hf auth login, or set HF_TOKEN"):
         check_hub("user/pets")
+
+
+def test_a_repository_of_something_else_is_not_overwritten(server):
+    server.files["user/pets/README.md"] = b"to be"
+    check_hub("user/pets")
+    server.files["user/pets/model.safetensors"] = b"mine"
+    with pytest.raises(ConfigError, match=r"holds something that is no bundle .*name a new repository"):
+        check_hub("user/pets")
+    server.files["user/pets/bundle.json"] = b"{}"
+    check_hub("user/pets")
 
 
 def test_a_hub_that_fails_leaves_the_bundle(bundle, server, monkeypatch):

@@ -47,3 +47,10 @@ def test_a_label_that_was_corrected_is_not_doubted_any_more():
     assert likely_wrong_labels([doubt], LABELS)
     assert not likely_wrong_labels([doubt], {**LABELS, "c.jpg": "dog"})
     assert not likely_wrong_labels([doubt], {"a.jpg": "cat"})
+
+
+def test_runs_of_before_a_correction_have_no_vote():
+    before = evaluation(CAT, DOG, ("c.jpg", "dog", "dog", 0.9, 0.9))
+    after = evaluation(CAT, DOG, ("c.jpg", "cat", "dog", 0.1, 0.9))
+    [found] = likely_wrong_labels([before, before, after], LABELS)
+    assert (found.runs, found.agreeing) == (1, 1)
