@@ -50,7 +50,7 @@ def failure(capsys, *arguments: str) -> str:
 
 
 def test_the_public_surface():
-    commands = "fit validate test sweep data export predict report compare doctor reestimate backbones"
+    commands = "fit validate test sweep data export predict demo report compare doctor reestimate backbones"
     assert list(COMMANDS) == commands.split()
 
 

@@ -237,4 +237,4 @@ def test_pixels_equal_those_of_training_on_real_images(bundle_dir, real_data):
     assert len(paths) > 20
     for index, path in enumerate(paths):
         theirs, _ = dataset[index]
-        assert np.array_equal(bundle.square(path), theirs.permute(1, 2, 0).numpy())
+        assert np.array_equal(bundle.graph_input(path), theirs.permute(1, 2, 0).numpy())
