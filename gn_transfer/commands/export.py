@@ -92,8 +92,8 @@ def create_parser() -> Parser:
     parser.add_argument(
         "--quantize",
         choices=["int8"],
-        help="compute with 8-bit integers: a quarter of the size, and faster without a GPU; the ranges come from "
-        "training images of the run",
+        help="compute with 8-bit integers: a smaller graph, for most models a faster one on a CPU; the ranges come "
+        "from training images of the run",
     )
     parser.add_argument(
         "--max_drop",

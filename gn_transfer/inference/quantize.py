@@ -70,9 +70,8 @@ def quantize_graph(graph: Path, target: Path, images: Sequence[Pixels]) -> Quant
 
     Weights are int8 with a scale per output channel, activations uint8 with the range that they have on the images.
     Weights use seven of the eight bits: processors without VNNI add two products in 16 bits, which eight bits
-    overflow; so the graph computes the same on every processor. Group norms stay in float, and with them all but the
-    convolutions and linear layers of such a graph. The first and the last layer stay in float where that lowers the
-    error of the logits on the images by a tenth or more.
+    overflow. Group norms stay in float, and with them all but the convolutions and linear layers of such a graph. The
+    first and the last layer stay in float where that lowers the error of the logits on the images by a tenth or more.
 
     Args:
         graph: The ONNX file in float.
@@ -85,15 +84,17 @@ def quantize_graph(graph: Path, target: Path, images: Sequence[Pixels]) -> Quant
     with TemporaryDirectory() as scratch, quiet():
         prepared = Path(scratch) / "prepared.onnx"
         quant_pre_process(str(graph), str(prepared), skip_symbolic_shape=True)
-        nodes = [node for node in onnx.load(prepared).graph.node if node.op_type in _LAYERS]
+        nodes = onnx.load(prepared).graph.node
+        layers = [node.name for node in nodes if node.op_type in _LAYERS]
+        kinds = list(_LAYERS) if any(node.op_type == "LayerNormalization" for node in nodes) else None
         some = images[:: max(1, len(images) // _IMAGES_OF_AN_ATTEMPT)]
         expected = _logits(graph, some)
 
         def attempt(in_float: list[str], ranges: Sequence[Pixels]) -> float:
-            _quantize(prepared, target, ranges, in_float)
+            _quantize(prepared, target, ranges, kinds, in_float)
             return _relative_error(_logits(target, some), expected)
 
-        ends = {"first": nodes[0].name, "last": nodes[-1].name}
+        ends = {"first": layers[0], "last": layers[-1]}
         error = attempt([], some)
         alone = {place: attempt([name], some) for place, name in ends.items()}
         kept = [place for place in ends if alone[place] < _WORTH_KEEPING * error]
@@ -101,9 +102,10 @@ def quantize_graph(graph: Path, target: Path, images: Sequence[Pixels]) -> Quant
     return Quantization(len(images), error, alone, kept, final)
 
 
-def _quantize(graph: Path, target: Path, images: Sequence[Pixels], in_float: list[str]) -> None:
-    model = onnx.load(graph, load_external_data=False)
-    has_group_norms = any(node.op_type == "LayerNormalization" for node in model.graph.node)
+def _quantize(
+    graph: Path, target: Path, images: Sequence[Pixels], kinds: list[str] | None, in_float: list[str]
+) -> None:
+    """Quantize the operators of some kinds, None: all that can be; but not those named."""
     quantize_static(
         graph,
         target,
@@ -113,7 +115,7 @@ def _quantize(graph: Path, target: Path, images: Sequence[Pixels], in_float: lis
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         reduce_range=True,
-        op_types_to_quantize=list(_LAYERS) if has_group_norms else None,
+        op_types_to_quantize=kinds,
         nodes_to_exclude=in_float,
     )
 
