@@ -12,7 +12,8 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -113,6 +114,7 @@ class TrainingCLI(LightningCLI):
             parser.add_lightning_class_args(callback, group)
         parser.add_lightning_class_args(Trainer, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
+        _read_whole_numbers_first(parser)
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.add_argument(
             "--samples",
@@ -328,6 +330,18 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _read_whole_numbers_first(parser: LightningArgumentParser) -> None:
+    """Keep ``limit_train_batches=1`` one batch; as a float, 1.0, it would be the whole epoch.
+
+    The parser takes the first type of a union that fits. Lightning writes ``Union[int, float, None]``, but Python keeps
+    one object for all unions of the same types, in the order of whoever wrote one first, such as scikit-learn.
+    """
+    for action in parser._actions:
+        kinds = set(get_args(getattr(action, "_typehint", None)))
+        if kinds - {NoneType} == {int, float}:
+            vars(action)["_typehint"] = int | float | None if NoneType in kinds else int | float
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

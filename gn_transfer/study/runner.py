@@ -57,6 +57,7 @@ class StudyRunner:
         study = self.context.study
         planned = plan_trials(study, self.store.outcomes())
         self.store.enter(planned.trials, retry_failed=retry_failed)
+        self.reported = {name for name, outcome in self.store.outcomes().items() if outcome.ended}
         with _progress(self.console) as progress, share_threads(core_count() // self.count) as threads:
             task = progress.add_task("trials", total=len(planned.trials), left="")
             progress.console.print(f"plan       {describe_plan(planned, self.count, threads)}", soft_wrap=True)
@@ -121,20 +122,19 @@ class StudyRunner:
         ended = [trial for trial in planned.trials if outcomes[trial.name].ended]
         left = time_left(planned, outcomes, self.count)
         total = len(planned.trials) + planned.to_come
-        first = not self.reported
-        for trial in ended:
-            if trial.name not in self.reported and not (first and len(ended) > 1):
-                outcome = outcomes[trial.name]
-                split = "test" if trial.stage == "test" else "val"
-                result = (
-                    f"{split}/{self.context.study.metric} {outcome.value:.3f}"
-                    if outcome.state == "complete"
-                    else "failed: " + outcome.reason
-                )
-                progress.console.print(
-                    f"{len(ended)}/{total}  {trial.name}  {result}  {duration(outcome.seconds)}", markup=False
-                )
-                self._spoken = time.monotonic()
+        fresh = [trial for trial in ended if trial.name not in self.reported]
+        for number, trial in enumerate(fresh, len(ended) - len(fresh) + 1):
+            outcome = outcomes[trial.name]
+            split = "test" if trial.stage == "test" else "val"
+            result = (
+                f"{split}/{self.context.study.metric} {outcome.value:.3f}"
+                if outcome.state == "complete"
+                else "failed: " + outcome.reason
+            )
+            progress.console.print(
+                f"{number}/{total}  {trial.name}  {result}  {duration(outcome.seconds)}", markup=False
+            )
+            self._spoken = time.monotonic()
             self.reported.add(trial.name)
         for choice in map(str, planned.choices):
             if choice not in self.reported:

@@ -62,6 +62,21 @@ def test_help_imports_no_torch_and_is_quick():
     assert "pets_gnws.yaml" in done.stdout
 
 
+@pytest.mark.parametrize("spelling", ["int, float", "float, int"])
+def test_one_batch_is_a_number_of_batches_whoever_wrote_the_same_union_before(spelling):
+    """Python keeps the order of the first union; with 1.0 as the value, an epoch would take all batches."""
+    code = f"""
+from typing import Optional, Union
+Optional[Union[{spelling}]], Union[{spelling}]
+from gn_transfer.commands.training_cli import parsed
+words = "--data Sample --trainer.limit_train_batches 1 --trainer.overfit_batches 2 --trainer.limit_val_batches 0.5"
+with parsed("fit", words.split(), builds=False) as cli:
+    print([cli.section.trainer[key] for key in ("limit_train_batches", "overfit_batches", "limit_val_batches")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[1, 2, 0.5]"
+
+
 def test_an_installation_for_prediction_alone(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gn_transfer.inference.export", None)  # importing it fails as without torch
     monkeypatch.delitem(sys.modules, "gn_transfer.commands.export", raising=False)

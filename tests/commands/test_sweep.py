@@ -152,10 +152,17 @@ def test_failed_trials_are_run_again_wherever_in_the_study_they_stand(pets_root,
     path = study_file(pets_root, rest)
     path.write_text(path.read_text().replace("optimizer.lr: 0.01,", ""))
     assert main(["sweep", "--config", str(path)]) == 3
-    assert "failed     gn_ws-lr0.02-seed1: no room" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "failed     gn_ws-lr0.02-seed1: no room" in printed
+    # Many trials end between two looks at the study: each has its line.
+    lines = re.findall(r"^(\d+)/\d+  (\S+)", printed, re.MULTILINE)
+    assert [int(number) for number, _ in lines] == list(range(1, len(ran) + 1))
+    assert {name for _, name in lines} == set(ran)
     ran.clear()
     failing.clear()
     assert main(["sweep", "--config", str(path), "--retry_failed"]) == 0
+    again = re.findall(r"^\d+/\d+  (\S+)", capsys.readouterr().out, re.MULTILINE)
+    assert again == ran
     assert sorted(ran) == ["gn_ws-lr0.02-seed1", "test-gn_ws-lr0.02-seed0", "test-gn_ws-lr0.02-seed1"]
 
 
@@ -270,11 +277,15 @@ def test_memory_is_stable_from_trial_to_trial(pets_root):
 def test_asked_to_end_it_says_how_to_go_on(pets_root):
     path = study_file(pets_root, "seeds: 40\ngrid: {model.norm: [bn]}")
     words = [sys.executable, "-u", "-m", "gn_transfer", "sweep", "--config", str(path)]
-    command = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert command.stdout.readline().startswith("plan")
-    assert command.stdout.readline().startswith("1/40")
-    command.terminate()
-    said, _ = command.communicate(timeout=120)
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
+        try:
+            assert command.stdout.readline().startswith("plan")
+            assert command.stdout.readline().startswith("1/40")
+            command.terminate()
+            said, _ = command.communicate(timeout=120)
+        except BaseException:
+            command.kill()
+            raise
     assert command.returncode == 130
     assert "the same command continues the study" in said
 
