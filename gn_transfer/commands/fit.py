@@ -173,10 +173,12 @@ def summary(cli: TrainingCLI, trainer: Trainer, run: RunFolder) -> list[str]:
     """Say what the run reached, and which commands come next."""
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return ["done       training and validation ran for a batch or two (trainer.fast_dev_run); nothing was saved"]
-    score, best = find(trainer, BestCheckpoint).best_model_score, run.checkpoints / "best.ckpt"
+    score, kept = find(trainer, BestCheckpoint).best_model_score, run.checkpoints / "best.ckpt"
+    if not kept.is_file():  # nothing was validated
+        kept = run.checkpoints / LAST
     speed = find(trainer, Throughput).images_per_sec
     reached = [] if score is None else [f"reached    best {cli.task.monitor} {float(score):.4f}, {speed:.1f} images/s"]
-    checkpoint, logs = shlex.quote(str(best)), shlex.quote(str(run.root / "runs"))
+    checkpoint, logs = shlex.quote(str(kept)), shlex.quote(str(run.root / "runs"))
     commands = [
         f"gn-transfer export {checkpoint} --output bundle",
         f"gn-transfer report {shlex.quote(str(run.logs))}",
@@ -187,7 +189,7 @@ def summary(cli: TrainingCLI, trainer: Trainer, run: RunFolder) -> list[str]:
         commands.insert(0, f"gn-transfer test {checkpoint}")
     return [
         *reached,
-        f"best       {best}",
+        f"{kept.stem:<10} {kept}",
         f"metrics    {run.logs / 'metrics.json'}",
         *(f"{'' if number else 'next':<10} {command}" for number, command in enumerate(commands)),
         f"{'to compare':<10} {other}",

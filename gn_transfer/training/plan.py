@@ -136,6 +136,13 @@ def make_plan(
             f"freezing.epochs={frozen_epochs}, and the run has {epochs}: only the last layer learns. It bears a far "
             "higher learning rate than the whole model. To train the backbone after it, choose fewer epochs."
         )
+    if steps < steps_per_epoch:
+        samples = steps * micro_batches * data.batch_size * num_devices
+        warnings.append(
+            f"the run ends after {steps:,} of the {steps_per_epoch:,} optimizer steps of its first epoch: without "
+            "trainer.val_check_interval nothing is validated, and there is no best.ckpt. "
+            f"--samples {samples} in place of --trainer.max_steps {max_steps} trains as long and ends with a validation."
+        )
     return Plan(rows, warnings, seconds)
 
 

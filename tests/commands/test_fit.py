@@ -99,6 +99,16 @@ def test_an_epoch_without_validation_shows_no_older_one(pets_root, capsys):
     assert ["val/acc1" in line for line in lines] == [False, True, False]
 
 
+def test_a_run_that_ends_before_its_first_validation_names_the_checkpoint_that_there_is(pets_root, capsys):
+    assert main(["fit", *pets(pets_root), "--trainer.max_steps", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "warning: the run ends after 1 of the" in printed
+    named = set(re.findall(r"\S+\.ckpt", printed.partition("metrics ")[2]))
+    assert {Path(name).name for name in named} == {"last.ckpt"}
+    assert all(Path(name).is_file() for name in named)
+    assert not re.search(r"^best ", printed, re.MULTILINE)
+
+
 @pytest.mark.parametrize("norm", ["gn_ws", "bn"])
 def test_fit_validate_test(pets_root, capsys, norm):
     command = [*pets(pets_root), "--accumulation.effective_batch_size", "4", "--model.norm", norm]

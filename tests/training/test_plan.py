@@ -43,6 +43,8 @@ def test_accumulation_and_steps(data):
 def test_max_steps_and_limited_batches(data):
     assert dict(plan(data, max_steps=4).rows)["steps"].endswith("= 4")
     assert dict(plan(data, limit_batches=2).rows)["steps"] == "3 epochs x 1 optimizer steps = 3"
+    assert not any("validat" in warning for warning in plan(data, max_steps=3).warnings)
+    assert "--samples 8 in place of --trainer.max_steps 2" in plan(data, max_steps=2).warnings[-1]
 
 
 def test_bn_at_a_small_batch_is_warned_about_and_gn_is_not(data):
