@@ -141,7 +141,7 @@ def make_plan(
         warnings.append(
             f"the run ends after {steps:,} of the {steps_per_epoch:,} optimizer steps of its first epoch: without "
             "trainer.val_check_interval nothing is validated, and there is no best.ckpt. "
-            f"--samples {samples} in place of --trainer.max_steps {max_steps} trains as long and ends with a validation."
+            f"--samples {samples} in place of --trainer.max_steps {max_steps} trains as long, and then validates."
         )
     return Plan(rows, warnings, seconds)
 
