@@ -169,7 +169,7 @@ def _not_allowed(value: Any, place: tuple[str, ...]) -> Iterator[str]:
     """Describe what a file must not contain: class names, also inside texts, and references to further files."""
     key = ".".join(place)
     if isinstance(value, Mapping):
-        if "class_path" in value and value["class_path"] not in ALLOWED:
+        if "class_path" in value and str(value["class_path"]) not in ALLOWED:
             yield f"{key} names {value['class_path']}"
         for name, item in value.items():
             if name != "class_path":

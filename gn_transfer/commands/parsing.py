@@ -168,6 +168,8 @@ def _words(choices: str) -> list[str]:
 
 
 def _unknown_key(key: str, known: Sequence[str]) -> str:
+    if key in known:  # jsonargparse does not say which class lacks it
+        return f"{key} is a key of other data than those that are used; leave it out, or choose them with --data."
     near = [meant] if (meant := _meant(key)) else difflib.get_close_matches(key, known, n=1)
     if near:
         return f"{key} is not a key; did you mean {near[0]!r}? gn-transfer fit --help_all lists all."

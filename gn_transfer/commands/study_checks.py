@@ -162,7 +162,11 @@ def check_values(study: Study, trials: Sequence[Trial]) -> None:
         had = {
             str(found) for identity in finals for name, found in identity.items() if short_name(name) == short_name(key)
         }
-        if had and str(value) not in had:
+        if not had:
+            raise ConfigError(
+                f"{study.name}: baseline {key}={value}: the trials do not differ in {key}; name a key of grid or cases."
+            )
+        if str(value) not in had:
             raise ConfigError(
                 f"{study.name}: baseline {key}={value}: no trial has it; {did_you_mean(str(value), sorted(had))}."
             )

@@ -12,8 +12,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import NoneType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import yaml
@@ -28,7 +27,7 @@ from gn_transfer.commands.arguments import Arguments
 from gn_transfer.commands.class_paths import check_parsed_classes
 from gn_transfer.commands.parsing import explain, explain_fault
 from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA, known_keys
-from gn_transfer.commands.value_checks import check_parsed_values
+from gn_transfer.commands.value_checks import check_data_keys, check_parsed_values, read_whole_numbers_first
 from gn_transfer.config import ConfigError
 from gn_transfer.data import ImageDataModule, SegmentationDataModule
 from gn_transfer.data.workers import core_count
@@ -114,7 +113,7 @@ class TrainingCLI(LightningCLI):
             parser.add_lightning_class_args(callback, group)
         parser.add_lightning_class_args(Trainer, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
-        _read_whole_numbers_first(parser)
+        read_whole_numbers_first(parser)
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.add_argument(
             "--samples",
@@ -128,6 +127,7 @@ class TrainingCLI(LightningCLI):
         """Parse, and refuse what no key accepts."""
         super().parse_arguments(parser, args)
         values = self.config[str(self.config.subcommand)].as_dict()
+        check_data_keys(self.arguments.argv, str(values["data"]["class_path"]).rpartition(".")[2])
         if not self.arguments.allow_class_path:
             check_parsed_classes(values, " ".join(self.arguments.typed))
         check_parsed_values(values)
@@ -186,7 +186,7 @@ class TrainingCLI(LightningCLI):
         except ValueError:  # jsonargparse hides a mistake in a class's own keys below a text about types
             instantiate_class((), self.section.data.as_dict())
             for key in ("logger", "callbacks"):
-                for value in _as_list(self.section.trainer[key]):
+                for value in (v for v in _as_list(self.section.trainer[key]) if isinstance(v, Namespace)):
                     try:
                         instantiate_class((), value.as_dict())
                     except Exception as error:  # whatever a logger or a callback raises when it is made
@@ -330,18 +330,6 @@ def _as_list(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _read_whole_numbers_first(parser: LightningArgumentParser) -> None:
-    """Keep ``limit_train_batches=1`` one batch; as a float, 1.0, it would be the whole epoch.
-
-    The parser takes the first type of a union that fits. Lightning writes ``Union[int, float, None]``, but Python keeps
-    one object for all unions of the same types, in the order of whoever wrote one first, such as scikit-learn.
-    """
-    for action in parser._actions:
-        kinds = set(get_args(getattr(action, "_typehint", None)))
-        if kinds - {NoneType} == {int, float}:
-            vars(action)["_typehint"] = int | float | None if NoneType in kinds else int | float
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,14 +1,16 @@
-"""What no key accepts: null where a value is needed, numbers not finite or too large, texts with a zero byte."""
+"""What the parser would let pass: null where a value is needed, numbers not finite or too large, keys of other data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
 
 from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA, parameters_of
 from gn_transfer.config import ConfigError
@@ -45,7 +47,8 @@ def check_parsed_values(section: Mapping[str, Any]) -> None:
         _check_group(group, section[group], kind)
     trainer = section["trainer"]
     for name, least in _TRAINER_LEAST.items():
-        if trainer[name] is not None and trainer[name] < least:
+        # An interval can also be a time, as text; Lightning checks that.
+        if isinstance(trainer[name], int | float) and trainer[name] < least:
             allowed = "more than 0" if 0 < least < 1 else f"{least:g} or more"
             raise ConfigError(f"trainer.{name}={trainer[name]} is out of range; use {allowed}.")
     if trainer["max_steps"] == 0 or (trainer["max_steps"] == -1 and trainer["max_epochs"] in (-1, None)):
@@ -59,6 +62,41 @@ def check_parsed_values(section: Mapping[str, Any]) -> None:
         _check_group("data", data.get("init_args") or {}, kind)
     if section.get("samples") is not None:
         _check_value("samples", section["samples"])
+
+
+def check_data_keys(words: Sequence[str], data: str) -> None:
+    """Refuse options of data modules other than the one that is used; the parser drops such a key if its value is {}.
+
+    Args:
+        words: The command line.
+        data: Name of the class of the data module.
+
+    Raises:
+        ConfigError: An option ``--data.KEY`` that the class does not have.
+    """
+    keys = {kind.__name__: {name for _, name in parameters_of(kind)} for kind in DATA}
+    for word in words:
+        found = re.match(r"--data\.(?:init_args\.)?(\w+)", word)
+        if found and found[1] not in {"class_path", "init_args", "help", *keys.get(data, {found[1]})}:
+            others = [name for name, theirs in keys.items() if found[1] in theirs]
+            raise ConfigError(
+                f"data.{found[1]} is not a key of {data}" + (f", but of {', '.join(others)}." if others else ".")
+            )
+
+
+def read_whole_numbers_first(parser: LightningArgumentParser) -> None:
+    """Keep ``limit_train_batches=1`` one batch; as a float, 1.0, it would be the whole epoch.
+
+    The parser takes the first type of a union that fits. Lightning writes ``Union[int, float, None]``, but Python keeps
+    one object for all unions of the same types, in the order of whoever wrote one first, such as scikit-learn.
+
+    Args:
+        parser: Of one command, with all its keys.
+    """
+    for action in parser._actions:
+        kinds = set(get_args(getattr(action, "_typehint", None)))
+        if kinds - {NoneType} == {int, float}:
+            vars(action)["_typehint"] = int | float | None if NoneType in kinds else int | float
 
 
 def _check_group(group: str, values: Mapping[str, Any], kind: type) -> None:

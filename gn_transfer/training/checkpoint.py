@@ -83,6 +83,9 @@ def _check_description(content: Mapping[str, Any], where: str) -> None:
     classes = stored.get("classes")
     if isinstance(classes, list) and not (classes and all(isinstance(name, str) for name in classes)):
         wrong.append("classes")
+    split = stored.get("split", {})
+    if not isinstance(split, dict) or not all(isinstance(images, dict) for images in split.values()):
+        wrong.append("split")
     if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         wrong.append("state_dict")
     if wrong:

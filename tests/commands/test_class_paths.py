@@ -92,6 +92,7 @@ def test_a_checkpoint_runs_no_code(trained: Path, tmp_path: Path, monkeypatch, c
         (lambda stored: stored.update(classes=[]), "classes missing or of a wrong type"),
         (lambda stored: stored.update(architecture="resnet"), "architecture missing or of a wrong type"),
         (lambda stored: stored.update(version="two"), "which is no number"),
+        (lambda stored: stored.update(split={"train": {}, "val": [[1]]}), "split missing or of a wrong type"),
     ],
 )
 def test_a_crafted_checkpoint_is_refused(trained: Path, tmp_path: Path, monkeypatch, capsys, change, message) -> None:
@@ -169,6 +170,8 @@ def test_values_of_a_checkpoint_that_are_taken(tmp_path):
         {"trainer": {"logger": "evil"}},
         {"trainer": {"plugins": ["os.system"]}},
         {"data": {"class_path": "subprocess.Popen"}},
+        {"data": {"class_path": {"x": "Folder"}}},
+        {"data": {"class_path": [None]}},
         {"data": "subprocess.Popen"},
         {"data": "evil"},
         {"model": {"backbone": '{"class_path": "subprocess.Popen"}'}},
