@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gn_transfer.backbones.create import Backbone, create_backbone, default_channels, rebuild
 from gn_transfer.backbones.fitting import ProgressBar, no_progress
-from gn_transfer.backbones.transfer import FITTED, Conversion, TransferReport
+from gn_transfer.backbones.transfer import BN_FAMILY, FITTED, Conversion, TransferReport
 from gn_transfer.config import DecoderName, Norm
 from gn_transfer.layers import default_groups
 
@@ -70,6 +70,15 @@ class ModelConfig:
         if self.decoder_norm is not None:
             return self.decoder_norm
         return "gn" if self.norm == "bn_frozen" else self.norm
+
+    @property
+    def norm_over_batch(self) -> Norm | None:
+        """The norm, of backbone or decoder, whose training statistics are those of the micro-batch; None without one.
+
+        Accumulation does not help such a norm, and another micro-batch trains another model.
+        """
+        norms = [self.norm, *([self.resolved_decoder_norm] if self.decoder or self.decoder_norm else [])]
+        return next((norm for norm in norms if norm in BN_FAMILY and norm != "bn_frozen"), None)
 
     @property
     def output_stride(self) -> int:

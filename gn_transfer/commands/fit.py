@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 
 from gn_transfer.backbones import auto_table
 from gn_transfer.commands.training_cli import TrainingCLI, parsed
 from gn_transfer.config import ConfigError
 from gn_transfer.data.describe import test_images
-from gn_transfer.training.checkpoint_callbacks import BestCheckpoint
+from gn_transfer.training.batch_size import BatchSizeChoice, choose_batch_size
+from gn_transfer.training.checkpoint_callbacks import BestCheckpoint, LastCheckpoint
 from gn_transfer.training.plan import Plan, epochs_of, make_plan
 from gn_transfer.training.progress import Throughput
 from gn_transfer.training.run_folder import LAST, PREVIOUS, RunFolder, claim_run, run_of_checkpoint
@@ -64,10 +66,11 @@ def fit(
         log.print(f"note       {note}")
     trainer = cli.build_trainer(figures=figures)
     prepare(cli.task, cli.datamodule, stored=stored)
+    sizes = measure_batch_sizes(cli, trainer)
     if cli.section.samples is not None:
         limit_samples(cli, trainer)
     check_validation(cli, trainer)
-    plan = plan_of(cli, trainer)
+    plan = plan_of(cli, trainer, sizes)
     if trainer.is_global_zero:
         log.print(plan.table())
         for warning in plan.warnings:
@@ -85,18 +88,7 @@ def fit(
         if cli.augmentation_changes:
             log.print(f"augmentation changes from here on: {', '.join(cli.augmentation_changes)}")
     try:
-        train(
-            cli.task,
-            cli.datamodule,
-            trainer,
-            run,
-            config=cli.plain_config(),
-            log=log,
-            loggers=cli.loggers,
-            facts=facts,
-            plan=plan,
-            ckpt_path=cli.section.ckpt_path,
-        )
+        trainer = train_in_memory(cli, trainer, run, plan, facts=facts, figures=figures)
         if trainer.is_global_zero:
             for line in summary(cli, trainer, run):
                 log.print(line)
@@ -112,8 +104,99 @@ def fit(
     return plan
 
 
-def plan_of(cli: TrainingCLI, trainer: Trainer) -> Plan:
-    """Plan what was parsed; the task is prepared."""
+def train_in_memory(
+    cli: TrainingCLI, trainer: Trainer, run: RunFolder, plan: Plan, *, facts: Mapping[str, Any] | None, figures: bool
+) -> Trainer:
+    """Train; where a step finds no memory, go on from the optimizer step before it with fewer images at a time.
+
+    Returns:
+        The Trainer that finished.
+    """
+    ckpt_path: str | Path | None = cli.section.ckpt_path
+    while True:
+        size = cli.datamodule.batch_size
+        used = {"micro_batch_size": size} if size != cli.section.data.init_args.batch_size else {}
+        try:
+            train(
+                cli.task,
+                cli.datamodule,
+                trainer,
+                run,
+                config=cli.plain_config(),
+                log=cli.log,
+                loggers=cli.loggers,
+                facts={**used, **(facts or {})},
+                plan=plan,
+                ckpt_path=ckpt_path,
+            )
+            return trainer
+        except (RuntimeError, MemoryError) as error:
+            smaller = smaller_batch_size(cli, trainer, error)
+            if smaller is None:
+                raise
+        # Out of the handler, nothing holds on to what the failed step had in memory.
+        ckpt_path = find(trainer, LastCheckpoint).saved or ckpt_path
+        cli.log.print(f"note       out of memory: on from the last optimizer step, with data.batch_size={smaller}")
+        cli.datamodule.use_batch_size(smaller)
+        trainer = cli.build_trainer(figures=figures)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def measure_batch_sizes(cli: TrainingCLI, trainer: Trainer) -> BatchSizeChoice | None:
+    """Choose ``data.batch_size=auto``; None where it is given.
+
+    A run that goes on keeps its number, unless a memory limit is given.
+
+    Raises:
+        ConfigError: The norm looks at the batch, so that the choice is the user's.
+    """
+    data, stored, limit = cli.datamodule, cli.arguments.stored, cli.section.memory_limit
+    if not data.batch_size_is_auto:
+        return None
+    if stored is not None and limit is None and isinstance(stored.get("batch_size"), int):
+        data.use_batch_size(stored["batch_size"])
+        return None
+    sizes = choose_batch_size(
+        cli.task,
+        data,
+        accumulation=cli.callback("accumulation"),
+        precision=str(trainer.precision),
+        device=trainer.strategy.root_device,
+        num_devices=trainer.world_size,
+        memory_limit_gib=limit,
+    )
+    if sizes.over_batch is not None:
+        cli.log.print(Plan(sizes.rows()).table())
+        raise ConfigError(
+            f"data.batch_size=auto: norm {sizes.over_batch} takes its statistics from the batch, so each of these "
+            "numbers trains another model; give the one that you want, such as --data.batch_size "
+            f"{sizes.candidates[-1].batch_size}, or choose gn_ws, gn or bn_frozen."
+        )
+    data.use_batch_size(sizes.chosen.batch_size)
+    return sizes
+
+
+def smaller_batch_size(cli: TrainingCLI, trainer: Trainer, error: BaseException) -> int | None:
+    """Give the number of images with which a training that ran out of memory goes on; None where it cannot.
+
+    Raises:
+        ConfigError: The norm looks at the batch.
+    """
+    size, effective = cli.datamodule.batch_size, cli.callback("accumulation").effective_batch_size
+    if not find(trainer, LastCheckpoint).out_of_memory or size == 1 or effective is None:
+        return None
+    if norm := cli.task.model_config.norm_over_batch:
+        raise ConfigError(
+            f"out of memory with data.batch_size={size}. Norm {norm} takes its statistics from these images, so with "
+            "fewer it would go on as another model: begin anew with a lower data.batch_size or data.img_size, with "
+            "model.gradient_checkpointing=true, or with gn_ws, gn or bn_frozen, under which the training would go on."
+        ) from error
+    return next(part for part in range(size // 2, 0, -1) if effective % part == 0)
+
+
+def plan_of(cli: TrainingCLI, trainer: Trainer, sizes: BatchSizeChoice | None = None) -> Plan:
+    """Plan what was parsed; the task is prepared, and ``sizes`` is what was measured for ``data.batch_size=auto``."""
     return make_plan(
         cli.task,
         cli.datamodule,
@@ -126,6 +209,7 @@ def plan_of(cli: TrainingCLI, trainer: Trainer) -> Plan:
         max_epochs=-1 if trainer.max_epochs is None else trainer.max_epochs,
         max_steps=trainer.max_steps,
         limit_batches=trainer.limit_train_batches,
+        batch_sizes=sizes,
     )
 
 
@@ -163,7 +247,8 @@ def choose_run(cli: TrainingCLI, trainer: Trainer) -> RunFolder:
     if not trainer.is_global_zero:  # started by torchrun or SLURM: the first process writes, in a folder that it claims
         return RunFolder(f"{cli.arguments.config_name}/process{trainer.global_rank}", root)
     seed = cli.section.seed_everything
-    run = claim_run(root, cli.arguments.config_name, cli.task.norm, cli.datamodule.batch_size, seed)
+    size = cli.section.data.init_args.batch_size
+    run = claim_run(root, cli.arguments.config_name, cli.task.norm, size, seed)
     if trainer.world_size > 1:
         os.environ[_RUN_OF_THIS_TRAINING] = run.name
     return run

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gn_transfer.config import ConfigError, did_you_mean
+from gn_transfer.config import ConfigError, did_you_mean, is_out_of_memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,11 +71,11 @@ def explain_fault(error: RuntimeError | MemoryError) -> str | None:
         error: What ended a training or an evaluation.
     """
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory|bad_alloc", text, re.I):
+    if is_out_of_memory(error):
         return (
-            f"out of memory ({text[:200] or 'MemoryError'}). Lower data.batch_size with the same "
-            "accumulation.effective_batch_size, lower data.img_size, or set model.gradient_checkpointing=true; a "
-            "training goes on with --ckpt_path last."
+            f"out of memory ({text[:200] or 'MemoryError'}). Under a norm that does not look at the batch, a training "
+            "goes on with --ckpt_path last and a lower data.batch_size, with the same result. Otherwise begin anew "
+            "with a lower data.batch_size or data.img_size, or with model.gradient_checkpointing=true."
         )
     if "can't start new thread" in text:
         return "no thread can be started: lower data.num_workers, or raise the limits of this account (ulimit -u, -v)."

@@ -23,6 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instant
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from gn_transfer.backbones.model_config import ModelConfig
 from gn_transfer.commands.arguments import Arguments
 from gn_transfer.commands.class_paths import check_parsed_classes
 from gn_transfer.commands.parsing import explain, explain_fault
@@ -55,7 +56,7 @@ _FREE_ON_RESUME = {
     "model.pretrained",
 }
 _AUGMENTATION = ("recipe", "min_crop_scale", "augmentation")
-_OF_THIS_CALL = ("ckpt_path", "dry_run", "config")
+_OF_THIS_CALL = ("ckpt_path", "dry_run", "config", "memory_limit")
 
 
 class TrainingCLI(LightningCLI):
@@ -121,6 +122,12 @@ class TrainingCLI(LightningCLI):
             default=None,
             help="Images to train on, with repetitions, in whole epochs; in place of trainer.max_epochs.",
         )
+        parser.add_argument(
+            "--memory_limit",
+            type=float | None,
+            default=None,
+            help="GiB that the training may take, for data.batch_size=auto; null takes what is free.",
+        )
         parser.add_argument("--dry_run", action="store_true", help="Print the plan and stop.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -162,11 +169,12 @@ class TrainingCLI(LightningCLI):
         """Compare the configuration in force with the checkpoint's."""
         theirs, ours = _flatten(stored["config"]), _flatten(self.plain_config())
         keys = _FIXED_ON_RESUME if self.subcommand == "fit" else ("model.backbone", "model.norm", "model.num_groups")
-        different = [
-            key
-            for key in ours
-            if key.startswith(keys) and key not in _FREE_ON_RESUME and key in theirs and theirs[key] != ours[key]
-        ]
+        free = set(_FREE_ON_RESUME)
+        over_batch = ModelConfig(**self.section.model.as_dict()).norm_over_batch
+        if ours["accumulation.effective_batch_size"] and over_batch is None:
+            free.add("data.init_args.batch_size")  # the same optimizer steps
+        shared = [key for key in ours if key.startswith(keys) and key not in free and key in theirs]
+        different = [key for key in shared if theirs[key] != ours[key]]
         if different:
             listed = "; ".join(f"{key} is {theirs[key]} in the checkpoint and {ours[key]} here" for key in different)
             raise ConfigError(

@@ -71,7 +71,7 @@ def known_keys() -> list[str]:
         ("trainer", Trainer),
     ]
     keys = [f"{group}.{name}" for group, kind in groups for _, name in parameters_of(kind)]
-    return ["seed_everything", *dict.fromkeys(keys), "samples", "ckpt_path", "dry_run"]
+    return ["seed_everything", *dict.fromkeys(keys), "samples", "memory_limit", "ckpt_path", "dry_run"]
 
 
 def parameters_of(kind: type) -> Iterator[tuple[type, str]]:

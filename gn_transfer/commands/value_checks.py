@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA, parameters_of
-from gn_transfer.config import ConfigError
+from gn_transfer.config import ConfigError, check_range
 
 _LARGEST = 2**31 - 1
 _LARGEST_SEED = 2**32 - 1  # numpy's
@@ -60,8 +60,12 @@ def check_parsed_values(section: Mapping[str, Any]) -> None:
     name = str(data["class_path"]).rpartition(".")[2]
     for kind in (kind for kind in DATA if kind.__name__ == name):
         _check_group("data", data.get("init_args") or {}, kind)
-    if section.get("samples") is not None:
-        _check_value("samples", section["samples"])
+    for key in ("samples", "memory_limit"):
+        _check_value(key, section.get(key))
+    if (limit := section.get("memory_limit")) is not None:
+        check_range("memory_limit", limit, low=0.0, open_low=True)
+        if (data.get("init_args") or {}).get("batch_size") != "auto":
+            raise ConfigError(f"memory_limit={limit:g} is for data.batch_size=auto; set that too, or leave it out.")
 
 
 def check_data_keys(words: Sequence[str], data: str) -> None:

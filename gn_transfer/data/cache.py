@@ -24,6 +24,7 @@ from gn_transfer.config import ConfigError
 from gn_transfer.data.cache_store import HEADER_BYTES, DiskStore, PixelStore, RamStore
 from gn_transfer.data.dataset import CachedFiles, ImageDataset
 from gn_transfer.data.decode import BadImageError, read_size
+from gn_transfer.data.free_memory import available_ram_bytes
 from gn_transfer.data.progress import progress_bar
 from gn_transfer.data.resolution import Resolution
 
@@ -209,25 +210,6 @@ def free_disk_bytes(folder: Path) -> int:
     if anchor is None or not anchor.is_dir() or not os.access(anchor, os.W_OK):
         return 0
     return shutil.disk_usage(anchor).free
-
-
-def available_ram_bytes() -> int | None:
-    """Tell how much memory this process may still take, in a container too; None where the system does not say."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
-    except (OSError, StopIteration, ValueError):
-        return None
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            found.append(int(Path("/sys/fs/cgroup", limit).read_text()) - int(Path("/sys/fs/cgroup", used).read_text()))
-        except (OSError, ValueError):
-            continue  # no such control group, or no limit
-    return max(0, min(found))
 
 
 def mib(count: int) -> str:

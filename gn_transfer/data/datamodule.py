@@ -50,7 +50,9 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
     Args:
         root: Folder of the images.
         img_size: Side of the square that the model sees, in pixels.
-        batch_size: Images per forward pass and device. This is what BatchNorm sees.
+        batch_size: Images per forward pass and device. This is what BatchNorm sees. auto measures which number that
+            divides accumulation.effective_batch_size is fastest and fits into memory; a norm that takes statistics from
+            the batch does not allow it.
         num_workers: Threads that load images ahead. null takes as many as fit beside the compute threads, which on a
             CPU is usually 0.
         val_fraction: Fraction of the training images that is held out for validation, stratified by class, where the
@@ -74,6 +76,8 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         seed: Seed of the split, the order and the augmentation.
 
     Attributes:
+        batch_size: With ``auto`` it is 1 until :meth:`use_batch_size` says another number.
+        batch_size_is_auto: Whether the number is to be measured.
         channels: 3 for RGB. Set it to 1 before ``setup`` for a model that takes grey images.
         evaluate_in_training_batches: Set it before ``setup`` where metrics depend on the batch. Validation and test
             then come in batches of ``batch_size``, in an order shuffled by the seed.
@@ -96,7 +100,7 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         self,
         root: Path | str,
         img_size: int = 224,
-        batch_size: int = 1,
+        batch_size: int | Literal["auto"] = 1,
         num_workers: int | None = None,
         val_fraction: float = 0.2,
         group_duplicates: bool = False,
@@ -113,7 +117,7 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         super().__init__()
         for key, value, least in (
             ("img_size", img_size, 1),
-            ("batch_size", batch_size, 1),
+            ("batch_size", None if batch_size == "auto" else batch_size, 1),
             ("seed", seed, 0),
             ("shots_per_class", shots_per_class, 1),
             ("num_workers", num_workers, 0),
@@ -126,7 +130,8 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
             check_range("data.min_crop_scale", min_crop_scale, low=0.0, high=1.0, open_low=True, open_high=False)
         self.root = root
         self.img_size = img_size
-        self.batch_size = batch_size
+        self.batch_size_is_auto = batch_size == "auto"
+        self.batch_size = 1 if batch_size == "auto" else batch_size
         self.num_workers = num_workers
         self.val_fraction = val_fraction
         self.group_duplicates = group_duplicates
@@ -204,6 +209,16 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
             self.train_dataset = self._dataset(train, self._augmentation())
             self.train_sampler = self._sampler(self.train_dataset, self.batch_size, shuffle=True)
         self.decoded_cache.plan_for(list(self.datasets().values()))
+
+    def use_batch_size(self, batch_size: int) -> None:
+        """Take another number of images per forward pass, also after ``setup``.
+
+        Args:
+            batch_size: At least 1, at most the number of training images.
+        """
+        self.batch_size = batch_size
+        if hasattr(self, "train_sampler"):
+            self.train_sampler.batch_size = batch_size
 
     def train_dataloader(self) -> ImageLoader:
         """Batches of the training split in the order of :attr:`train_sampler`."""

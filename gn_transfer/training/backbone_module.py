@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from gn_transfer.backbones import (
-    BN_FAMILY,
     ModelConfig,
     TransferReport,
     build_backbone,
@@ -79,11 +78,6 @@ class BackboneModule(LightningModule, ABC):
         has_groups = self.model is not None and config.norm.startswith("gn") and config.group_size is None
         counts = group_counts(self.model) if has_groups else {}  # type: ignore[arg-type]
         return max(counts.values(), default=config.resolved_num_groups)
-
-    @property
-    def normalizes_over_batch(self) -> bool:
-        """Whether training statistics are those of the micro-batch, so that accumulation does not help them."""
-        return self.norm in BN_FAMILY - {"bn_frozen"}
 
     def configure_model(self) -> None:
         """Build the model if that has not been done, and give it the memory format of training.

@@ -17,7 +17,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from gn_transfer.config import ConfigError, check_range
+from gn_transfer.config import ConfigError, check_range, is_out_of_memory
 from gn_transfer.files import remove_leftovers
 from gn_transfer.training.checkpoint import read_checkpoint
 from gn_transfer.training.divergence import DivergenceCheck, is_finite
@@ -134,6 +134,8 @@ class LastCheckpoint(Checkpoint):
             ``fast_dev_run``, which learns nothing.
         say: Prints a line.
         training_began: Everything was restored from the checkpoint, if there was one.
+        saved: The newest checkpoint that this training wrote.
+        out_of_memory: A training step ran out of memory, and the optimizer steps before it are saved or were none.
     """
 
     def __init__(self, every_minutes: float = 5.0) -> None:
@@ -143,6 +145,8 @@ class LastCheckpoint(Checkpoint):
         self.stop_requested = False
         self.say: Callable[[str], None] = print
         self.training_began = False
+        self.saved: Path | None = None
+        self.out_of_memory = False
         self._saved_at = time.monotonic()
         self._previous_handlers: dict[int, Any] = {}
 
@@ -210,8 +214,16 @@ class LastCheckpoint(Checkpoint):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the handlers of the signals."""
+        """Restore the handlers of the signals, and save the optimizer steps before one that found no memory."""
         self._restore_handlers()
+        in_step = trainer.training and self.training_began and trainer.world_size == 1
+        if not (in_step and is_out_of_memory(exception)):
+            return
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad()
+        with suppress(RuntimeError, MemoryError):  # there may be no room for this either
+            whole_steps = _whole_steps(trainer) > 0
+            self.out_of_memory = not whole_steps or self._save(trainer, pl_module)
 
     def _restore_handlers(self) -> None:
         """Restore the handlers before Lightning restores its own, which know the trainer and would keep it alive."""
@@ -225,11 +237,15 @@ class LastCheckpoint(Checkpoint):
         # Of the trackers mypy knows only the base class; these two count `processed` and `started` as well.
         batches: Any = loop.epoch_loop.batch_progress.current
         epochs: Any = loop.epoch_progress.current
-        done, epoch = batches.processed, epochs.processed
+        done, epoch = _whole_steps(trainer), epochs.processed
+        if batches.ready != batches.processed:  # saved inside an accumulation step, which is forgotten
+            place_loops(checkpoint["loops"], done)
+            checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # added on a restart
         if done >= trainer.num_training_batches:  # `processed` counts the epoch only after its validation
             done, epoch = 0, epochs.started
         ours = checkpoint.setdefault("gn_transfer", {})
         ours["position"] = {"epoch": epoch, "batch": done}
+        ours["batch_size"] = _batch_size(trainer)
         ours["devices"] = trainer.world_size
         ours["images_per_step"] = trainer.world_size * trainer.accumulate_grad_batches * _batch_size(trainer)
         ours["torch_rng_state"] = torch.get_rng_state()
@@ -255,24 +271,53 @@ class LastCheckpoint(Checkpoint):
                 f"{trainer.world_size}; continue with --trainer.devices {devices}. With an "
                 "accumulation.effective_batch_size, a checkpoint of the end of an epoch fits any number of devices."
             )
+        size, stored_size = _batch_size(trainer), stored.get("batch_size", _batch_size(trainer))
+        if position["batch"] and size != stored_size:
+            position["batch"] = position["batch"] * stored_size // size  # whole steps, so nothing is left over
+            place_loops(checkpoint["loops"], position["batch"])
         trainer.datamodule.train_sampler.resume_at(**position)  # type: ignore[attr-defined]
         torch.set_rng_state(state)
 
-    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Save; False where that was not possible or not wanted."""
         self._saved_at = time.monotonic()
         if self.directory is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
+            return False
         if _any_process(trainer, not is_finite(pl_module)):  # the statistics of a batch norm differ between processes
-            return
+            return False
         path = self.directory / LAST
         trainer.save_checkpoint(path)
         for failed, reason in _problems(trainer).items():
             self.say(
                 f"warning: {failed} could not be written ({reason}); the training goes on, and what was there stays"
             )
-        if path not in _problems(trainer):
+        written = path not in _problems(trainer)
+        if written:
+            self.saved = path
             for check in (c for c in trainer.callbacks if isinstance(c, DivergenceCheck)):  # type: ignore[attr-defined]
                 check.last_good = str(path)
+        return written
+
+
+def place_loops(loops: dict[str, Any], batches: int) -> None:
+    """Have Lightning's loops stand where they stand after the last micro-batch of an optimizer step.
+
+    Args:
+        loops: Their state in a checkpoint, changed in place.
+        batches: Micro-batches of the epoch that are done, at least 1.
+    """
+    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
+    before = progress["total"]["processed"] - progress["current"]["processed"]  # of the epochs before
+    for part, number in (("current", batches), ("total", before + batches)):
+        progress[part].update(ready=number, started=number, processed=number, completed=number - 1)
+
+
+def _whole_steps(trainer: Trainer) -> int:
+    """Micro-batches of the running epoch that belong to optimizer steps that are done."""
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    done: int = batches.processed
+    last = done >= trainer.num_training_batches  # the last step of an epoch may have fewer
+    return done if last else done - done % trainer.accumulate_grad_batches
 
 
 def _is_position(value: Any) -> bool:

@@ -8,11 +8,12 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from gn_transfer.config import ConfigError
+from gn_transfer.config import ConfigError, is_out_of_memory
 from gn_transfer.data import ImageDataModule
 from gn_transfer.data.describe import describe_data
 from gn_transfer.training.accumulation import GradientAccumulation, micro_batches_per_step
 from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
+from gn_transfer.training.batch_size import BatchSizeChoice
 from gn_transfer.training.progress import duration
 from gn_transfer.training.schedules import bit_samples
 from gn_transfer.training.split_check import check_own_splits
@@ -57,6 +58,7 @@ def make_plan(
     max_epochs: int,
     max_steps: int,
     limit_batches: float,
+    batch_sizes: BatchSizeChoice | None = None,
 ) -> Plan:
     """Compute images, steps, precision, weights and the time that a run will take.
 
@@ -72,6 +74,7 @@ def make_plan(
         max_epochs: Epochs, -1 for no limit.
         max_steps: Optimizer steps, -1 for no limit.
         limit_batches: ``trainer.limit_train_batches``: a count (int) or a fraction (float) of the micro-batches.
+        batch_sizes: What was measured for ``data.batch_size=auto``.
 
     Returns:
         The plan.
@@ -89,10 +92,11 @@ def make_plan(
     steps = steps_per_epoch * epochs if max_steps < 0 else min(steps_per_epoch * epochs, max_steps)
     if epochs == 0:
         raise ConfigError("trainer.max_epochs=0: nothing would be trained; use 1 or more.")
+    cost = batch_sizes.chosen.cost if batch_sizes is not None else None
     try:
-        cost = measure_step(task, accumulation.cache_weights, data.batch_size, data.img_size, precision, device)
-    except RuntimeError as error:
-        if not any(words in str(error) for words in ("allocate", "out of memory")):
+        cost = cost or measure_step(task, accumulation.cache_weights, data.batch_size, data.img_size, precision, device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         raise ConfigError(
             f"data.batch_size={data.batch_size} images of data.img_size={data.img_size} do not fit into memory; choose "
@@ -113,6 +117,7 @@ def make_plan(
         ("weights", report.summary()),
         *([("", f"pretrained on {report.pretrained_on}")] if report.pretrained_on else []),
         *(("", note) for note in report.notes),
+        *(batch_sizes.rows() if batch_sizes is not None else []),
         ("batch", _batch_row(data.batch_size, num_devices, micro_batches, batches)),
         ("steps", f"{epochs} epochs x {steps_per_epoch:,} optimizer steps = {steps:,}"),
         (
@@ -243,10 +248,10 @@ def advice(task: TransferTask, batch_size: int, micro_batches: int) -> list[str]
         Sentences, none where nothing is to be said.
     """
     found = []
-    if task.normalizes_over_batch and batch_size < 8:
+    if (over_batch := task.model_config.norm_over_batch) and batch_size < 8:
         one = "a single image" if batch_size == 1 else f"{batch_size} images"
         found.append(
-            f"norm {task.norm} takes its statistics from {one} at a time and evaluates with their running average. "
+            f"norm {over_batch} takes its statistics from {one} at a time and evaluates with their running average. "
             + ("Accumulation does not help BN. " if micro_batches > 1 else "")
             + "Compare --model.norm gn_ws or bn_frozen."
         )

@@ -28,6 +28,16 @@ def peak_memory_mib(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Have :func:`peak_memory_mib` begin anew, where the system can do that: after measurements that were trials."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # Linux
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 class Throughput(Callback):
     """Measure images per second of the training alone, and log loss, learning rate, speed and memory by the way.
 
@@ -44,6 +54,7 @@ class Throughput(Callback):
         self.recent_images_per_sec = 0.0
         self._loss_sum: torch.Tensor | None = None
         self._loss_images = 0
+        self._step_losses: list[tuple[torch.Tensor, int]] = []  # of an accumulation step that has not ended
         self._mark = 0.0
         self._mark_images = 0
         self._warm = False
@@ -73,20 +84,24 @@ class Throughput(Callback):
         """Count, and log every ``trainer.log_every_n_steps`` optimizer steps."""
         if batch_idx == 0:
             self._epoch_loss_sum, self._epoch_images = 0.0, 0
-        images = len(batch[1]) * trainer.world_size
         loss = outputs["mean_loss"] * len(batch[1])
         # A resumed run adds up in other parts: in float64, that cannot be seen in the figures. MPS has none.
-        loss = loss if loss.device.type == "mps" else loss.double()
-        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
-        self._loss_images += len(batch[1])
-        self._mark_images += images
-        self.samples_seen += images
+        self._step_losses.append((loss if loss.device.type == "mps" else loss.double(), len(batch[1])))
         last = batch_idx + 1 >= trainer.num_training_batches
         if not last and (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        self._count_step(trainer.world_size)
         if not (last or not self._warm or trainer.global_step % self._every == 0):
             return
         self._flush(trainer, pl_module)
+
+    def _count_step(self, devices: int) -> None:
+        for loss, images in self._step_losses:
+            self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
+            self._loss_images += images
+            self._mark_images += images * devices
+            self.samples_seen += images * devices
+        self._step_losses = []
 
     def _flush(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._loss_sum is not None

@@ -40,7 +40,7 @@ class RunFolder:
         return self.root / "checkpoints" / self.name
 
 
-def claim_run(root: Path, config: str, norm: str, batch_size: int, seed: int) -> RunFolder:
+def claim_run(root: Path, config: str, norm: str, batch_size: int | str, seed: int) -> RunFolder:
     """Create the folder of a new run; safe when several runs start at once.
 
     Args:

@@ -34,8 +34,13 @@ class RunLog:
             self._buffer.flush()
 
     def attach(self, path: Path) -> None:
-        """Go on in a file, beginning with what has been said so far; an existing file is continued."""
-        said = self._buffer.getvalue() if isinstance(self._buffer, io.StringIO) else ""
+        """Go on in a file, beginning with what has been said so far; an existing file is continued.
+
+        A log that has a file keeps it: a training may begin again in the folder of its run.
+        """
+        if not isinstance(self._buffer, io.StringIO):
+            return
+        said = self._buffer.getvalue()
         self._buffer = path.open("a", encoding="utf-8")
         self._buffer.write(said)
         self._buffer.flush()

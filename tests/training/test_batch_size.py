@@ -1,0 +1,199 @@
+"""The micro-batch: chosen by measurement, halved where memory runs out, another one on a resumed run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gn_transfer.__main__ import main
+from gn_transfer.training import batch_size as module
+from gn_transfer.training.batch_size import BatchSizeChoice, Candidate
+from gn_transfer.training.classification import TransferClassifier
+from gn_transfer.training.step_cost import StepCost
+
+OPTIONS = {
+    "data.img_size": "64",
+    "model.backbone": "resnet18",
+    "accumulation.effective_batch_size": "4",
+    "mixed_precision.mode": "fp32",
+    "trainer.max_epochs": "2",
+    "regularization.mixup": "0.3",
+    "optimizer.momentum": "0.9",
+    "ema.decay": "0.5",
+}
+
+
+def words(root: Path, batch_size: object, norm: str = "gn", **options: str) -> list[str]:
+    given = {**OPTIONS, "data.batch_size": str(batch_size), "model.norm": norm, **options}
+    return ["fit", "--data", "Folder", "--data.root", str(root), *(w for k, v in given.items() for w in (f"--{k}", v))]
+
+
+def result(name: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """The last weights of a run and its record."""
+    state = torch.load(f"checkpoints/default/{name}/last.ckpt", weights_only=True)["current_model_state"]
+    return state, json.loads(Path(f"runs/default/{name}/metrics.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    """Costs by micro-batch in place of measured ones: seconds and peak; None is out of memory."""
+    table: dict[int, tuple[float, float] | None] = {}
+    measured: list[int] = []
+
+    def measure(task, cache_weights, size, img_size, precision, device):
+        measured.append(size)
+        if table[size] is None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        seconds, peak = table[size]
+        return StepCost(seconds, activations_mib=100.0 * size, state_mib=1.0, peak_mib=peak)
+
+    monkeypatch.setattr(module, "measure_step", measure)
+    return table, measured
+
+
+def choose(root, capsys, *more: str, norm: str = "gn", effective: str = "8", code: int = 0) -> str:
+    arguments = words(root, "auto", norm, **{"accumulation.effective_batch_size": effective})
+    assert main([*arguments, "--dry_run", *more]) == code
+    captured = capsys.readouterr()
+    return " ".join((captured.out + captured.err).split())
+
+
+def test_the_smallest_that_is_as_good_as_the_fastest_is_taken(folder_root, capsys, costs):
+    costs[0].update({1: (1.0, 500), 2: (1.0, 600), 4: (1.0, 800), 8: (1.95, 1200)})
+    printed = choose(folder_root, capsys)
+    assert "4 4.0 images/s, about 800 MiB; chosen 8 4.1 images/s" in printed
+    assert "batch 4 x 2 accumulated = effective batch 8" in printed
+
+
+def test_what_would_not_fit_is_not_tried(folder_root, capsys, costs):
+    costs[0].update({1: (1.0, 500), 2: (1.0, 600)})
+    printed = choose(folder_root, capsys, "--memory_limit", "0.75")  # 768 MiB; 4 would take 600 + 200
+    assert costs[1] == [1, 2]
+    assert "4 about 800 MiB, of 768 that may be taken" in printed
+    assert "batch 2 x 4 accumulated" in printed
+
+
+def test_a_device_without_room_for_it(folder_root, capsys, costs):
+    costs[0].update({1: (1.0, 500), 2: (1.0, 600), 4: None})
+    assert "batch 2 x 4 accumulated" in choose(folder_root, capsys)
+    assert costs[1] == [1, 2, 4]
+
+
+def test_larger_ones_are_not_measured_when_two_are_no_faster(folder_root, capsys, costs):
+    costs[0].update({1: (1.0, 500), 2: (2.0, 600), 4: (4.0, 800)})
+    assert "batch 1 x 8 accumulated" in choose(folder_root, capsys)
+    assert costs[1] == [1, 2, 4]
+
+
+def test_under_batch_norm_it_shows_the_choices_and_leaves_them_to_the_user(folder_root, capsys, costs):
+    costs[0].update({1: (1.0, 500), 2: (1.0, 600), 4: (1.0, 800)})
+    printed = choose(folder_root, capsys, norm="bn", effective="4", code=2)
+    assert "1 1.0 images/s, about 500 MiB; bn sees a single image" in printed
+    assert "4 4.0 images/s, about 800 MiB; bn sees 4 images" in printed
+    assert "each of these numbers trains another model" in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--accumulation.effective_batch_size", "null"], "divides accumulation.effective_batch_size"),
+        (["--memory_limit", "0.25"], "a single image at a time takes about 500 MiB, 256 may be taken"),
+        (["--memory_limit", "0"], "memory_limit=0.0 is out of range"),
+        (["--data.batch_size", "4", "--memory_limit", "2"], "is for data.batch_size=auto"),
+        (["--trainer.devices", "2"], "is measured on one device, and here are 2"),
+    ],
+)
+def test_what_cannot_be_chosen(folder_root, capsys, costs, more, message):
+    costs[0].update({1: (1.0, 500)})
+    assert message in choose(folder_root, capsys, *more, code=2)
+    assert not Path("runs").exists()
+
+
+def test_a_choice_where_nothing_fits_is_one_image():
+    cost = StepCost(1.0, 10.0, 1.0, 900.0)
+    choice = BatchSizeChoice([Candidate(1, cost, 900.0), Candidate(2, None, 910.0)], 800.0, None)
+    assert choice.chosen.batch_size == 1
+
+
+def test_a_real_choice_trains_like_one_image_at_a_time_and_is_kept_on_resume(folder_root, capsys):
+    assert main(words(folder_root, 1)) == 0
+    assert main(words(folder_root, "auto", **{"trainer.max_epochs": "1"})) == 0
+    stored = torch.load("checkpoints/default/gn-bsauto-seed0/last.ckpt", weights_only=True)["gn_transfer"]
+    assert json.loads(Path("runs/default/gn-bsauto-seed0/metrics.json").read_text())["micro_batch_size"] in (1, 2, 4)
+    assert stored["config"]["data"]["init_args"]["batch_size"] == "auto"
+    capsys.readouterr()
+    whole = words(folder_root, "auto", **{"trainer.max_epochs": "1", "optimizer.schedule": "constant"})
+    assert main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "1", "--dry_run"]) == 0
+    assert f"batch      {stored['batch_size']} " not in capsys.readouterr().out  # one line, no table
+    assert main([*whole[:1], "--ckpt_path", "checkpoints/default/gn-bsauto-seed0/last.ckpt", "--dry_run"]) == 0
+    assert "chosen" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("batch_size", "call"), [(4, 1), (4, 2), (4, 4), (2, 2), (2, 4), (2, 8)])
+def test_memory_that_runs_out_halves_the_micro_batch_and_changes_no_result(
+    folder_root, monkeypatch, capsys, batch_size, call
+):
+    """9 training images in steps of 4: calls 1, 2, 3 of an epoch with batches of 4; 1, ..., 5 with batches of 2."""
+    assert main(words(folder_root, batch_size // 2)) == 0
+    calls, step = 0, TransferClassifier.training_step
+
+    def training_step(self, batch, batch_idx):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(TransferClassifier, "training_step", training_step)
+    capsys.readouterr()
+    assert main(words(folder_root, batch_size)) == 0
+    assert f"out of memory: on from the last optimizer step, with data.batch_size={batch_size // 2}" in (
+        capsys.readouterr().out
+    )
+    (whole, one), (halved, two) = result(f"gn-bs{batch_size // 2}-seed0"), result(f"gn-bs{batch_size}-seed0")
+    for name, value in whole.items():
+        torch.testing.assert_close(halved[name], value, rtol=1e-4, atol=1e-5)
+    assert two["micro_batch_size"] == batch_size // 2
+    for name in ("status", "epochs", "optimizer_steps", "samples_seen"):
+        assert one[name] == two[name]
+    assert two["train/loss"] == pytest.approx(one["train/loss"], abs=1e-4)
+
+
+def test_under_batch_norm_memory_that_runs_out_ends_the_run_and_says_why(folder_root, monkeypatch, capsys):
+    def training_step(self, batch, batch_idx):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(TransferClassifier, "training_step", training_step)
+    assert main(words(folder_root, 4, "bn")) == 2
+    assert "Norm bn takes its statistics from these images" in capsys.readouterr().err
+
+
+def test_one_image_that_does_not_fit_ends_the_run(folder_root, monkeypatch, capsys):
+    def training_step(self, batch, batch_idx):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(TransferClassifier, "training_step", training_step)
+    assert main(words(folder_root, 2)) == 2
+    printed = capsys.readouterr()
+    assert "data.batch_size=1" in printed.out
+    assert "out of memory (CUDA out of memory" in printed.err
+
+
+@pytest.mark.parametrize(("norm", "code"), [("gn", 0), ("bn", 2)])
+def test_a_run_goes_on_with_another_micro_batch_only_where_that_is_the_same_training(folder_root, capsys, norm, code):
+    whole = words(folder_root, 4, norm)
+    assert main([*whole, "--trainer.limit_train_batches", "2"]) == 0
+    more = ["--ckpt_path", "last", "--data.batch_size", "2", "--trainer.max_epochs", "3"]
+    assert main(["fit", *more, "--trainer.limit_train_batches", "4"]) == code
+    if code:
+        assert "data.init_args.batch_size is 4 in the checkpoint and 2 here" in capsys.readouterr().err
