@@ -14,7 +14,7 @@ below overrule what is chosen for the folder, and what a configuration says.
   --model.backbone NAME                 a model of timm: resnetv2_50, resnet18, ... (gn-transfer backbones lists them)
   --model.pretrained WHICH              auto, a tag of timm, a file, or null to train from scratch
   --data.img_size PIXELS                side of the images
-  --data.batch_size N                   images in memory at a time
+  --data.batch_size N                   images in memory at a time; auto measures what is fastest
   --accumulation.effective_batch_size N images per optimizer step
   --optimizer.lr LR                     learning rate
   --trainer.max_epochs N                passes over the training images

@@ -338,7 +338,9 @@ def _series(group: Group) -> str:
 
 
 def _batch_size(group: Group) -> float:
-    return float(group.runs[0].settings["batch_size"] or 0)
+    run = group.runs[0]
+    size = run.settings["batch_size"]
+    return float(run.metrics["micro_batch_size"] if size == "auto" else size or 0)
 
 
 def _norm_color(group: Group) -> str:

@@ -216,8 +216,9 @@ class LastCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the handlers of the signals, and save the optimizer steps before one that found no memory."""
         self._restore_handlers()
-        in_step = trainer.training and self.training_began and trainer.world_size == 1
-        if not (in_step and is_out_of_memory(exception)):
+        if not is_out_of_memory(exception) or not self.training_began:
+            return
+        if not trainer.training or trainer.world_size > 1:  # fewer images at a time would not help, or not here
             return
         for optimizer in trainer.optimizers:
             optimizer.zero_grad()

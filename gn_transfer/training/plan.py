@@ -20,6 +20,8 @@ from gn_transfer.training.split_check import check_own_splits
 from gn_transfer.training.step_cost import measure_step
 from gn_transfer.training.task import TransferTask
 
+_HINT = "--data.batch_size auto measures whether more images at a time train faster, to the same result"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -104,6 +106,7 @@ def make_plan(
         ) from error
     seconds = cost.seconds * batches * epochs * steps / max(1, steps_per_epoch * epochs)
 
+    hint = micro_batches > 1 and num_devices == 1 and task.model_config.norm_over_batch is None
     config, optimizer, report = task.model_config, task.optimizer_config, task.report
     size = f"{config.group_size} channels a group" if config.group_size else f"{task.num_groups} groups"
     groups = f", {size}" if config.norm.startswith("gn") else ""
@@ -119,6 +122,7 @@ def make_plan(
         *(("", note) for note in report.notes),
         *(batch_sizes.rows() if batch_sizes is not None else []),
         ("batch", _batch_row(data.batch_size, num_devices, micro_batches, batches)),
+        *([("", _HINT)] if batch_sizes is None and hint else []),
         ("steps", f"{epochs} epochs x {steps_per_epoch:,} optimizer steps = {steps:,}"),
         (
             "optimizer",

@@ -39,6 +39,16 @@ def failure(capsys, *arguments: str) -> str:
     return line
 
 
+def test_runs_that_chose_their_micro_batch_stand_where_they_trained(tmp_path):
+    for seed in range(3):
+        fabricate(tmp_path / "runs", "gn_ws", "auto", seed, 0.7, micro_batch_size=8, images_per_sec=30.0)
+        fabricate(tmp_path / "runs", "gn_ws", 1, seed, 0.7)
+    report = compare([tmp_path / "runs"])
+    assert {group.runs[0].settings["batch_size"]: group.n for group in report.groups} == {"auto": 3, 1: 3}
+    write_report(report, tmp_path / "report")
+    assert "batch auto" in (tmp_path / "report" / "index.html").read_text()
+
+
 def test_two_norms_by_hand(tmp_path):
     report = compare([two_norms(tmp_path)])
     bn, gn_ws = report.groups
