@@ -32,9 +32,9 @@ def available_ram_bytes() -> int | None:
 
 
 def resident_bytes() -> int | None:
-    """Tell how much memory this process takes now; None where the system does not say."""
+    """Tell how much memory this process takes for itself now, without mapped files; None if the system does not say."""
     try:
-        return _numbers(Path("/proc/self/status"))["VmRSS:"] * 1024
+        return _numbers(Path("/proc/self/status"))["RssAnon:"] * 1024
     except (OSError, KeyError):
         return None
 
