@@ -2,7 +2,7 @@
 
     python benchmarks/compare.py --json
 
-The runs are those of the tests (tests/comparison/fabricate.py): 4 norms x 5 batch sizes x 10 seeds, each with 498
+The runs are those of the tests (tests/fabricate.py): 4 norms x 5 batch sizes x 10 seeds, each with 498
 validation and 498 test images. Each round is a process of its own; the first, with cold caches, is not counted.
 """
 
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "comparison"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from fabricate import fabricate
 
 

@@ -160,6 +160,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             raise with_remedy(error) from error
 
 
+_AT_ONCE = 64
+"""Files that a thread verifies before it asks for more."""
+
+
 def without_bad_images(
     root: Path, images: Sequence[LabeledImage], *, skip: bool
 ) -> tuple[list[LabeledImage], list[tuple[str, str]]]:
@@ -185,8 +189,11 @@ def without_bad_images(
             return error
         return None
 
+    def errors_of(start: int) -> list[BadImageError | None]:
+        return [error_of(image) for image in images[start : start + _AT_ONCE]]
+
     with ThreadPoolExecutor(core_count()) as pool:
-        errors = list(pool.map(error_of, images))
+        errors = [error for found in pool.map(errors_of, range(0, len(images), _AT_ONCE)) for error in found]
     bad = [(image.path, error.reason) for image, error in zip(images, errors, strict=True) if error is not None]
     if bad and not skip:
         first = next(error for error in errors if error is not None)

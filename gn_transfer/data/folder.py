@@ -73,6 +73,7 @@ class Folder(ImageDataModule):
 
     def _images(self, split_root: Path, classes: list[str]) -> list[LabeledImage]:
         images = []
+        skip = len((Path(self.root) / "x").as_posix()) - 1
         for target, name in enumerate(classes):
             found = image_files(split_root / name)
             if not found:
@@ -80,7 +81,7 @@ class Folder(ImageDataModule):
                     f"{split_root / name}: no images ({', '.join(sorted(SUFFIXES))}); there: "
                     f"{describe_ignored(split_root / name) or 'it is empty'}. Add images or remove the folder."
                 )
-            images += [LabeledImage(path.relative_to(Path(self.root)).as_posix(), target) for path in found]
+            images += [LabeledImage(path.as_posix()[skip:], target) for path in found]
         return images
 
     def _listed(self, layout: Layout, split: str) -> list[LabeledImage]:

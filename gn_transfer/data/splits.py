@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from gn_transfer.config import ConfigError
+
+_END_BYTES = 4096
 
 _FEW_SHOTS = 1  # keeps the choice of shots apart from the shuffle that holds out validation
 
@@ -147,16 +150,31 @@ def find_copies(root: Path, paths: Iterable[str], other_root: Path, others: Iter
     Returns:
         The first file of the other list with the same bytes, by path.
     """
-    by_size: dict[int, list[str]] = {}
+    by_end: dict[tuple[int, bytes], list[str]] = {}
+    ours = file_identities(root, paths)
+    sizes = set(ours.values())
     for path, size in file_identities(other_root, others).items():
-        by_size.setdefault(size, []).append(path)
+        if size in sizes and size > 0:
+            by_end.setdefault((size, _end(other_root / path)), []).append(path)
+    there = {size for size, _ in by_end}
     copies = {}
-    for path, size in file_identities(root, paths).items():
-        if size > 0:
-            same = (other for other in by_size.get(size, []) if _equal(root / path, other_root / other))
+    for path, size in ours.items():
+        if size in there:
+            candidates = by_end.get((size, _end(root / path)), [])
+            same = (other for other in candidates if _equal(root / path, other_root / other))
             if (found := next(same, None)) is not None:
                 copies[path] = found
     return copies
+
+
+def _end(path: Path) -> bytes:
+    """Read the end of a file, which differs where images do: few pairs are left, however many files there are."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-min(_END_BYTES, path.stat().st_size), os.SEEK_END)
+            return file.read()
+    except OSError:
+        return b""
 
 
 def _equal(one: Path, other: Path) -> bool:

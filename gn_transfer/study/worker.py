@@ -29,6 +29,7 @@ from gn_transfer.study.store import Store
 from gn_transfer.study.trials import Trial, arguments_of
 from gn_transfer.training.checkpoint import read_checkpoint
 from gn_transfer.training.checkpoint_callbacks import write_checkpoint
+from gn_transfer.training.progress import reset_peak_memory
 from gn_transfer.training.run_folder import LAST, PREVIOUS, RunFolder
 
 IDLE_SECONDS = 0.5
@@ -141,7 +142,7 @@ def _train(context: StudyContext, trial: Trial) -> dict[str, Any]:
         _thin_out(context.study, trial, run)
         return record
     arguments = arguments_of(context.study, trial, defaults=_defaults())
-    _reset_peak_memory()
+    reset_peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # not that of all runs before
     if any(_is_readable(run.checkpoints / name) for name in (LAST, PREVIOUS)):
         arguments += ["--ckpt_path", str(run.checkpoints / LAST)]  # where it is corrupt, fit takes the one before
     else:
@@ -201,14 +202,6 @@ def _defaults() -> Sequence[str]:
     """Leave the cores to the compute threads, of which each worker has its share."""
     quiet = ["--trainer.enable_progress_bar", "false"]
     return quiet if torch.cuda.is_available() else [*quiet, "--data.num_workers", "0"]
-
-
-def _reset_peak_memory() -> None:
-    """Let the peak memory be that of the next run, not of all before it in this process."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _tidy() -> None:

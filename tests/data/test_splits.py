@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.sampler import epoch_order
-from gn_transfer.data.splits import balanced_weights, few_shots, stratified_split
+from gn_transfer.data.splits import balanced_weights, few_shots, file_identities, find_copies, stratified_split
 
 NAMES = [f"{breed}_{number}" for breed, count in (("a", 10), ("b", 4), ("c", 2)) for number in range(count)]
 TARGETS = [0] * 10 + [1] * 4 + [2] * 2
@@ -131,3 +132,22 @@ def test_every_image_is_seen_once_by_some_process(
     dealt = [indices[place] for place in range(len(ranks[0])) for indices in ranks]
     assert sorted(dealt[:images]) == list(range(images))
     assert dealt[images:] == dealt[: len(dealt) - images] or world_size > images
+
+
+def test_files_are_told_apart_by_path_and_size(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    assert file_identities(tmp_path, ["a", "missing"]) == {"a": 5, "missing": -1}
+
+
+def test_copies_are_equal_bytes_whatever_their_names(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    contents = {
+        here: {"a": b"first", "b": b"other", "c": b"", "d": b"longer than that", "e": b"first"},
+        there: {"x": b"words", "y": b"first", "z": b"first", "empty": b""},
+    }
+    for folder, files in contents.items():
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+    found = find_copies(here, [*contents[here], "missing"], there, [*contents[there], "missing too"])
+    assert found == {"a": "y", "e": "y"}

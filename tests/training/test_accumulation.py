@@ -1,7 +1,11 @@
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from gn_transfer.config import ConfigError
-from gn_transfer.training.accumulation import micro_batch, micro_batches_per_step
+from gn_transfer.training.accumulation import GradientAccumulation, micro_batch, micro_batches_per_step
 
 
 def weights(num_samples: int, batch_size: int, micro_batches: int) -> list[float]:
@@ -54,3 +58,62 @@ def test_micro_batches_per_step():
 def test_an_effective_batch_that_is_no_multiple_is_refused(effective, batch, remedy):
     with pytest.raises(ConfigError, match=f"effective_batch_size={effective} .*batch_size={batch}; {remedy}"):
         micro_batches_per_step(effective, batch, 1)
+
+
+def test_the_least_effective_batch():
+    assert GradientAccumulation(1).effective_batch_size == 1
+    with pytest.raises(ConfigError, match="effective_batch_size=0: use 1 or more"):
+        GradientAccumulation(0)
+
+
+class Engine:
+    """Notes what it is told."""
+
+    def __init__(self, model, compiled):
+        self.told = []
+
+    def fold_norms(self, pixels):
+        self.told.append(f"fold {tuple(pixels.shape)}")
+
+    def micro_batch(self, *, first, last):
+        self.told.append((first, last))
+
+    def remove(self):
+        self.told.append("removed")
+
+
+@pytest.mark.parametrize("with_sampler", [True, False])
+def test_the_engine_is_told_of_every_micro_batch(monkeypatch, with_sampler):
+    """With a data module of ours, and with one of the user's own, whose loader says how many images there are."""
+    monkeypatch.setattr("gn_transfer.training.accumulation.AccumulationEngine", Engine)
+    callback = GradientAccumulation(4)
+    loader = SimpleNamespace(batch_size=2, sampler=range(6))
+    ours = SimpleNamespace(batch_size=2, train_sampler=range(6))
+    trainer = SimpleNamespace(
+        datamodule=ours if with_sampler else SimpleNamespace(batch_size=7),
+        train_dataloader=loader,
+        num_training_batches=3,
+        accumulate_grad_batches=2,
+        global_step=5,
+        precision_plugin=SimpleNamespace(forward_context=nullcontext),
+    )
+    module = SimpleNamespace(model=None, model_config=SimpleNamespace(compile=False), normalize=lambda images: images)
+    callback.on_fit_start(trainer, module)
+    engine = callback.engine
+    places = []
+    for index in range(3):
+        callback.on_train_batch_start(trainer, module, (torch.zeros(2, 3, 4, 4), None), index)
+        places.append(module.micro_batch)
+    assert engine.told == ["fold (2, 3, 4, 4)", (True, False), (False, True), (True, True)]
+    assert [(place.step, place.offset, place.loss_scale) for place in places] == [(5, 0, 1.0), (5, 2, 1.0), (5, 0, 2.0)]
+    callback.on_fit_end(trainer, module)
+    assert engine.told[-1] == "removed"
+    assert callback.engine is None
+
+
+def test_without_an_engine_nothing_is_cached(monkeypatch):
+    monkeypatch.setattr("gn_transfer.training.accumulation.AccumulationEngine", None)
+    callback = GradientAccumulation(4, cache_weights=False)
+    callback.on_fit_start(None, None)
+    assert callback.engine is None
+    callback.on_exception(None, None, KeyboardInterrupt())

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from gn_transfer.training.optimizer import OptimizerConfig, create_optimizer, parameter_groups
-from gn_transfer.training.schedules import warmup_constant, warmup_cosine
+from gn_transfer.training.schedules import bit_samples, warmup_constant, warmup_cosine, warmup_staircase
 
 
 def test_warmup_then_cosine_by_hand():
@@ -17,6 +17,18 @@ def test_warmup_then_cosine_by_hand():
 def test_without_warmup():
     assert warmup_cosine(0, 10, 0) == warmup_constant(0, 10, 0) == 1.0
     assert [warmup_constant(step, 10, 4) for step in (0, 3, 9)] == [0.25, 1.0, 1.0]
+
+
+def test_the_rule_of_bit_by_hand():
+    assert [bit_samples(images) // 512 for images in (1, 19_999, 20_000, 499_999, 500_000)] == [
+        500,
+        500,
+        10_000,
+        10_000,
+        20_000,
+    ]
+    assert [warmup_staircase(step, 10, 2) for step in (0, 1, 2, 3)] == [0.5, 1.0, 1.0, 1.0]
+    assert [warmup_staircase(step, 10, 2) for step in (4, 5, 6, 8)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
 
 
 def named(**shapes):
