@@ -39,7 +39,11 @@ TARGETS = {
     "layers/batch_norm.py": ["tests/layers/test_batch_norm.py"],
     "layers/convert.py": ["tests/layers/test_convert.py"],
     "layers/calibrate.py": ["tests/layers/test_calibrate.py"],
-    "layers/accumulation_engine.py": ["tests/layers/test_accumulation_engine.py", "tests/layers/test_std_conv.py"],
+    "layers/accumulation_engine.py": [
+        "tests/layers/test_accumulation_engine.py",
+        "tests/layers/test_std_conv.py",
+        "tests/layers/test_folded_norm.py",
+    ],
     "training/batch_size.py": ["tests/training/test_batch_size.py"],
     "training/accumulation.py": ["tests/training/test_accumulation.py", "tests/training/test_python_use.py"],
     "training/ema.py": ["tests/training/test_recipes.py"],

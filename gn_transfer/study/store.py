@@ -151,21 +151,18 @@ class Store:
         Returns:
             The claim; None where there is nothing to do now.
         """
-        with self._explain_errors():
-            if not any(not entry.state.is_finished() for entry in self._entries()):
+        with self._explain_errors(), self._locked():
+            entries = [t for t in self._entries() if not t.state.is_finished() and t.user_attrs["trial"] in trials]
+            begun = [entry for entry in entries if entry.state == TrialState.RUNNING and self._abandoned(entry)]
+            found = begun or [entry for entry in entries if entry.state == TrialState.WAITING]
+            if not found:
                 return None
-            with self._locked():
-                entries = [t for t in self._entries() if not t.state.is_finished() and t.user_attrs["trial"] in trials]
-                begun = [entry for entry in entries if entry.state == TrialState.RUNNING and self._abandoned(entry)]
-                found = begun or [entry for entry in entries if entry.state == TrialState.WAITING]
-                if not found:
-                    return None
-                entry = found[0]
-                # The heartbeat comes first: a trial that runs without one would never be missed.
-                self._storage.record_heartbeat(entry._trial_id)
-                self._storage.set_trial_user_attr(entry._trial_id, "owner", _me())
-                if entry.state == TrialState.WAITING:
-                    self._storage.set_trial_state_values(entry._trial_id, TrialState.RUNNING)
+            entry = found[0]
+            # The heartbeat comes first: a trial that runs without one would never be missed.
+            self._storage.record_heartbeat(entry._trial_id)
+            self._storage.set_trial_user_attr(entry._trial_id, "owner", _me())
+            if entry.state == TrialState.WAITING:
+                self._storage.set_trial_state_values(entry._trial_id, TrialState.RUNNING)
         return Claim(entry._trial_id, trials[entry.user_attrs["trial"]])
 
     @contextmanager

@@ -73,8 +73,11 @@ def run_trials(store: Store, study: Study, run: Callable[[Trial], Outcome], stop
         stop: Looked at before each trial.
     """
     while not stop.is_set():
-        trials = plan_trials(study, store.outcomes()).trials
-        claim = store.claim({trial.name: trial for trial in trials})
+        outcomes = store.outcomes()
+        trials = {trial.name: trial for trial in plan_trials(study, outcomes).trials}
+        # Claiming locks the study and reads it again, which grows with its trials.
+        is_open = any(not outcome.ended for name, outcome in outcomes.items() if name in trials)
+        claim = store.claim(trials) if is_open else None
         if claim is None:
             stop.wait(IDLE_SECONDS)
             continue

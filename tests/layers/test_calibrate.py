@@ -1,6 +1,7 @@
 """Calibrated conversion: the closed form, models of other libraries, what is refused."""
 
 import copy
+import warnings
 
 import pytest
 import timm
@@ -179,3 +180,20 @@ def test_refusals_leave_the_model_as_it_was(model, norm, batches, message):
         convert_norm(model, norm, calibration=batches)
     assert [type(layer) for layer in model.modules()] == [type(layer) for layer in before.modules()]
     assert all(torch.equal(value, before.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("number", "warns"), [(7, True), (8, False)])
+def test_few_images_are_warned_about(number, warns):
+    model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        convert_norm(model, "gn", calibration=[torch.randn(number, 3, 6, 6)])
+    assert any(f"calibrated on {number} images, which fits them" in str(one.message) for one in said) == warns
+
+
+@pytest.mark.parametrize("lacking", ["running_mean", "running_var"])
+def test_a_layer_without_one_of_its_statistics_has_no_function(lacking):
+    layer = nn.BatchNorm2d(2)
+    assert BatchNormFunction.of(layer) is not None
+    setattr(layer, lacking, None)
+    assert BatchNormFunction.of(layer) is None

@@ -257,3 +257,10 @@ def test_bn_sync_needs_cuda(monkeypatch):
     model = convert_norm(small_v2(), "bn_sync", skip=["head"])
     assert all(isinstance(m, nn.SyncBatchNorm) for m in norms_of(model))
     assert all(hasattr(m, "act") for m in norms_of(model))
+
+
+@pytest.mark.parametrize("norm", ["gn", "ln", "bn_frozen"])
+def test_a_converted_norm_keeps_its_dtype(norm):
+    model = convert_norm(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).double(), norm)
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    assert {tensor.dtype for tensor in tensors} == {torch.float64}

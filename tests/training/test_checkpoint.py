@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gn_transfer.config import ConfigError
-from gn_transfer.training.checkpoint import read_checkpoint
+from gn_transfer.training.checkpoint import CHECKPOINT_VERSION, check_classes, read_checkpoint
 from gn_transfer.training.checkpoint_callbacks import AtomicCheckpointIO, write_checkpoint
 
 
@@ -93,3 +93,20 @@ def test_a_foreign_checkpoint_is_named_as_such(tmp_path):
     torch.save({"state_dict": {}}, path)
     with pytest.raises(ConfigError, match="not a checkpoint of gn-transfer"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize(("newer", "remedy"), [(1, "update gn-transfer"), (-1, "use the version that wrote it")])
+def test_a_checkpoint_of_another_format(tmp_path, newer, remedy):
+    path = tmp_path / "x.ckpt"
+    torch.save(checkpoint(None, version=CHECKPOINT_VERSION + newer), path)
+    with pytest.raises(ConfigError, match=f"has checkpoint format {CHECKPOINT_VERSION + newer}, .*; {remedy}"):
+        read_checkpoint(path)
+    torch.save(checkpoint(None, version=CHECKPOINT_VERSION), path)
+    assert read_checkpoint(path)["gn_transfer"]["version"] == CHECKPOINT_VERSION
+
+
+def test_other_classes_are_named_up_to_four():
+    check_classes(["a", "b"], ["a", "b"])
+    message = r"knows 4 classes \(a, b, c, d\), the data has 5 \(a, b, c, d, \.\.\.\)"
+    with pytest.raises(ConfigError, match=message):
+        check_classes(list("abcd"), list("abcde"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from torch.optim.swa_utils import AveragedModel
 from gn_transfer.__main__ import main
 from gn_transfer.backbones.create import create_backbone
 from gn_transfer.backbones.model_config import ModelConfig
+from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
 from gn_transfer.training.checkpoint import read_checkpoint
 from gn_transfer.training.classification import TransferClassifier
 from gn_transfer.training.ema import ExponentialMovingAverage
+from gn_transfer.training.freezing import FreezeBatchNorm
 from gn_transfer.training.optimizer import OptimizerConfig
 
 SMALL = {
@@ -108,6 +111,25 @@ def test_an_average_is_hand_computed():
         torch.nn.init.constant_(model.weight, value)
         averaged.update_parameters(model)
     assert averaged.module.weight.item() == pytest.approx(1.0 * 2 / 11 + 3.0 * 9 / 11)
+    assert ema._kwargs["avg_fn"](torch.tensor(3), torch.tensor(5), 4).item() == 5  # a counter is taken over
+
+
+def test_freezing_norms_leaves_their_affine_learning_unless_asked():
+    for affine, callback in ((True, FreezeBatchNorm()), (False, FreezeBatchNorm(affine=False))):
+        module = torch.nn.Sequential(torch.nn.BatchNorm2d(2))
+        callback.setup(None, module, "fit")
+        assert module[0].weight.requires_grad == affine
+
+
+@pytest.mark.parametrize("evaluation", ["running", "batch"])
+def test_a_test_uses_the_statistics_that_were_asked_for(evaluation):
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(2)).eval()
+    images = torch.randn(4, 2, 3, 3) + 5.0
+    callback = BatchNormStatistics(evaluation=evaluation)
+    callback.on_test_start(None, SimpleNamespace(model=model))
+    assert (float(model(images).detach().mean().abs()) < 0.1) == (evaluation == "batch")
+    callback.on_exception(None, None, KeyboardInterrupt())
+    assert float(model(images).detach().mean()) > 4.0
 
 
 def test_the_average_is_evaluated_saved_and_resumed(folder_root, monkeypatch, capsys):
