@@ -184,7 +184,7 @@ def without_bad_images(
 
     def error_of(image: LabeledImage) -> BadImageError | None:
         try:
-            verify(root / image.path)
+            verify(f"{root}/{image.path}")
         except BadImageError as error:
             return error
         return None

@@ -189,7 +189,7 @@ def check_image(path: str | os.PathLike[str]) -> None:
         BadImageError: As :func:`decode_image`, for faults that show without decoding.
     """
     try:
-        with Path(path).open("rb") as file:
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - half the time, which counts for 100,000 files
             head = file.read(16)
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 12))
