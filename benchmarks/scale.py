@@ -55,6 +55,7 @@ def plan_of_images(number: int) -> dict[str, Any]:
     """Time ``fit --dry_run`` on a folder of fabricated images."""
     with tempfile.TemporaryDirectory() as folder:
         fabricate_images(Path(folder) / "images", number)
+        os.sync()  # what is still to be written would be counted, too
         command = [
             sys.executable,
             "-m",
