@@ -66,11 +66,12 @@ def plan_of_images(number: int) -> dict[str, Any]:
             f"{folder}/images",
             "--dry_run",
         ]
-        began = time.perf_counter()
-        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0, command
-    seconds = time.perf_counter() - began
+        for _ in range(2):  # the second finds all directories in memory
+            began = time.perf_counter()
+            process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            assert status == 0, command
+            seconds = time.perf_counter() - began
     return {"images": number, "seconds": round(seconds, 1), "peak_mib": round(usage.ru_maxrss / 1024)}
 
 
