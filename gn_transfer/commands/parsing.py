@@ -74,7 +74,7 @@ def explain_fault(error: RuntimeError | MemoryError) -> str | None:
     if is_out_of_memory(error):
         return (
             f"out of memory ({text[:200] or 'MemoryError'}). Under a norm that does not look at the batch, a training "
-            "goes on with --ckpt_path last and a lower data.batch_size, with the same result. Otherwise begin anew "
+            "with an effective batch goes on with --ckpt_path last and a lower data.batch_size. Otherwise begin anew "
             "with a lower data.batch_size or data.img_size, or with model.gradient_checkpointing=true."
         )
     if "can't start new thread" in text:

@@ -86,6 +86,9 @@ def _check_description(content: Mapping[str, Any], where: str) -> None:
     split = stored.get("split", {})
     if not isinstance(split, dict) or not all(isinstance(images, dict) for images in split.values()):
         wrong.append("split")
+    size = stored.get("batch_size", 1)
+    if not isinstance(size, int) or size < 1:
+        wrong.append("batch_size")
     if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         wrong.append("state_dict")
     if wrong:

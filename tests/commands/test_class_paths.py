@@ -93,6 +93,7 @@ def test_a_checkpoint_runs_no_code(trained: Path, tmp_path: Path, monkeypatch, c
         (lambda stored: stored.update(architecture="resnet"), "architecture missing or of a wrong type"),
         (lambda stored: stored.update(version="two"), "which is no number"),
         (lambda stored: stored.update(split={"train": {}, "val": [[1]]}), "split missing or of a wrong type"),
+        (lambda stored: stored.update(batch_size=0), "batch_size missing or of a wrong type"),
     ],
 )
 def test_a_crafted_checkpoint_is_refused(trained: Path, tmp_path: Path, monkeypatch, capsys, change, message) -> None:
