@@ -138,7 +138,10 @@ def train_in_memory(
         ckpt_path = find(trainer, LastCheckpoint).saved or ckpt_path
         cli.log.print(f"note       out of memory: on from the last optimizer step, with data.batch_size={smaller}")
         cli.datamodule.use_batch_size(smaller)
+        limit, epochs = trainer.limit_train_batches, trainer.max_epochs
         trainer = cli.build_trainer(figures=figures)
+        trainer.fit_loop.max_epochs = epochs  # a budget of images has set both
+        trainer.limit_train_batches = -(-limit * size // smaller) if isinstance(limit, int) else limit
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -233,7 +236,9 @@ def limit_samples(cli: TrainingCLI, trainer: Trainer) -> None:
     epochs, batches = epochs_of(samples, len(cli.datamodule.train_dataset), at_once)
     trainer.fit_loop.max_epochs = section.max_epochs = epochs
     if batches is not None:
-        trainer.limit_train_batches = section.limit_train_batches = batches
+        trainer.limit_train_batches = batches
+        if not cli.datamodule.batch_size_is_auto:  # else the configurations of equal runs would differ
+            section.limit_train_batches = batches
 
 
 def choose_run(cli: TrainingCLI, trainer: Trainer) -> RunFolder:

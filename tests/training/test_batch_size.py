@@ -169,6 +169,26 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_changes_no_result(
     assert two["train/loss"] == pytest.approx(one["train/loss"], abs=1e-4)
 
 
+@pytest.mark.parametrize("batch_size", [4, "auto"])
+def test_a_budget_of_images_stays_when_memory_runs_out(folder_root, monkeypatch, costs, batch_size):
+    costs[0].update({1: (1.0, 500), 2: (1.0, 600), 4: (1.0, 800)})
+    step = TransferClassifier.training_step
+    failed = []
+
+    def training_step(self, batch, batch_idx):
+        if len(batch[1]) > 1 and not failed:
+            failed.append(len(batch[1]))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(TransferClassifier, "training_step", training_step)
+    assert main(words(folder_root, batch_size, **{"samples": "8"})) == 0
+    assert failed == [4]
+    _, record = result(f"gn-bs{batch_size}-seed0")
+    assert record["samples_seen"] == 8
+    assert record["optimizer_steps"] == 2
+
+
 def test_under_batch_norm_memory_that_runs_out_ends_the_run_and_says_why(folder_root, monkeypatch, capsys):
     def training_step(self, batch, batch_idx):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
