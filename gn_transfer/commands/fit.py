@@ -88,7 +88,7 @@ def fit(
         if cli.augmentation_changes:
             log.print(f"augmentation changes from here on: {', '.join(cli.augmentation_changes)}")
     try:
-        trainer = train_in_memory(cli, trainer, run, plan, facts=facts, figures=figures)
+        trainer = train_within_memory(cli, trainer, run, plan, facts=facts, figures=figures)
         if trainer.is_global_zero:
             for line in summary(cli, trainer, run):
                 log.print(line)
@@ -104,7 +104,7 @@ def fit(
     return plan
 
 
-def train_in_memory(
+def train_within_memory(
     cli: TrainingCLI, trainer: Trainer, run: RunFolder, plan: Plan, *, facts: Mapping[str, Any] | None, figures: bool
 ) -> Trainer:
     """Train; where a step finds no memory, go on from the optimizer step before it with fewer images at a time.

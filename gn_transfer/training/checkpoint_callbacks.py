@@ -156,6 +156,7 @@ class LastCheckpoint(Checkpoint):
         Lightning 2.6 takes the epoch for unfinished where that is set: the run would have an epoch of no batches, and
         end too early.
         """
+        self.training_began = self.out_of_memory = False  # a training may begin again with the same callback
         trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

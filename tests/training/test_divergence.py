@@ -47,6 +47,7 @@ def assert_whole_checkpoints(*names: str) -> None:
 def test_a_loss_that_is_not_finite(folder_root, capsys):
     assert main(words(folder_root, optimizer__lr="1e6", trainer__max_epochs="2")) == 2
     error = capsys.readouterr().err
+    assert "the training loss became nan at step" in error
     assert ".jpg)" in error  # the images of the batch
     step, batch = map(int, re.search(r"at step (\d+), batch (\d+) of epoch 1 ", error).groups())
     assert step == batch  # a step for every image
