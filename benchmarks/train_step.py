@@ -3,10 +3,12 @@
 A step is some accumulated micro-batches and one fused SGD update. The arms take turns in one process (A B A B),
 each in its faster memory layout, which is found first; the second step of a turn is timed. Medians over the rounds,
 and ratios within a round. The floor is the time that the convolutions of the model take alone, forward and backward, on
-the shapes of the step. Peak memory is what a process that runs one arm alone takes beyond its imports.
+the shapes of the step; on a GPU without their launches, as a CUDA graph. Peak memory is what a process that runs one
+arm alone takes beyond its imports; on a GPU, what it allocates there.
 
     python benchmarks/train_step.py --backbone resnetv2_50 --batch 1 --accumulate 16 --precision bf16 --json
     python benchmarks/train_step.py --backbone resnetv2_50 --decoder unet --img_size 256 --precision fp32 --json
+    python benchmarks/train_step.py --device cuda --batch 1 --accumulate 16 --json
 """
 
 from __future__ import annotations
@@ -31,13 +33,14 @@ from torch import Tensor, nn
 from gn_transfer.backbones.create import create_backbone
 from gn_transfer.backbones.segmentation import Encoder, SegmentationModel
 from gn_transfer.config import DecoderName
-from gn_transfer.layers import AccumulationEngine, fitting_group_count, preferred_memory_format
+from gn_transfer.layers import AccumulationEngine, GraphedModel, fitting_group_count, preferred_memory_format
 from gn_transfer.training.environment import environment
-from gn_transfer.training.progress import peak_memory_mib
+from gn_transfer.training.progress import peak_memory_mib, reset_peak_memory
 
 ARMS = ("ours gn_ws", "ours gn", "ours bn", "timm gn_ws", "timm bn")
 MORE_ARMS = ("ours bn_frozen", "timm gn", "timm bn_frozen")
 COMPILED = "ours gn_ws compiled"
+WITHOUT_GRAPHS = ("ours gn_ws engine", "ours bn_frozen engine")  # on a GPU; there the others of ours are replayed
 CLASSES = 37
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
@@ -89,42 +92,54 @@ class Arm:
             for layer in self.model.modules():
                 if isinstance(layer, nn.BatchNorm2d):
                     layer.eval()
-        self.engine = AccumulationEngine(self.model, compiled=arm == COMPILED) if arm.startswith("ours") else None
-        if arm == COMPILED:
+        self.model.to(options.device)
+        ours, compiled = arm.startswith("ours"), arm.endswith("compiled")
+        replayed = ours and options.device == "cuda" and not compiled and arm not in WITHOUT_GRAPHS
+        self.engine = AccumulationEngine(self.model, compiled=compiled) if ours and not replayed else None
+        if compiled:
             self.model.compile()
+        self.run = GraphedModel(self.model) if replayed else self.model
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9, fused=True)
         size = options.img_size
-        images = torch.randn(options.batch, 3, size, size)
+        images = torch.randn(options.batch, 3, size, size, device=options.device)
         self.images = images.contiguous(memory_format=LAYOUTS[layout])
         shape = (options.batch,) if options.decoder is None else (options.batch, size, size)
-        self.targets = torch.randint(CLASSES, shape)
+        self.targets = torch.randint(CLASSES, shape, device=options.device)
         if self.engine is not None:
             self.engine.fold_norms(self.images)
 
     def step(self) -> float:
         """Run one accumulation step; images per second."""
         count = self.options.accumulate
+        synchronize(self.options)
         began = time.perf_counter()
         for index in range(count):
             with autocast(self.options):
                 if self.engine is not None:
                     self.engine.micro_batch(first=index == 0, last=index == count - 1)
-                loss = F.cross_entropy(self.model(self.images).float(), self.targets) / count
+                loss = F.cross_entropy(self.run(self.images).float(), self.targets) / count
             loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        synchronize(self.options)
         return self.options.batch * count / (time.perf_counter() - began)
 
 
 def autocast(options: argparse.Namespace) -> torch.autocast:
     """Autocast of the chosen precision."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.precision == "bf16")
+    return torch.autocast(options.device, dtype=torch.bfloat16, enabled=options.precision == "bf16")
+
+
+def synchronize(options: argparse.Namespace) -> None:
+    """Wait until a GPU has done what it was given."""
+    if options.device == "cuda":
+        torch.cuda.synchronize()
 
 
 def best_layout(arm: str, options: argparse.Namespace) -> str:
     """Find the faster layout of an arm: ours takes its own rule, the others are tried."""
     if arm.startswith("ours"):
-        format_ = preferred_memory_format(arm.split()[1], "cpu", segments=options.decoder is not None)  # type: ignore[arg-type]
+        format_ = preferred_memory_format(arm.split()[1], options.device, segments=options.decoder is not None)  # type: ignore[arg-type]
         return next(name for name, value in LAYOUTS.items() if value == format_)
     speeds = {}
     for layout in LAYOUTS:
@@ -153,27 +168,58 @@ def floor_seconds(options: argparse.Namespace) -> float:
     work = []
     for index, (module, example) in enumerate(calls):
         shape = (options.batch, *example.shape[1:])
-        x = torch.randn(shape).to(dtype, memory_format=torch.channels_last).requires_grad_(index > 0)
-        w = module.weight.detach().to(dtype, memory_format=torch.channels_last).requires_grad_()
+        on = {"device": options.device, "dtype": dtype, "memory_format": torch.channels_last}
+        x = torch.randn(shape).to(**on).requires_grad_(index > 0)
+        w = module.weight.detach().to(**on).requires_grad_()
         same = "Same" in type(module).__name__  # TensorFlow's padding: as much, up to one row and column
         padding = module.kernel_size[0] // 2 if same else module.padding
         geometry = (module.stride, padding, module.dilation, module.groups)
         work.append((x, w, geometry, torch.randn_like(F.conv2d(x, w, None, *geometry))))
-    times = []
-    for _ in range(options.rounds + 1):
-        began = time.perf_counter()
+
+    def convolve() -> None:
         for x, w, geometry, gradient in work:
             y = F.conv2d(x, w, None, *geometry)
             torch.autograd.grad(y, [x, w] if x.requires_grad else [w], gradient)
+
+    run = convolve
+    if options.device == "cuda":
+        with torch.cuda.stream(torch.cuda.Stream()):
+            convolve()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            convolve()
+        run = graph.replay
+    times = []
+    for _ in range(options.rounds + 1):
+        synchronize(options)
+        began = time.perf_counter()
+        run()
+        synchronize(options)
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:])
 
 
-def peak_mib(arm: str, layout: str, arguments: list[str]) -> float:
-    """Peak resident memory of a process that runs one arm alone, beyond what the imports took: median of three."""
+def peak_mib(arm: str, layout: str, options: argparse.Namespace, arguments: list[str]) -> float:
+    """Peak resident memory of a process that runs one arm alone, beyond what the imports took: median of three.
+
+    On a GPU the allocator counts exactly: what the arm takes of it, here.
+    """
+    if options.device == "cuda":
+        return alone(arm, layout, options)
     command = [sys.executable, __file__, *arguments, "--alone", arm, "--layout", layout]
     runs = [subprocess.run(command, check=True, capture_output=True, text=True) for _ in range(3)]
     return statistics.median(float(run.stdout.strip().splitlines()[-1]) for run in runs)
+
+
+def alone(name: str, layout: str, options: argparse.Namespace) -> float:
+    """Peak memory of a few steps of one arm, in MiB."""
+    device = torch.device(options.device)
+    reset_peak_memory(device)
+    before = peak_memory_mib(device)
+    arm = Arm(name, layout, options)
+    for _ in range(3):  # the second is the first with the optimizer's momentum
+        arm.step()
+    return peak_memory_mib(device) - before
 
 
 def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
@@ -197,14 +243,14 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
             "min": round(min(values), 3),
             "max": round(max(values), 3),
             "of_floor": round(statistics.median(values) / floor, 3),
-            "peak_mib": round(peak_mib(name, layouts[name], arguments), 1),
+            "peak_mib": round(peak_mib(name, layouts[name], options, arguments), 1),
         }
         for other in ("timm gn_ws", "timm bn", "timm gn", "timm bn_frozen"):
             if other in speeds:
                 ratios = [ours / theirs for ours, theirs in zip(values, speeds[other], strict=True)]
                 row[f"ratio to {other}"] = round(statistics.median(ratios), 3)
         rows.append(row)
-    keys = ("backbone", "decoder", "batch", "accumulate", "precision", "img_size", "rounds")
+    keys = ("backbone", "decoder", "device", "batch", "accumulate", "precision", "img_size", "rounds")
     return {
         **{key: getattr(options, key) for key in keys},
         "floor_images_per_sec": round(floor, 3),
@@ -223,18 +269,15 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=16)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--img_size", type=int, default=224)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *MORE_ARMS, COMPILED], default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *MORE_ARMS, COMPILED, *WITHOUT_GRAPHS], default=list(ARMS))
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--layout", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
-        before = peak_memory_mib(torch.device("cpu"))
-        arm = Arm(options.alone, options.layout, options)
-        for _ in range(3):  # the second is the first with the optimizer's momentum
-            arm.step()
-        print(peak_memory_mib(torch.device("cpu")) - before)
+        print(alone(options.alone, options.layout, options))
         return
     result = measure(options, [word for word in sys.argv[1:] if word != "--json"])
     if options.json:

@@ -51,6 +51,7 @@ _FREE_ON_RESUME = {
     "data.init_args.min_crop_scale",
     "data.init_args.augmentation",
     "accumulation.cache_weights",
+    "accumulation.cuda_graphs",
     "model.compile",
     "model.channels_last",
     "model.pretrained",

@@ -19,6 +19,7 @@ from gn_transfer.layers.convert import (
     plain_conv,
     uses_weight_standardization,
 )
+from gn_transfer.layers.cuda_graph import GraphedModel
 from gn_transfer.layers.diagnosis import Diagnosis
 from gn_transfer.layers.freeze import freeze_batch_norm
 from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, fitting_group_count, group_count
@@ -32,6 +33,7 @@ __all__ = [
     "Diagnosis",
     "FrozenBatchNorm2d",
     "FrozenBatchNormAct2d",
+    "GraphedModel",
     "GroupNorm",
     "GroupNormAct",
     "Replacement",

@@ -93,8 +93,11 @@ def group_norm(
             f"{num_groups} groups over {tuple(input.shape[1:])} hold one value each, so the output would not depend on "
             "the input; use larger images (data.img_size), or fewer groups (model.num_groups, model.norm)."
         )
-    if input.dtype in (torch.bfloat16, torch.float16):  # half-precision parameters would make half-precision statistics
+    half = input.dtype in (torch.bfloat16, torch.float16)
+    if half:  # half-precision parameters would make half-precision statistics
         weight, bias = (p if p is None else p.float() for p in (weight, bias))
+        if input.device.type != "cpu":  # and so would half-precision input there
+            return F.group_norm(input.float(), num_groups, weight, bias, eps).to(input.dtype)
     affine_trains = any(p is not None and p.requires_grad for p in (weight, bias))
     if _needs_own_kernel(input, num_groups, affine_trains=affine_trains):
         output: Tensor = _ChannelsLastGroupNorm.apply(input, num_groups, weight, bias, eps)  # type: ignore[no-untyped-call]

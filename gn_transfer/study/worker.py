@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from gn_transfer.config import ConfigError
+from gn_transfer.data.workers import choose_num_workers
 from gn_transfer.files import read_json
 from gn_transfer.study.definition import Study
 from gn_transfer.study.planning import Outcome, plan_trials
@@ -202,9 +203,10 @@ def _folder(context: StudyContext, trial: Trial) -> RunFolder:
 
 
 def _defaults() -> Sequence[str]:
-    """Leave the cores to the compute threads, of which each worker has its share."""
-    quiet = ["--trainer.enable_progress_bar", "false"]
-    return quiet if torch.cuda.is_available() else [*quiet, "--data.num_workers", "0"]
+    """Leave the cores to the compute threads, of which each worker has its share; a GPU leaves them to the data."""
+    share = torch.get_num_threads()
+    data_workers = choose_num_workers(share, share, on_gpu=torch.cuda.is_available())
+    return ["--trainer.enable_progress_bar", "false", "--data.num_workers", str(data_workers)]
 
 
 def _tidy() -> None:

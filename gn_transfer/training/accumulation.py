@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from gn_transfer.backbones import ModelConfig
 from gn_transfer.config import ConfigError
-from gn_transfer.layers import AccumulationEngine
+from gn_transfer.layers import AccumulationEngine, GraphedModel
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,18 @@ class GradientAccumulation(Callback):
             is accumulated. data.batch_size stays what is in memory and what BatchNorm sees.
         cache_weights: Standardize weights, cast them and fold frozen norms into them once per optimizer step instead
             of once per micro-batch.
+        cuda_graphs: On a single GPU, replay forward and backward of a micro-batch as CUDA graphs instead. With few
+            images a GPU waits for the launches of its kernels otherwise.
     """
 
-    def __init__(self, effective_batch_size: int | None = None, cache_weights: bool = True) -> None:
+    def __init__(
+        self, effective_batch_size: int | None = None, cache_weights: bool = True, cuda_graphs: bool = True
+    ) -> None:
         if effective_batch_size is not None and effective_batch_size < 1:
             raise ConfigError(f"accumulation.effective_batch_size={effective_batch_size}: use 1 or more, or null.")
         self.effective_batch_size = effective_batch_size
         self.cache_weights = cache_weights
+        self.cuda_graphs = cuda_graphs
         self.engine: AccumulationEngine | None = None
         self._looked_for_norms = False
 
@@ -126,11 +133,24 @@ class GradientAccumulation(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Attach the accumulation engine."""
-        if self.cache_weights:
-            compiled = pl_module.model_config.compile
-            self.engine = AccumulationEngine(pl_module.model, compiled=compiled)
+        """Attach the accumulation engine, or have the model replayed as CUDA graphs."""
+        config = pl_module.model_config
+        if trainer.world_size == 1 and self.replays(config, trainer.strategy.root_device):
+            pl_module.graphed_model = GraphedModel(pl_module.model)
+        elif self.cache_weights:
+            self.engine = AccumulationEngine(pl_module.model, compiled=config.compile)
             self._looked_for_norms = False
+
+    def replays(self, config: ModelConfig, device: torch.device) -> bool:
+        """Say whether a model is to be replayed as CUDA graphs on a device, where it trains alone.
+
+        Args:
+            config: Of the model.
+            device: That it trains on.
+        """
+        # gradient checkpointing starts a backward within the backward, which cannot be captured
+        plain = not config.compile and not config.gradient_checkpointing
+        return self.cuda_graphs and device.type == "cuda" and plain
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the micro-batches where loaders came without a data module."""
@@ -161,13 +181,14 @@ class GradientAccumulation(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Drop an unfinished accumulation step."""
-        self._remove_engine()
+        self._detach(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach the engine: what is evaluated next runs as it is written."""
-        self._remove_engine()
+        self._detach(pl_module)
 
-    def _remove_engine(self) -> None:
+    def _detach(self, pl_module: Any) -> None:
+        pl_module.graphed_model = None
         if self.engine is not None:
             self.engine.remove()
             self.engine = None

@@ -23,7 +23,7 @@ from gn_transfer.backbones import (
 from gn_transfer.backbones.fitting import CALIBRATION_IMAGES, DISTILLATION_SAMPLES
 from gn_transfer.config import ConfigError
 from gn_transfer.data.progress import progress_bar
-from gn_transfer.layers import group_counts, preferred_memory_format
+from gn_transfer.layers import GraphedModel, group_counts, preferred_memory_format
 from gn_transfer.training import checkpoint
 
 
@@ -42,6 +42,7 @@ class BackboneModule(LightningModule, ABC):
         classes: Class names; a target is a position in it.
         head: Name of the classifier module inside :attr:`model`.
         report: What was transferred from the pretrained weights.
+        graphed_model: Stands in for :attr:`model` while it trains on a GPU; the accumulation callback sets it.
         run_config: Configuration that every checkpoint stores, set by :func:`gn_transfer.training.train.train`.
     """
 
@@ -58,6 +59,7 @@ class BackboneModule(LightningModule, ABC):
         self.report: TransferReport | None = None
         self.run_config: dict[str, Any] = {}
         self._restored: dict[str, Any] | None = None
+        self.graphed_model: GraphedModel | None = None
         self._memory_format = torch.contiguous_format
 
     @abstractmethod
@@ -230,7 +232,8 @@ class BackboneModule(LightningModule, ABC):
     def compute_logits(self, pixels: Tensor) -> Tensor:
         """Run the model on normalized pixels, shape ``(B, in_chans, H, W)``."""
         assert self.model is not None
-        logits: Tensor = self.model(pixels.contiguous(memory_format=self._memory_format))
+        model = self.graphed_model or self.model
+        logits: Tensor = model(pixels.contiguous(memory_format=self._memory_format))
         return logits
 
     def memory_format(self, device_type: str) -> torch.memory_format:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from gn_transfer.data.datamodule import EVAL_BATCH_SIZE
-from gn_transfer.layers import AccumulationEngine
+from gn_transfer.layers import AccumulationEngine, GraphedModel
+from gn_transfer.training.accumulation import GradientAccumulation
 from gn_transfer.training.precision import autocast_dtype
 from gn_transfer.training.progress import peak_memory_mib
 from gn_transfer.training.task import TransferTask
@@ -39,7 +40,12 @@ class StepCost:
 
 
 def measure_step(
-    task: TransferTask, cache_weights: bool, batch_size: int, img_size: int, precision: str, device: torch.device
+    task: TransferTask,
+    accumulation: GradientAccumulation,
+    batch_size: int,
+    img_size: int,
+    precision: str,
+    device: torch.device,
 ) -> StepCost:
     """Run a few micro-batches on a copy of the model; uses no random numbers.
 
@@ -49,7 +55,7 @@ def measure_step(
 
     Args:
         task: The module, built.
-        cache_weights: See :class:`gn_transfer.training.accumulation.GradientAccumulation`.
+        accumulation: Says whether weights are cached, or the model replayed.
         batch_size: Images per forward pass.
         img_size: Their side, in pixels.
         precision: Lightning's name of the precision.
@@ -61,7 +67,8 @@ def measure_step(
     assert task.model is not None
     memory_format = task.memory_format(device.type)
     model = deepcopy(task.model).to(device).train().to(memory_format=memory_format)  # type: ignore[call-overload]
-    engine = AccumulationEngine(model) if cache_weights else None
+    replays = accumulation.replays(task.model_config, device)
+    engine = AccumulationEngine(model) if accumulation.cache_weights and not replays else None
     parameters = list(model.parameters())
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     saved: dict[int, int] = {}
@@ -83,9 +90,12 @@ def measure_step(
             engine.micro_batch(first=True, last=False)
         with saved_tensors_hooks(count, lambda tensor: tensor):
             model(pixels).float().square().mean().backward()
+        trained = GraphedModel(model) if replays else model
+        if replays:
+            trained(pixels).float().square().mean().backward()
         for _ in range(3):
             start = time.perf_counter()
-            model(pixels).float().square().mean().backward()
+            trained(pixels).float().square().mean().backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             fastest = min(fastest, time.perf_counter() - start)

@@ -325,6 +325,7 @@ def config_of(task: TransferTask, data: ImageDataModule, trainer: Trainer) -> di
         "accumulation": {
             "effective_batch_size": accumulation.effective_batch_size,
             "cache_weights": accumulation.cache_weights,
+            "cuda_graphs": accumulation.cuda_graphs,
         },
         "batch_norm": {
             "momentum": batch_norm.momentum,

@@ -95,9 +95,12 @@ def test_the_engine_is_told_of_every_micro_batch(monkeypatch, with_sampler):
         num_training_batches=3,
         accumulate_grad_batches=2,
         global_step=5,
+        world_size=1,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
         precision_plugin=SimpleNamespace(forward_context=nullcontext),
     )
-    module = SimpleNamespace(model=None, model_config=SimpleNamespace(compile=False), normalize=lambda images: images)
+    config = SimpleNamespace(compile=False, gradient_checkpointing=False)
+    module = SimpleNamespace(model=None, model_config=config, normalize=lambda images: images)
     callback.on_fit_start(trainer, module)
     engine = callback.engine
     places = []
@@ -111,9 +114,38 @@ def test_the_engine_is_told_of_every_micro_batch(monkeypatch, with_sampler):
     assert callback.engine is None
 
 
+def started(callback: GradientAccumulation, device: str, world_size: int = 1, **config: bool) -> SimpleNamespace:
+    """The module, when a training on a device has begun."""
+    trainer = SimpleNamespace(world_size=world_size, strategy=SimpleNamespace(root_device=torch.device(device)))
+    model_config = SimpleNamespace(**{"compile": False, "gradient_checkpointing": False, **config})
+    module = SimpleNamespace(model=torch.nn.Linear(2, 2), model_config=model_config, graphed_model=None)
+    callback.on_fit_start(trainer, module)
+    return module
+
+
 def test_without_an_engine_nothing_is_cached(monkeypatch):
     monkeypatch.setattr("gn_transfer.training.accumulation.AccumulationEngine", None)
     callback = GradientAccumulation(4, cache_weights=False)
-    callback.on_fit_start(None, None)
+    module = started(callback, "cpu")
     assert callback.engine is None
-    callback.on_exception(None, None, KeyboardInterrupt())
+    callback.on_exception(None, module, KeyboardInterrupt())
+
+
+def test_on_a_single_gpu_the_model_is_replayed_instead():
+    callback = GradientAccumulation(4)
+    module = started(callback, "cuda")
+    assert module.graphed_model.model is module.model
+    assert callback.engine is None
+    callback.on_fit_end(None, module)
+    assert module.graphed_model is None
+
+
+@pytest.mark.parametrize(
+    ("world_size", "config"), [(2, {}), (1, {"compile": True}), (1, {"gradient_checkpointing": True})]
+)
+def test_what_cannot_be_replayed_has_the_engine(world_size, config):
+    callback = GradientAccumulation(4)
+    assert started(callback, "cuda", world_size, **config).graphed_model is None
+    assert callback.engine is not None
+    without = GradientAccumulation(4, cuda_graphs=False)
+    assert started(without, "cuda").graphed_model is None
