@@ -250,7 +250,7 @@ def measure(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]
                 ratios = [ours / theirs for ours, theirs in zip(values, speeds[other], strict=True)]
                 row[f"ratio to {other}"] = round(statistics.median(ratios), 3)
         rows.append(row)
-    keys = ("backbone", "decoder", "device", "batch", "accumulate", "precision", "img_size", "rounds")
+    keys = ("backbone", "decoder", "batch", "accumulate", "precision", "img_size", "rounds")
     return {
         **{key: getattr(options, key) for key in keys},
         "floor_images_per_sec": round(floor, 3),

@@ -115,9 +115,12 @@ class GraphedModel:
         )
 
     def _capture(self, input: Tensor) -> _Graph | None:
+        generator = torch.cuda.default_generators[input.device.index]
+        random_state = generator.clone_state()
         try:
             return _Graph(self.model, input)
         except (RuntimeError, TypeError) as error:
+            generator.graphsafe_set_state(random_state)  # a capture that breaks off leaves its mark on the other
             if is_out_of_memory(error):
                 raise
             self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
