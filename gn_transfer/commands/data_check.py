@@ -24,7 +24,7 @@ from gn_transfer.data.pets_counts import BREEDS, compare_counts
 from gn_transfer.data.progress import progress_bar
 from gn_transfer.data.workers import core_count
 from gn_transfer.report.data_page import render_data_page
-from gn_transfer.report.page import save_page
+from gn_transfer.report.html import save_page
 from gn_transfer.report.wrong_labels import WrongLabel, held_out_predictions, likely_wrong_labels
 from gn_transfer.training.task import TransferTask
 

@@ -9,7 +9,7 @@ from typing import Any
 from gn_transfer.commands.training_cli import TrainingCLI, parsed
 from gn_transfer.data import ImageDataModule
 from gn_transfer.data.describe import describe_data
-from gn_transfer.report.evaluation import wilson_interval
+from gn_transfer.report.calibration import wilson_interval
 from gn_transfer.training.checkpoint import check_classes, read_checkpoint
 from gn_transfer.training.classification import TransferClassifier
 from gn_transfer.training.predictions import ImagePredictions

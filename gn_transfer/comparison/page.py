@@ -17,8 +17,8 @@ from gn_transfer.comparison.grouping import shown
 from gn_transfer.comparison.images import choose_pair, class_difference
 from gn_transfer.comparison.importance import importances
 from gn_transfer.files import write_csv, write_text
+from gn_transfer.report.html import environment
 from gn_transfer.report.images import thumbnail
-from gn_transfer.report.page import environment
 from gn_transfer.report.svg import PageFigure
 
 _MOST_RUNS = 300

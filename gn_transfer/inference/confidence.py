@@ -10,7 +10,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 from gn_transfer.config import ConfigError
-from gn_transfer.report.evaluation import compare_confidence, wilson_interval
+from gn_transfer.report.calibration import compare_confidence, wilson_interval
 
 Array = npt.NDArray[np.float32]
 Targets = npt.NDArray[np.int64]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gn_transfer.backbones.pretrained import ALIASES
 from gn_transfer.inference.bundle import validation_metric
 from gn_transfer.inference.confidence import Temperature, Threshold
-from gn_transfer.report.evaluation import wilson_interval
+from gn_transfer.report.calibration import wilson_interval
 
 _CARD = """\
 # {backbone} ({norm}), {count} classes

@@ -6,17 +6,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gn_transfer.report.calibration import Calibration, calibration, wilson_interval
 from gn_transfer.report.evaluation import (
-    Calibration,
     ClassScore,
     Mistake,
-    calibration,
     class_names,
     class_scores,
     confused_pairs,
     confusion,
     mistakes,
-    wilson_interval,
 )
 from gn_transfer.report.images import find_image, thumbnail
 from gn_transfer.report.predictions import Predictions, SplitPredictions

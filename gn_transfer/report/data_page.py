@@ -7,8 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from gn_transfer.report.html import environment
 from gn_transfer.report.images import find_image, thumbnail
-from gn_transfer.report.page import environment
 from gn_transfer.report.sentences import percent
 from gn_transfer.report.wrong_labels import WrongLabel
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gn_transfer.report.evaluation import BINS, Calibration
+from gn_transfer.report.calibration import BINS, Calibration
 from gn_transfer.report.runs import MAIN_METRICS
 from gn_transfer.report.svg import COLORS, INK, STYLE, PageFigure, as_svg, hover
 

@@ -7,13 +7,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from gn_transfer.config import ConfigError
-from gn_transfer.files import read_json, write_text
+from gn_transfer.files import read_json
 from gn_transfer.report.classification import classification_parts
 from gn_transfer.report.figures import create_figures
+from gn_transfer.report.html import environment, save_page
 from gn_transfer.report.images import as_address
 from gn_transfer.report.runs import (
     Run,
@@ -26,7 +26,6 @@ from gn_transfer.report.runs import (
 from gn_transfer.report.segmentation import segmentation_parts
 from gn_transfer.report.sentences import percent
 
-_GENERATOR = 'content="gn-transfer '  # in the head of our pages
 _PROVENANCE = (
     "status", "architecture", "norm", "weights", "weights_pretrained_on", "data", "data_root", "train_split",
     "val_split", "test_split", "batch_size", "effective_batch_size", "seed", "epochs", "optimizer_steps",
@@ -78,31 +77,6 @@ def write_page(folder: Path, output: Path) -> Path:
     return save_page(output, render(run))
 
 
-def save_page(output: Path, html: str) -> Path:
-    """Write a page; only one of ours is replaced.
-
-    Args:
-        output: File to write.
-        html: The page.
-
-    Returns:
-        The file.
-
-    Raises:
-        ConfigError: It cannot be written, or it is something else than a page of ours.
-    """
-    if output.is_dir():
-        raise ConfigError(f"--output {output} is a folder; name a file, such as {output / 'report.html'}.")
-    try:
-        if output.exists() and _GENERATOR not in output.read_text(encoding="utf-8", errors="replace")[:999]:
-            raise ConfigError(f"--output {output} exists and is no page of gn-transfer; name another file.")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, html)
-    except OSError as error:
-        raise ConfigError(f"--output {output} cannot be written ({error.strerror}); name another file.") from error
-    return output
-
-
 def render(run: Run) -> str:
     """Compose the page of a run as HTML."""
     metric = run.main_metric
@@ -149,21 +123,6 @@ def render(run: Run) -> str:
 
 def _sheet(file: Path) -> str | None:
     return as_address(file.read_bytes()) if file.is_file() else None
-
-
-def environment(*folders: Path) -> Environment:
-    """Create the environment of a page's template.
-
-    Args:
-        *folders: Where templates lie, beside those here.
-    """
-    return Environment(
-        loader=FileSystemLoader([*folders, Path(__file__).parent]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
 
 
 def _status(run: Run) -> list[str]:

@@ -1,10 +1,11 @@
-"""Peak memory of training by backbone, norm, batch size, resolution and gradient checkpointing.
+"""Speed and peak memory of training by backbone, norm, batch size, resolution, classes and gradient checkpointing.
 
-Each configuration runs an accumulation step of two micro-batches and an SGD step, twice, in a process of its own, and
-reports the peak resident memory of that process less what it held once torch and the package were imported; on a GPU
-the most that was allocated there.
+Each configuration runs accumulation steps of two micro-batches and an SGD step in a process of its own. It reports images/s,
+the median of three steps after two, and the peak resident memory of that process less what it held once torch and the
+package were imported; on a GPU the most that was allocated there.
 
-    python benchmarks/memory.py --json
+    python benchmarks/cost.py --norm gn_ws --batch 1 2 4 8 16 --json
+    python benchmarks/cost.py --norm gn_ws --batch 1 --classes 10 100 1000 10000
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import argparse
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
+import time
 from typing import Any
 
 import torch
@@ -30,12 +33,12 @@ from gn_transfer.training.progress import peak_memory_mib
 
 
 def measure(settings: dict[str, Any]) -> dict[str, float]:
-    """Train two steps of two micro-batches; memory in MiB."""
+    """Train five steps of two micro-batches; memory in MiB."""
     device = torch.device(settings["device"])
     before = peak_memory_mib(device)
     config = ModelConfig(settings["backbone"], settings["norm"], gradient_checkpointing=settings["checkpointing"])
     task = TransferClassifier(config)
-    task.build([f"class{index}" for index in range(37)])
+    task.build([f"class{index}" for index in range(settings["classes"])])
     assert task.model is not None
     memory_format = task.memory_format(device.type)
     model = task.model.to(device).to(memory_format=memory_format).train()
@@ -49,18 +52,24 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
     pixels = pixels.contiguous(memory_format=memory_format)
     if engine is not None:
         engine.fold_norms(pixels)
-    targets = torch.arange(settings["batch"], device=device) % 37
-    for index in range(4):
-        if engine is not None:
-            engine.micro_batch(first=index % 2 == 0, last=index % 2 == 1)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings["precision"] == "bf16"):
-            loss = F.cross_entropy(run(pixels).float(), targets)
-        loss.backward()
-        if index % 2:
-            optimizer.step()
-            optimizer.zero_grad()
+    targets = torch.arange(settings["batch"], device=device) % settings["classes"]
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        for index in range(2):
+            if engine is not None:
+                engine.micro_batch(first=index == 0, last=index == 1)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings["precision"] == "bf16"):
+                loss = F.cross_entropy(run(pixels).float(), targets)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
     peak = peak_memory_mib(device)
-    return {"peak_mib": round(peak - before, 1), "process_mib": round(peak, 1)}
+    speed = 2 * settings["batch"] / statistics.median(seconds[2:])
+    return {"images_per_sec": round(speed, 3), "peak_mib": round(peak - before, 1), "process_mib": round(peak, 1)}
 
 
 def main() -> None:
@@ -70,6 +79,8 @@ def main() -> None:
     parser.add_argument("--norm", nargs="+", default=["bn", "gn_ws"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--img_size", nargs="+", type=int, default=[224])
+    parser.add_argument("--classes", nargs="+", type=int, default=[37])
+    parser.add_argument("--checkpointing", nargs="+", type=int, choices=[0, 1], default=[0, 1])
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", action="store_true")
@@ -79,8 +90,8 @@ def main() -> None:
         print(json.dumps(measure(json.loads(options.settings))))
         return
     rows = []
-    for backbone, norm, batch, img_size, checkpointing in itertools.product(
-        options.backbone, options.norm, options.batch, options.img_size, (False, True)
+    for backbone, norm, batch, img_size, classes, checkpointing in itertools.product(
+        options.backbone, options.norm, options.batch, options.img_size, options.classes, options.checkpointing
     ):
         wanted: dict[str, Any] = {
             "backbone": backbone,
@@ -88,7 +99,8 @@ def main() -> None:
             "batch": batch,
             "img_size": img_size,
             "precision": options.precision,
-            "checkpointing": checkpointing,
+            "classes": classes,
+            "checkpointing": bool(checkpointing),
             "device": options.device,
         }
         done = subprocess.run(
