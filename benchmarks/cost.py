@@ -1,8 +1,8 @@
 """Speed and peak memory of training by backbone, norm, batch size, resolution, classes and gradient checkpointing.
 
-Each configuration runs accumulation steps of two micro-batches and an SGD step in a process of its own. It reports images/s,
-the median of three steps after two, and the peak resident memory of that process less what it held once torch and the
-package were imported; on a GPU the most that was allocated there.
+Each configuration runs accumulation steps of two micro-batches and an SGD step in a process of its own. It reports
+images/s, the median of three steps after two, and the peak resident memory of that process less what it held once torch
+and the package were imported; on a GPU the most that was allocated there.
 
     python benchmarks/cost.py --norm gn_ws --batch 1 2 4 8 16 --json
     python benchmarks/cost.py --norm gn_ws --batch 1 --classes 10 100 1000 10000

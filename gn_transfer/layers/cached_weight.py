@@ -181,7 +181,7 @@ class CachedWeight:
         """From the gradients of the copies to those of the sources, which may have changed since."""
         gradient = gradients[0].to(self.weight.dtype)
         if self._eps is None:
-            return (gradient,)
+            return (_strided_as(self.weight, gradient),)
         if changed:
             assert self._rstd is not None
             return (_standardize_backward_of_copy(gradient, self._copies[0], self._rstd),)
@@ -192,7 +192,7 @@ class CachedWeight:
             rows, weight_rows, rows.shape[1:], self._mean, self._rstd, None, None, [True, False, False]
         )[0]
         # into the memory that held the sum: new memory for every weight in turn leaves holes between the old
-        return (rows_to_filters(rows.copy_(raw), weight),)
+        return (_strided_as(weight, rows_to_filters(rows.copy_(raw), weight)),)
 
 
 class _Attach(torch.autograd.Function):
@@ -218,6 +218,13 @@ class _Attach(torch.autograd.Function):
             )
         delivered = ctx.cached.add_gradients(gradients, ctx.deliver)
         return None, None, None, *delivered, *[None] * ctx.num_copies
+
+
+def _strided_as(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Give a gradient the strides of its weight, where both describe the same memory: DDP warns where they differ."""
+    if weight.ndim == 4 and weight.shape[2:] == (1, 1) and weight.is_contiguous() and gradient.is_contiguous():
+        return gradient.as_strided(weight.shape, weight.stride())
+    return gradient
 
 
 def _forward_dtype(weight: Tensor) -> torch.dtype:

@@ -592,3 +592,22 @@ def test_a_compiled_net_in_bfloat16_is_not_worse_than_plain_autocast():
         for models in ((compiled.parameters(), exact.parameters()), (plain.parameters(), exact.parameters()))
     )
     assert ours <= 1.05 * theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_laid_out_as_their_weights(dtype):
+    """DDP warns where they are not, and copies."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), StdConv2d(8, 64, 1), nn.Conv2d(64, 16, 1)).to(memory_format=CHANNELS_LAST)
+    engine = AccumulationEngine(model)
+    different = []
+    for layer in model:
+        layer.weight.register_hook(
+            lambda gradient, weight=layer.weight: different.append((weight.stride(), gradient.stride()))
+        )
+    for index in range(3):
+        engine.micro_batch(first=index == 0, last=index == 2)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = model(torch.randn(1, 3, 4, 4).contiguous(memory_format=CHANNELS_LAST))
+        output.float().sum().backward()
+    assert len(different) >= 3
+    assert all(weight == gradient for weight, gradient in different)
