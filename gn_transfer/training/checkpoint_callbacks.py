@@ -234,7 +234,7 @@ class LastCheckpoint(Checkpoint):
         self._previous_handlers = {}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store the position in the epoch and the state of torch's generator."""
+        """Store the position in the epoch and the states of torch's generators."""
         loop = trainer.fit_loop
         # Of the trackers mypy knows only the base class; these two count `processed` and `started` as well.
         batches: Any = loop.epoch_loop.batch_progress.current
@@ -251,6 +251,8 @@ class LastCheckpoint(Checkpoint):
         ours["devices"] = trainer.world_size
         ours["images_per_step"] = trainer.world_size * trainer.accumulate_grad_batches * _batch_size(trainer)
         ours["torch_rng_state"] = torch.get_rng_state()
+        if (device := trainer.strategy.root_device).type == "cuda":  # dropout there has a generator of its own
+            ours["cuda_rng_state"] = torch.cuda.get_rng_state(device)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Set the sampler to the stored position.
@@ -279,6 +281,9 @@ class LastCheckpoint(Checkpoint):
             place_loops(checkpoint["loops"], position["batch"])
         trainer.datamodule.train_sampler.resume_at(**position)  # type: ignore[attr-defined]
         torch.set_rng_state(state)
+        device, cuda_state = trainer.strategy.root_device, stored.get("cuda_rng_state")
+        if device.type == "cuda" and isinstance(cuda_state, torch.Tensor):
+            torch.cuda.set_rng_state(cuda_state, device)
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Save; False where that was not possible or not wanted."""

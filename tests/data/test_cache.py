@@ -93,6 +93,19 @@ def test_later_runs_find_it(root: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts this process's open files by /proc")
+def test_data_sets_of_the_same_name_share_nothing(root: Path, tmp_path: Path, write_image: Any) -> None:
+    other = tmp_path / "other" / root.name
+    for path in paths(root):
+        write_image(other / path, seed=77, size=(50, 60))
+    cache = tmp_path / "cache"
+    mine, theirs = (DiskStore(cache_folder(cache, place, RESOLUTION), place, paths(root)) for place in (root, other))
+    build(root, mine)
+    assert theirs.get(0) is None
+    build(other, theirs)
+    assert_right(root, mine)
+    assert_right(other, theirs)
+
+
 def test_kept_resolutions_hold_no_open_files(root: Path) -> None:
     fill(store(root), RESOLUTION, root, paths(root), threads=1, advance=lambda: None)
     kept, before = store(root), open_files()
