@@ -2,7 +2,8 @@
 
 Each configuration runs accumulation steps of two micro-batches and an SGD step in a process of its own. It reports
 images/s, the median of three steps after two, and the peak resident memory of that process less what it held once torch
-and the package were imported; on a GPU the most that was allocated there.
+and the package were imported; on a GPU the most that was allocated there. Beside them stand their limits: images/s of
+the convolutions alone (see ``train_step.py``), and the memory of weights, gradients and momentum.
 
     python benchmarks/cost.py --norm gn_ws --batch 1 2 4 8 16 --json
     python benchmarks/cost.py --norm gn_ws --batch 1 --classes 10 100 1000 10000
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from train_step import floor_seconds
 
 from gn_transfer.backbones.model_config import ModelConfig
 from gn_transfer.layers import AccumulationEngine, GraphedModel
@@ -68,8 +70,16 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
     peak = peak_memory_mib(device)
+    state_mib = 3 * sum(parameter.nbytes for parameter in model.parameters()) / 2**20
+    floor = settings["batch"] / floor_seconds(argparse.Namespace(**settings, decoder=None, rounds=3))
     speed = 2 * settings["batch"] / statistics.median(seconds[2:])
-    return {"images_per_sec": round(speed, 3), "peak_mib": round(peak - before, 1), "process_mib": round(peak, 1)}
+    return {
+        "images_per_sec": round(speed, 3),
+        "floor_images_per_sec": round(floor, 3),
+        "peak_mib": round(peak - before, 1),
+        "process_mib": round(peak, 1),
+        "state_mib": round(state_mib, 1),
+    }
 
 
 def main() -> None:

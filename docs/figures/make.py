@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 from matplotlib import colormaps, rcParams
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 BLUE, ORANGE, GREEN, GREY = "#cfe2f7", "#f9dcc4", "#cfead6", "#e6e6e6"
 
 
@@ -101,7 +103,7 @@ def statistics() -> Figure:
 
 def learning_rate() -> Figure:
     """Accuracy over the learning rate, from the stored rows of sweep_learning_rate.yaml."""
-    rows = list(csv.DictReader((Path(__file__).parents[2] / "benchmarks/results/sweep_learning_rate_rows.csv").open()))
+    rows = list(csv.DictReader((RESULTS / "sweep_learning_rate_rows.csv").open()))
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.add_subplot()
     for norm, color, shift in (("bn_frozen", "#c0529d", 0.97), ("gn_ws", "#2f7ed8", 1.03)):
@@ -123,7 +125,37 @@ def learning_rate() -> Figure:
     return figure
 
 
+def cost() -> Figure:
+    """Speed and memory of a training over what they grow with, from the stored rows of cost.py, with their limits."""
+    panels = {
+        "batch": "images at a time",
+        "img_size": "image side, px",
+        "backbone": "layers of the ResNetV2",
+        "classes": "classes",
+    }
+    figure = Figure(figsize=(8.6, 4.4), layout="constrained")
+    grid = figure.subplots(2, len(panels), sharex="col", sharey="row")
+    for column, (name, label) in enumerate(panels.items()):
+        rows = json.loads((RESULTS / f"cost_{name}.json").read_text())["rows"]
+        places = [int(str(row[name]).rpartition("_")[2]) for row in rows]
+        for axes, measured, limit, said in (
+            (grid[0, column], "images_per_sec", "floor_images_per_sec", "the convolutions alone"),
+            (grid[1, column], "peak_mib", "state_mib", "weights, gradients, momentum"),
+        ):
+            axes.plot(places, [row[measured] for row in rows], "o-", color="#2f7ed8", label="measured")
+            axes.plot(places, [row[limit] for row in rows], ":", color="#666", label=said)
+            axes.set(xscale="log", ylim=(0, None))
+            axes.set_xticks(places, [f"{place:,}" for place in places])
+            axes.minorticks_off()
+            axes.spines[["top", "right"]].set_visible(False)
+        grid[1, column].set_xlabel(label)
+    for axes, label in zip(grid[:, 0], ("images/s", "peak memory, MiB"), strict=True):
+        axes.set_ylabel(label)
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 if __name__ == "__main__":
     rcParams["svg.hashsalt"] = "gn_transfer"  # the same drawing gives the same file
-    for draw in (engine, cache, statistics, learning_rate):
+    for draw in (engine, cache, statistics, learning_rate, cost):
         draw().savefig(Path(__file__).with_name(f"{draw.__name__}.svg"), metadata={"Date": None})

@@ -168,14 +168,20 @@ class _Graph:
         """Run on a stream of its own; random numbers and buffers stay. Names of leaves that have no part in it."""
         device = self.input.device
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.random.fork_rng([device]), _buffers_kept(model), torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                output = functional_call(model, leaves, self.input)
-                if not isinstance(output, Tensor):
-                    raise TypeError(f"its output is no tensor, but {type(output).__name__}")
-                found = torch.autograd.grad(output, list(leaves.values()), torch.zeros_like(output), allow_unused=True)
-            torch.cuda.current_stream(device).synchronize()
+        with torch.random.fork_rng([device]), _buffers_kept(model):
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    unused = self._unused(model, leaves)
+            stream.synchronize()
+        return unused
+
+    def _unused(self, model: nn.Module, leaves: dict[str, Tensor]) -> set[str]:
+        """Run forward and backward once, and drop the gradients. Names of leaves that have none."""
+        output = functional_call(model, leaves, self.input)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"its output is no tensor, but {type(output).__name__}")
+        found = torch.autograd.grad(output, list(leaves.values()), torch.zeros_like(output), allow_unused=True)
         return {name for name, gradient in zip(leaves, found, strict=True) if gradient is None}
 
     def __call__(self, input: Tensor) -> Tensor:
