@@ -2,7 +2,7 @@
 
 Each configuration runs accumulation steps of two micro-batches and an SGD step in a process of its own. It reports
 images/s, the median of three steps after two, and the peak resident memory of that process less what it held once torch
-and the package were imported; on a GPU the most that was allocated there. Beside them stand their limits: images/s of
+and the package were imported; on a GPU the most that torch took there. Beside them stand their limits: images/s of
 the convolutions alone (see ``train_step.py``), and the memory of weights, gradients and momentum.
 
     python benchmarks/cost.py --norm gn_ws --batch 1 2 4 8 16 --json

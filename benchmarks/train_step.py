@@ -4,7 +4,7 @@ A step is some accumulated micro-batches and one fused SGD update. The arms take
 each in its faster memory layout, which is found first; the second step of a turn is timed. Medians over the rounds,
 and ratios within a round. The floor is the time that the convolutions of the model take alone, forward and backward, on
 the shapes of the step; on a GPU without their launches, as a CUDA graph. Peak memory is what a process that runs one
-arm alone takes beyond its imports; on a GPU, what it allocates there.
+arm alone takes beyond its imports; on a GPU, what torch takes there.
 
     python benchmarks/train_step.py --backbone resnetv2_50 --batch 1 --accumulate 16 --precision bf16 --json
     python benchmarks/train_step.py --backbone resnetv2_50 --decoder unet --img_size 256 --precision fp32 --json
@@ -202,7 +202,7 @@ def floor_seconds(options: argparse.Namespace) -> float:
 def peak_mib(arm: str, layout: str, options: argparse.Namespace, arguments: list[str]) -> float:
     """Peak resident memory of a process that runs one arm alone, beyond what the imports took: median of three.
 
-    On a GPU the allocator counts exactly: what the arm takes of it, here.
+    On a GPU it is what torch takes for the arm, in this process.
     """
     if options.device == "cuda":
         return alone(arm, layout, options)

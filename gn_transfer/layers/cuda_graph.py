@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from gn_transfer.config import is_out_of_memory
-
 _WARM_UP = 3
 """Passes before a capture, in which libraries choose their kernels and take their memory."""
 
@@ -29,16 +27,18 @@ class GraphedModel:
 
     The first call in training captures a forward and a backward for the shape of its input. Later ones copy their input
     into the graph's memory and replay; the backward adds to ``grad`` of the parameters, so micro-batches accumulate.
-    Where a parameter moves, starts or stops to learn, a layer changes its mode or autocast another dtype, the next call
-    captures anew. The model runs plainly without gradient, in evaluation, on a CPU, for inputs of another shape and
-    while a module or a parameter has a hook, which a replay would not call. It runs plainly from then on where it
-    cannot be captured: it asks the GPU for a value in its forward, say.
+    Where a parameter moves, starts or stops to learn, a layer changes its mode, autocast its dtype, or two inputs in a
+    row have another shape, the model is captured anew. It runs plainly without gradient, in evaluation, on a CPU, for
+    a single input of another shape and while a module or a parameter has a hook, which a replay would not call. It
+    runs plainly from then on where it cannot be captured: it asks the GPU for a value in its forward, say, or a second
+    set of gradients finds no room.
 
-    Each forward has to be followed by its backward, before the next one. DDP needs its hooks, so it cannot be combined
-    with this. Graphs keep their memory until :meth:`reset`; the gradients are held twice.
+    Each forward has to be followed by its backward, before the next one. What Python decides in a forward, by random
+    numbers of its own too, stays as it was at the capture. DDP needs its hooks, so it cannot be combined with this.
+    Graphs keep their memory until :meth:`reset`: that of the activations, and a second set of gradients.
 
     Args:
-        model: Gives one tensor for one tensor. Its layers must stay the same objects.
+        model: Gives one tensor for one tensor. Its layers, parameters and buffers must stay the same objects.
 
     Attributes:
         failure: Why the model could not be captured; None so far.
@@ -58,6 +58,7 @@ class GraphedModel:
         self._parameters = list(model.parameters())
         self._graph: _Graph | None = None
         self._state: tuple[object, ...] = ()
+        self._misses = 0  # inputs of another shape in a row
 
     def __call__(self, input: Tensor) -> Tensor:
         """Run the model.
@@ -79,10 +80,13 @@ class GraphedModel:
 
     def _graph_for(self, input: Tensor) -> _Graph | None:
         state = self._current_state()
-        if self._graph is None or self._state != state:
+        fits = self._graph is not None and self._graph.takes(input)
+        self._misses = 0 if fits else self._misses + 1
+        if self._graph is None or self._state != state or self._misses > 1:
             self.reset()
             self._graph, self._state = self._capture(input), state
-        return self._graph if self._graph is not None and self._graph.takes(input) else None
+            return self._graph
+        return self._graph if fits else None
 
     def _applies(self, input: Tensor) -> bool:
         return (
@@ -90,7 +94,7 @@ class GraphedModel:
             and input.is_cuda
             and not input.requires_grad
             and torch.is_grad_enabled()
-            and self.model.training
+            and any(module.training for module in self._modules)  # the head alone, where the rest is frozen
             and not torch.cuda.is_current_stream_capturing()
             and any(parameter.requires_grad for parameter in self._parameters)
             and not any(
@@ -115,17 +119,19 @@ class GraphedModel:
         )
 
     def _capture(self, input: Tensor) -> _Graph | None:
-        generator = torch.cuda.default_generators[input.device.index]
+        device = input.device
+        generator = torch.cuda.default_generators[device.index]
         random_state = generator.clone_state()
         try:
-            return _Graph(self.model, input)
+            # a capture that breaks off leaves its stream as the current one
+            with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+                return _Graph(self.model, input)
         except (RuntimeError, TypeError) as error:
-            generator.graphsafe_set_state(random_state)  # a capture that breaks off leaves its mark on the other
-            if is_out_of_memory(error):
-                raise
+            generator.graphsafe_set_state(random_state)  # the other one is taken for a part of the capture still
             self.failure = f"{type(error).__name__}: {error}".splitlines()[0]
-            warnings.warn(f"the model runs without CUDA graphs: {self.failure}", stacklevel=3)
-            return None
+        warnings.warn(f"the model runs without CUDA graphs: {self.failure}", stacklevel=3)
+        torch.cuda.empty_cache()
+        return None
 
     def __repr__(self) -> str:
         return f"GraphedModel({'plain' if self._graph is None else tuple(self._graph.input.shape)})"
@@ -153,14 +159,16 @@ class _Graph:
             unused = self._warm_up(model, leaves)
             self._parameters = [each for name, each in learning.items() if name not in unused]
             self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
-            pool = torch.cuda.graph_pool_handle()
+            pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(input.device)  # type: ignore[no-untyped-call]
             self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.forward, pool=pool):
+            # threads that load data may pin memory meanwhile, which a global capture forbids
+            with torch.cuda.graph(self.forward, pool, stream, capture_error_mode="thread_local"):
                 output = functional_call(model, leaves, self.input)
             self.output_gradient = torch.zeros_like(output)
             used = [leaf for name, leaf in leaves.items() if name not in unused]
-            with torch.cuda.graph(self.backward, pool=pool):
-                found = torch.autograd.grad(output, used, self.output_gradient)
+            with torch.cuda.graph(self.backward, pool, stream, capture_error_mode="thread_local"):
+                with torch.autocast("cuda", enabled=False):  # where a loop calls backward
+                    found = torch.autograd.grad(output, used, self.output_gradient)
                 torch._foreach_add_(self._gradients, found)
         self.output = output.detach()
 
@@ -181,8 +189,14 @@ class _Graph:
         output = functional_call(model, leaves, self.input)
         if not isinstance(output, Tensor):
             raise TypeError(f"its output is no tensor, but {type(output).__name__}")
-        found = torch.autograd.grad(output, list(leaves.values()), torch.zeros_like(output), allow_unused=True)
-        return {name for name, gradient in zip(leaves, found, strict=True) if gradient is None}
+        originals = [each for each in model.parameters() if each.requires_grad]
+        with torch.autocast("cuda", enabled=False):
+            found = torch.autograd.grad(
+                output, [*leaves.values(), *originals], torch.zeros_like(output), allow_unused=True
+            )
+        if any(gradient is not None for gradient in found[len(leaves) :]):
+            raise RuntimeError("a layer reaches a parameter that is not registered as its own")
+        return {name for name, gradient in zip(leaves, found, strict=False) if gradient is None}
 
     def __call__(self, input: Tensor) -> Tensor:
         """Replay the forward; the backward of what it returns replays the backward."""
@@ -198,10 +212,13 @@ class _Graph:
         """Have ``grad`` of the parameters be what the backward adds to."""
         new = []
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            if parameter.grad is None:
+            before = parameter.grad
+            if before is gradient:
+                continue
+            if before is None:
                 new.append(gradient)
-            elif parameter.grad is not gradient:
-                gradient.copy_(parameter.grad)
+            else:
+                gradient.copy_(before)
             parameter.grad = gradient
         if new:
             torch._foreach_zero_(new)

@@ -83,7 +83,7 @@ def group_norm(
         eps: Added to the variance inside the root.
 
     Returns:
-        Shape, dtype and memory format of ``input``.
+        Shape and dtype of ``input``; on a CPU its memory format, too.
 
     Raises:
         ConfigError: Groups of a single value, whose output would be the bias whatever the input.

@@ -135,21 +135,22 @@ class GradientAccumulation(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Attach the accumulation engine, or have the model replayed as CUDA graphs."""
         config = pl_module.model_config
-        if trainer.world_size == 1 and self.replays(config, trainer.strategy.root_device):
+        if self.replays(config, trainer.strategy.root_device, trainer.world_size):
             pl_module.graphed_model = GraphedModel(pl_module.model)
         elif self.cache_weights:
             self.engine = AccumulationEngine(pl_module.model, compiled=config.compile)
             self._looked_for_norms = False
 
-    def replays(self, config: ModelConfig, device: torch.device) -> bool:
-        """Say whether a model is to be replayed as CUDA graphs on a device, where it trains alone.
+    def replays(self, config: ModelConfig, device: torch.device, num_devices: int = 1) -> bool:
+        """Say whether a model is to be replayed as CUDA graphs.
 
         Args:
             config: Of the model.
             device: That it trains on.
+            num_devices: Devices that train together.
         """
         # gradient checkpointing starts a backward within the backward, which cannot be captured
-        plain = not config.compile and not config.gradient_checkpointing
+        plain = not config.compile and not config.gradient_checkpointing and num_devices == 1
         return self.cuda_graphs and device.type == "cuda" and plain
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,9 +18,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Read the peak memory so far, in MiB: allocated on a CUDA device, else resident of this process."""
+    """Read the peak memory so far, in MiB: taken by torch on a CUDA device, else resident of this process.
+
+    What torch has taken there counts what a CUDA graph holds between its replays, which no tensor does.
+    """
     if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device) / 2**20)
+        return float(torch.cuda.max_memory_reserved(device) / 2**20)
     with contextlib.suppress(OSError, StopIteration):  # Linux; getrusage there starts from the parent's peak
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
         return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) / 2**10

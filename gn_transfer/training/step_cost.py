@@ -46,6 +46,7 @@ def measure_step(
     img_size: int,
     precision: str,
     device: torch.device,
+    num_devices: int = 1,
 ) -> StepCost:
     """Run a few micro-batches on a copy of the model; uses no random numbers.
 
@@ -60,6 +61,7 @@ def measure_step(
         img_size: Their side, in pixels.
         precision: Lightning's name of the precision.
         device: Where to measure.
+        num_devices: Devices that train together; one of them is measured, without their exchange of gradients.
 
     Returns:
         What a step costs.
@@ -67,7 +69,7 @@ def measure_step(
     assert task.model is not None
     memory_format = task.memory_format(device.type)
     model = deepcopy(task.model).to(device).train().to(memory_format=memory_format)  # type: ignore[call-overload]
-    replays = accumulation.replays(task.model_config, device)
+    replays = accumulation.replays(task.model_config, device, num_devices)
     engine = AccumulationEngine(model) if accumulation.cache_weights and not replays else None
     parameters = list(model.parameters())
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}

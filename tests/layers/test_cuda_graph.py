@@ -60,6 +60,62 @@ def test_on_a_cpu_the_model_itself_runs():
     assert repr(graphed) == "GraphedModel(plain)"
 
 
+class Captured:
+    """Stands for a graph on a CPU."""
+
+    def __init__(self, model: nn.Module, input: Tensor) -> None:
+        self.model, self.shape = model, input.shape
+
+    def takes(self, input: Tensor) -> bool:
+        return input.shape == self.shape
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return self.model(input)
+
+
+class CapturedOnCpu(GraphedModel):
+    """Notes what it captures."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.batches: list[int] = []
+
+    def _applies(self, input: Tensor) -> bool:
+        return True
+
+    def _capture(self, input: Tensor) -> Captured:
+        self.batches.append(len(input))
+        return Captured(self.model, input)
+
+
+def test_a_second_input_in_a_row_of_another_shape_is_captured():
+    """A run may begin with the last, smaller micro-batch of an epoch."""
+    graphed = CapturedOnCpu(Noted().train())
+    for batch in (1, 4, 4, 4, 1, 4, 4):
+        graphed(torch.randn(batch, 3, 8, 8))
+    assert graphed.batches == [1, 4]
+
+
+def test_what_changes_a_step_is_captured_anew():
+    model = Noted().train()
+    graphed = CapturedOnCpu(model)
+    x = torch.randn(1, 3, 8, 8)
+
+    def captures(change) -> int:
+        before = len(graphed.batches)
+        change()
+        for _ in range(2):
+            graphed(x)
+        return len(graphed.batches) - before
+
+    assert captures(lambda: None) == 1
+    assert captures(lambda: None) == 0
+    assert captures(lambda: model.conv.weight.requires_grad_(False)) == 1
+    assert captures(lambda: model.norm.eval()) == 1
+    assert captures(lambda: setattr(model.head.weight, "data", model.head.weight.data.clone())) == 1
+    assert captures(graphed.reset) == 1
+
+
 @needs_gpu
 @pytest.mark.parametrize("norm", ["gn_ws", "gn", "ln", "in", "bn", "bn_frozen"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
@@ -127,6 +183,41 @@ def test_a_parameter_that_begins_to_learn_is_captured():
     model.conv.weight.requires_grad_(True)
     plain = copy.deepcopy(model)
     for a, b in zip(gradients(plain, plain, images(2)), gradients(model, graphed, images(2)), strict=True):
+        torch.testing.assert_close(b, a)
+
+
+@needs_gpu
+def test_a_frozen_backbone_is_replayed():
+    """As the callback freezes it: all but the head is in evaluation."""
+    model = Noted().cuda().eval()
+    model.head.train()
+    for part in (model.conv, model.norm):
+        part.requires_grad_(False)
+    plain = copy.deepcopy(model)
+    graphed = GraphedModel(model)
+    for a, b in zip(gradients(plain, plain, images(3)), gradients(model, graphed, images(3)), strict=True):
+        torch.testing.assert_close(b, a)
+    assert model.calls == 4
+
+
+@needs_gpu
+def test_a_parameter_that_is_reached_another_way_is_not_lost():
+    class Hidden(Noted):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = [self.head.weight]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return F.linear(self.conv(x).mean((2, 3)), self.again[0])
+
+    model = Hidden().cuda().train()
+    plain = copy.deepcopy(model)
+    plain.again = [plain.head.weight]
+    graphed = GraphedModel(model)
+    with pytest.warns(UserWarning, match="not registered as its own"):
+        found = gradients(model, graphed, images(2))
+    for a, b in zip(gradients(plain, plain, images(2)), found, strict=True):
         torch.testing.assert_close(b, a)
 
 
