@@ -140,18 +140,19 @@ def cost() -> Figure:
         places = [int(str(row[name]).rpartition("_")[2]) for row in rows]
         for axes, measured, limit, said in (
             (grid[0, column], "images_per_sec", "floor_images_per_sec", "the convolutions alone"),
-            (grid[1, column], "peak_mib", "state_mib", "weights, gradients, momentum"),
+            (grid[1, column], "peak_mib", "state_mib", "weights, gradients,\nmomentum"),
         ):
             axes.plot(places, [row[measured] for row in rows], "o-", color="#2f7ed8", label="measured")
             axes.plot(places, [row[limit] for row in rows], ":", color="#666", label=said)
-            axes.set(xscale="log", ylim=(0, None))
+            axes.set_xscale("log")
             axes.set_xticks(places, [f"{place:,}" for place in places])
             axes.minorticks_off()
             axes.spines[["top", "right"]].set_visible(False)
         grid[1, column].set_xlabel(label)
-    for axes, label in zip(grid[:, 0], ("images/s", "peak memory, MiB"), strict=True):
-        axes.set_ylabel(label)
-        axes.legend(frameon=False, fontsize=8)
+    for row, label, place in zip(grid, ("images/s", "peak memory, MiB"), (3, 1), strict=True):
+        row[0].set_ylabel(label)
+        row[0].set_ylim(0, None)
+        row[place].legend(frameon=False, fontsize=8, loc="upper center")  # where there is room
     return figure
 
 
