@@ -42,7 +42,7 @@ def measure(settings: dict[str, Any]) -> dict[str, float]:
     task = TransferClassifier(config)
     task.build([f"class{index}" for index in range(settings["classes"])])
     assert task.model is not None
-    memory_format = task.memory_format(device.type)
+    memory_format = task.memory_format(device.type, "bf16-mixed" if settings["precision"] == "bf16" else "32-true")
     model = task.model.to(device).to(memory_format=memory_format).train()
     replays = GradientAccumulation().replays(config, device)
     engine = None if replays else AccumulationEngine(model)

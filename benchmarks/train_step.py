@@ -34,6 +34,7 @@ from gn_transfer.backbones.create import create_backbone
 from gn_transfer.backbones.segmentation import Encoder, SegmentationModel
 from gn_transfer.config import DecoderName
 from gn_transfer.layers import AccumulationEngine, GraphedModel, fitting_group_count, preferred_memory_format
+from gn_transfer.layers.memory_format import has_depthwise
 from gn_transfer.training.environment import environment
 from gn_transfer.training.progress import peak_memory_mib, reset_peak_memory
 
@@ -139,7 +140,13 @@ def synchronize(options: argparse.Namespace) -> None:
 def best_layout(arm: str, options: argparse.Namespace) -> str:
     """Find the faster layout of an arm: ours takes its own rule, the others are tried."""
     if arm.startswith("ours"):
-        format_ = preferred_memory_format(arm.split()[1], options.device, segments=options.decoder is not None)  # type: ignore[arg-type]
+        format_ = preferred_memory_format(
+            arm.split()[1],  # type: ignore[arg-type]
+            options.device,
+            segments=options.decoder is not None,
+            depthwise=has_depthwise(build(arm, options)),
+            half=options.precision == "bf16",
+        )
         return next(name for name, value in LAYOUTS.items() if value == format_)
     speeds = {}
     for layout in LAYOUTS:

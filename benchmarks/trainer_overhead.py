@@ -39,7 +39,7 @@ def bare_loop(options: argparse.Namespace, root: Path) -> float:
     task = TransferClassifier(ModelConfig(options.backbone, options.norm))
     task.build(data.classes)
     assert task.model is not None
-    memory_format = task.memory_format("cpu")
+    memory_format = task.memory_format("cpu", "bf16-mixed" if options.precision == "bf16" else "32-true")
     model = task.model.to(memory_format=memory_format).train()
     engine = AccumulationEngine(model)
     optimizer = create_optimizer(

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from gn_transfer.config import Norm
 
 
-def preferred_memory_format(norm: Norm, device_type: str, *, segments: bool = False) -> torch.memory_format:
+def preferred_memory_format(
+    norm: Norm, device_type: str, *, segments: bool = False, depthwise: bool = False, half: bool = False
+) -> torch.memory_format:
     """Choose the layout of images and activations (``channels_last: auto``).
 
     On a CPU channels-last wins for every norm and batch size of a classification (``benchmarks/README.md``): oneDNN's
     convolutions read it as it is, and :func:`gn_transfer.layers.group_norm` has a kernel for it where torch's is slow.
     The decoder of a segmentation has convolutions from many channels to few on large maps, whose weight gradients are
-    up to twice as slow in channels-last. On CUDA batch norm gains half again from it (RTX 3090, AMP, ResNet-50: 1,218
-    against 826 images/s) while group norm loses 10 % (482 against 532), since torch's group norm there leaves
-    channels-last (timm's published benchmark).
+    up to twice as slow in channels-last. Depthwise convolutions are slower there in half precision, and between group
+    norms: EfficientNet-Lite0 at batch 1 trains 15.2 against 9.3 images/s in bf16 and 17.3 against 15.2 in float32 with
+    group norm, but 16.9 against 18.2 in float32 with frozen batch norms (two threads, AVX-512). On CUDA batch norm
+    gains half again from it (RTX 3090, AMP, ResNet-50: 1,218 against 826 images/s) while group norm loses 10 % (482
+    against 532), since torch's group norm there leaves channels-last (timm's published benchmark).
 
     Args:
         norm: The normalization.
         device_type: ``cpu``, ``cuda``, ...
         segments: Whether the model has a decoder.
+        depthwise: Whether it has depthwise convolutions.
+        half: Whether it computes in half precision.
 
     Returns:
         ``torch.channels_last`` or ``torch.contiguous_format``.
@@ -32,6 +39,17 @@ def preferred_memory_format(norm: Norm, device_type: str, *, segments: bool = Fa
         (torch.channels_last, torch.contiguous_format)
     """
     group_norm = norm in ("gn", "gn_ws", "ln", "in")
-    if (device_type == "cpu" and not segments) or (device_type == "cuda" and not group_norm):
-        return torch.channels_last
-    return torch.contiguous_format
+    if device_type == "cpu":
+        last = not segments and not (depthwise and (half or group_norm))
+    else:
+        last = device_type == "cuda" and not group_norm
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def has_depthwise(model: nn.Module) -> bool:
+    """Tell whether a model has a convolution with a group for each of its input channels.
+
+    Args:
+        model: Any model.
+    """
+    return any(isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels for layer in model.modules())

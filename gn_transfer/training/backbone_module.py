@@ -24,7 +24,9 @@ from gn_transfer.backbones.fitting import CALIBRATION_IMAGES, DISTILLATION_SAMPL
 from gn_transfer.config import ConfigError
 from gn_transfer.data.progress import progress_bar
 from gn_transfer.layers import GraphedModel, group_counts, preferred_memory_format
+from gn_transfer.layers.memory_format import has_depthwise
 from gn_transfer.training import checkpoint
+from gn_transfer.training.precision import autocast_dtype
 
 
 class BackboneModule(LightningModule, ABC):
@@ -91,7 +93,8 @@ class BackboneModule(LightningModule, ABC):
             self.build_for(self.trainer.datamodule)  # type: ignore[attr-defined]
         assert self.model is not None
         if self.trainer.state.fn == "fit":
-            self._memory_format = self.memory_format(self.trainer.strategy.root_device.type)
+            precision = str(self.trainer.precision)
+            self._memory_format = self.memory_format(self.trainer.strategy.root_device.type, precision)
             self.model.to(memory_format=self._memory_format)  # type: ignore[call-overload]
 
     def build_for(self, data: Any) -> None:
@@ -236,11 +239,23 @@ class BackboneModule(LightningModule, ABC):
         logits: Tensor = model(pixels.contiguous(memory_format=self._memory_format))
         return logits
 
-    def memory_format(self, device_type: str) -> torch.memory_format:
-        """Choose the memory format of training: ``model.channels_last``, or the format that measured faster."""
-        if self.model_config.channels_last == "auto":
-            segments = self.model_config.decoder is not None
-            return preferred_memory_format(self.model_config.norm, device_type, segments=segments)
+    def memory_format(self, device_type: str, precision: str) -> torch.memory_format:
+        """Choose the memory format of training: ``model.channels_last``, or the format that measured faster.
+
+        Args:
+            device_type: ``cpu``, ``cuda``, ...
+            precision: Lightning's name of the precision.
+        """
+        config = self.model_config
+        if config.channels_last == "auto":
+            assert self.model is not None
+            return preferred_memory_format(
+                config.norm,
+                device_type,
+                segments=config.decoder is not None,
+                depthwise=has_depthwise(self.model),
+                half=autocast_dtype(precision) is not None,
+            )
         return torch.channels_last if self.model_config.channels_last else torch.contiguous_format
 
     def on_fit_start(self) -> None:

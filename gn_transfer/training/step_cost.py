@@ -67,7 +67,7 @@ def measure_step(
         What a step costs.
     """
     assert task.model is not None
-    memory_format = task.memory_format(device.type)
+    memory_format = task.memory_format(device.type, precision)
     model = deepcopy(task.model).to(device).train().to(memory_format=memory_format)  # type: ignore[call-overload]
     replays = accumulation.replays(task.model_config, device, num_devices)
     engine = AccumulationEngine(model) if accumulation.cache_weights and not replays else None
