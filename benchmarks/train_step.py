@@ -34,7 +34,7 @@ from gn_transfer.backbones.create import create_backbone
 from gn_transfer.backbones.segmentation import Encoder, SegmentationModel
 from gn_transfer.config import DecoderName
 from gn_transfer.layers import AccumulationEngine, GraphedModel, fitting_group_count, preferred_memory_format
-from gn_transfer.layers.memory_format import has_depthwise
+from gn_transfer.layers.conv import is_depthwise
 from gn_transfer.training.environment import environment
 from gn_transfer.training.progress import peak_memory_mib, reset_peak_memory
 
@@ -144,7 +144,7 @@ def best_layout(arm: str, options: argparse.Namespace) -> str:
             arm.split()[1],  # type: ignore[arg-type]
             options.device,
             segments=options.decoder is not None,
-            depthwise=has_depthwise(build(arm, options)),
+            depthwise=any(is_depthwise(layer) for layer in build(arm, options).modules()),
             half=options.precision == "bf16",
         )
         return next(name for name, value in LAYOUTS.items() if value == format_)

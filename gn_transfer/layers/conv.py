@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
@@ -96,6 +96,15 @@ def conv2d(
                 output: Tensor = _MatmulConv.apply(input, weight, bias, stride[0], plan, held)  # type: ignore[no-untyped-call]
                 return output
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """Tell whether a layer is a convolution with a group for each of its input channels, of which it has several.
+
+    Args:
+        layer: Any layer.
+    """
+    return isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels
 
 
 class HeldProducts:

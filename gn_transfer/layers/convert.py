@@ -20,6 +20,7 @@ from gn_transfer.layers.batch_norm import (
     cuda_available,
 )
 from gn_transfer.layers.calibrate import BatchNormFunction, calibrate
+from gn_transfer.layers.conv import is_depthwise
 from gn_transfer.layers.group_norm import GroupNorm, GroupNormAct, fitting_group_count, group_count
 from gn_transfer.layers.same_padding import Conv2dSame, StdConv2dSame
 from gn_transfer.layers.std_conv import StdConv2d, conv_geometry
@@ -232,7 +233,7 @@ def standardizable(layers: Mapping[str, nn.Module], *, depthwise: bool = False) 
     leaves = [layer for layer in layers.values() if not any(True for _ in layer.children()) or is_norm(layer)]
     found: set[nn.Module] = set()
     for layer, following in zip(leaves, [*leaves[1:], None], strict=True):
-        if not isinstance(layer, nn.Conv2d) or (1 < layer.groups == layer.in_channels and not depthwise):
+        if not isinstance(layer, nn.Conv2d) or (is_depthwise(layer) and not depthwise):
             continue
         followed = following is not None and _norm_channels(following) == layer.out_channels
         if layer.bias is None or followed or "StdConv2d" in type(layer).__name__:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from gn_transfer.config import Norm
 
@@ -13,8 +12,9 @@ def preferred_memory_format(
 ) -> torch.memory_format:
     """Choose the layout of images and activations (``channels_last: auto``).
 
-    On a CPU channels-last wins for every norm and batch size of a classification (``benchmarks/README.md``): oneDNN's
-    convolutions read it as it is, and :func:`gn_transfer.layers.group_norm` has a kernel for it where torch's is slow.
+    On a CPU channels-last wins for every norm and batch size of a classification (``benchmarks/README.md``) without
+    depthwise convolutions: oneDNN's convolutions read it as it is, and :func:`gn_transfer.layers.group_norm` has a
+    kernel for it where torch's is slow.
     The decoder of a segmentation has convolutions from many channels to few on large maps, whose weight gradients are
     up to twice as slow in channels-last. Depthwise convolutions are slower there in half precision, and between group
     norms: EfficientNet-Lite0 at batch 1 trains 15.2 against 9.3 images/s in bf16 and 17.3 against 15.2 in float32 with
@@ -44,12 +44,3 @@ def preferred_memory_format(
     else:
         last = device_type == "cuda" and not group_norm
     return torch.channels_last if last else torch.contiguous_format
-
-
-def has_depthwise(model: nn.Module) -> bool:
-    """Tell whether a model has a convolution with a group for each of its input channels.
-
-    Args:
-        model: Any model.
-    """
-    return any(isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels for layer in model.modules())

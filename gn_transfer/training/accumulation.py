@@ -148,6 +148,9 @@ class GradientAccumulation(Callback):
             config: Of the model.
             device: That it trains on.
             num_devices: Devices that train together.
+
+        Returns:
+            Whether it was asked for, the device is a GPU on its own, and the model can be captured.
         """
         # gradient checkpointing starts a backward within the backward, which cannot be captured
         plain = not config.compile and not config.gradient_checkpointing and num_devices == 1

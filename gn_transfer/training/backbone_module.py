@@ -24,7 +24,7 @@ from gn_transfer.backbones.fitting import CALIBRATION_IMAGES, DISTILLATION_SAMPL
 from gn_transfer.config import ConfigError
 from gn_transfer.data.progress import progress_bar
 from gn_transfer.layers import GraphedModel, group_counts, preferred_memory_format
-from gn_transfer.layers.memory_format import has_depthwise
+from gn_transfer.layers.conv import is_depthwise
 from gn_transfer.training import checkpoint
 from gn_transfer.training.precision import autocast_dtype
 
@@ -253,10 +253,10 @@ class BackboneModule(LightningModule, ABC):
                 config.norm,
                 device_type,
                 segments=config.decoder is not None,
-                depthwise=has_depthwise(self.model),
+                depthwise=any(is_depthwise(layer) for layer in self.model.modules()),
                 half=autocast_dtype(precision) is not None,
             )
-        return torch.channels_last if self.model_config.channels_last else torch.contiguous_format
+        return torch.channels_last if config.channels_last else torch.contiguous_format
 
     def on_fit_start(self) -> None:
         """Compile the model if asked to."""

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from gn_transfer.backbones import ModelConfig
-from gn_transfer.layers.memory_format import has_depthwise, preferred_memory_format
+from gn_transfer.layers.conv import is_depthwise
+from gn_transfer.layers.memory_format import preferred_memory_format
 from gn_transfer.training.classification import TransferClassifier
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
@@ -24,8 +25,8 @@ def test_depthwise_convolutions_on_a_cpu(norm, half, expected):
 
 
 def test_what_is_depthwise():
-    assert has_depthwise(nn.Sequential(nn.Conv2d(4, 8, 3, groups=4)))
-    assert not has_depthwise(nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(1, 8, 3)))
+    assert is_depthwise(nn.Conv2d(4, 8, 3, groups=4))
+    assert not any(is_depthwise(layer) for layer in (nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(1, 8, 3), nn.Linear(1, 1)))
 
 
 @pytest.mark.parametrize(
