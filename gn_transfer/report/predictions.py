@@ -159,18 +159,17 @@ def _ratio(inside: Array, union: Array) -> Array:
     return np.where(union > 0, inside / np.maximum(union, 1e-12), np.nan)
 
 
-def image_weights(images: int, number: int, seed: int = 0) -> Array:
+def image_weights(images: int, number: int) -> Array:
     """Resample images: how often each of them is in each sample.
 
     Args:
         images: How many there are.
         number: Of their list, so that different lists get different samples.
-        seed: Seed of the samples.
 
     Returns:
         Shape ``(RESAMPLES, images)``; a row adds up to the number of images.
     """
-    generator = np.random.default_rng([seed, number])
+    generator = np.random.default_rng([0, number])
     return generator.multinomial(images, np.full(images, 1 / images), size=RESAMPLES).astype(np.float64)
 
 

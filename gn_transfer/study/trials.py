@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
@@ -29,8 +29,8 @@ class Configuration:
 
     arm: str
     case: str
-    varying: Values = field(compare=False)
-    values: Values = field(compare=False)
+    varying: Values
+    values: Values
 
     def with_value(self, key: str, value: Any) -> Configuration:
         """Give the configuration with one more varying key."""
@@ -53,7 +53,7 @@ class Trial:
     arm: str
     case: str
     name: str
-    overrides: Values = field(compare=False)
+    overrides: Values
 
     @property
     def run(self) -> str:

@@ -83,4 +83,3 @@ def test_samples_of_images_add_up_and_differ_between_lists():
     assert weights.sum(axis=1).tolist() == [5.0] * len(weights)
     assert np.array_equal(weights, image_weights(5, 0))
     assert not np.array_equal(weights, image_weights(5, 1))
-    assert not np.array_equal(weights, image_weights(5, 0, seed=1))
