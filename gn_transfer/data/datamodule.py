@@ -265,8 +265,12 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         images = self.train_dataset.images
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))[:number]
         chosen = [images[position] for position in order.tolist()]
-        plain = ImageDataset(Path(self.root), chosen, self.img_size, channels=self.channels)
-        return torch.stack([plain[position][0] for position in range(len(plain))])
+        plain = self._calibration_dataset(chosen)
+        return torch.cat([plain.batch([position])[0] for position in range(len(plain))])
+
+    def _calibration_dataset(self, images: list[LabeledImage]) -> ImageDataset:
+        """Give images as evaluation would see them, as far as squares of one size allow it."""
+        return ImageDataset(Path(self.root), images, self.img_size, channels=self.channels)
 
     def split(self) -> dict[str, list[str]]:
         """List the files of each split that is set up, relative to ``root``: what a run stores."""

@@ -96,7 +96,7 @@ def pair_pipeline(recipe: Recipe, img_size: int) -> A.Compose:
     crop = [A.RandomCrop(*size, **pad), A.HorizontalFlip(p=0.5)]
     if recipe == "light":
         return A.Compose(crop)
-    scale = A.RandomScale((SCALES[0] - 1, SCALES[1] - 1), mask_interpolation=cv2.INTER_NEAREST, p=1.0)
+    scale = A.RandomScale((SCALES[0] - 1, SCALES[1] - 1), mask_interpolation=cv2.INTER_NEAREST_EXACT, p=1.0)
     if recipe == "crop_flip":
         return A.Compose([scale, *crop])
     return A.Compose([scale, *crop, A.ColorJitter((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (0.0, 0.0), p=1.0)])

@@ -208,6 +208,10 @@ class SegmentationDataModule(ImageDataModule):
         self.bad_images += [(path, error.reason) for path, error in bad.items()]
         return [image for image in good if image.path not in bad]
 
+    def _calibration_dataset(self, images: list[LabeledImage]) -> SegmentationDataset:
+        """Give the middle of each image, at the scale of evaluation."""
+        return self._dataset(images, PairAugmentation("none", self.img_size))
+
     def _dataset(self, images: list[LabeledImage], augmentation: Any = None) -> SegmentationDataset:
         return SegmentationDataset(
             Path(self.root),

@@ -31,7 +31,7 @@ class SegmentationConfig:
     """The loss of a segmentation.
 
     Args:
-        loss: cross_entropy, dice, or both (their sum).
+        loss: cross_entropy, dice (mean over the classes of an image), or both (their sum).
     """
 
     loss: Literal["cross_entropy", "dice", "both"] = "both"
@@ -127,8 +127,15 @@ class TransferSegmenter(TransferTask):
             loss = loss + mean_over_labeled(logits, targets, self.class_weight)
         if self.segmentation.loss != "cross_entropy":
             pairs = zip(logits, targets, strict=True)
-            loss = loss + torch.stack([self._dice(one[None], target[None]) for one, target in pairs]).mean()
+            loss = loss + torch.stack([self._dice_loss(one, target) for one, target in pairs]).mean()
         return loss
+
+    def _dice_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Average 1 - Dice over the classes of an image; smp divides by all classes, and absent ones add 0 there."""
+        number = len(logits)
+        there = targets.new_zeros(IGNORED + 1, dtype=torch.float32).scatter_(0, targets.flatten(), 1.0)[:number].sum()
+        over_all: Tensor = self._dice(logits[None], targets[None])
+        return over_all * number / there.clamp_min(1.0)
 
     def evaluation_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Compute plain cross entropy over labeled pixels: no Dice, no class weights."""
@@ -197,13 +204,11 @@ def mean_over_labeled(logits: Tensor, targets: Tensor, class_weight: Tensor | No
     Args:
         logits: Shape ``(B, K, H, W)``.
         targets: int64, shape ``(B, H, W)``; :data:`gn_transfer.data.masks.IGNORED` does not count.
-        class_weight: Weight of each class, shape ``(K,)``.
+        class_weight: Factor of the loss of each class, shape ``(K,)``. An image of one class keeps it, as its loss is
+            divided by the number of its pixels, not by the sum of their weights.
 
     Returns:
         Scalar; an image without a labeled pixel adds 0.
     """
     losses = F.cross_entropy(logits, targets, weight=class_weight, ignore_index=IGNORED, reduction="none")
-    labeled = targets != IGNORED
-    weights = labeled.float() if class_weight is None else class_weight[targets.where(labeled, 0)] * labeled
-    per_image = losses.sum((1, 2)) / weights.sum((1, 2)).clamp_min(torch.finfo(losses.dtype).tiny)
-    return per_image.mean()
+    return (losses.sum((1, 2)) / (targets != IGNORED).sum((1, 2)).clamp_min(1)).mean()

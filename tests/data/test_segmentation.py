@@ -76,6 +76,37 @@ def test_image_and_mask_stay_together_in_training(folder):
         assert wrong.float().mean() < 0.02
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_edges_of_a_mask_stay_on_those_of_its_image(axis):
+    """Over many random scales, an edge between black and white lies where the one between two classes lies."""
+    augment = PairAugmentation("crop_flip", 64)
+    white = np.arange(200) >= 97
+    mask = np.broadcast_to(white if axis else white[:, None], (200, 200)).astype(np.uint8)
+    image = np.repeat(255 * mask[:, :, None], 3, 2)
+    offsets = []
+    for seed in range(400):
+        pixels, target = augment(image, mask, seed)
+        if set(np.unique(target)) == {0, 1} and (target != IGNORED).all():  # a flip may turn it
+            line_of_image, line_of_mask = pixels[:, :, 0].mean(1 - axis) / 255, target.mean(1 - axis)
+            offset = line_of_image.sum() - line_of_mask.sum()
+            offsets.append(offset if line_of_mask[0] == 0 else -offset)
+    assert len(offsets) > 100
+    assert abs(np.mean(offsets)) < 0.1
+
+
+def test_images_for_a_calibration_have_the_scale_of_evaluation(folder):
+    stripes = np.zeros((200, 200, 3), np.uint8)
+    stripes[:, ::2] = 255
+    for number in range(4):
+        Image.fromarray(stripes).save(folder / f"images/wide_{number}.png")
+        Image.fromarray(np.zeros((200, 200), np.uint8)).save(folder / f"masks/wide_{number}.png")
+    data = set_up(folder, short_side=0, val_fraction=0.5)
+    images = data.training_images(1000)
+    assert images.shape == (len(data.train_dataset), 3, 32, 32)
+    striped = [image for image in images.float() if image[:, :, ::2].std() == 0 and image.std() > 100]
+    assert len(striped) == sum("wide" in path for path in data.train_dataset.paths) > 0
+
+
 def test_the_same_seed_gives_the_same_pairs_with_and_without_cache(folder, tmp_path):
     keys = [(2, index) for index in range(5)]
     plain = set_up(folder)

@@ -51,11 +51,32 @@ def test_cross_entropy_is_a_mean_over_the_labeled_pixels_of_each_image(weight):
     _, targets = batch()
     logits = torch.randn(4, 3, 32, 32)
     by_hand = [
-        F.cross_entropy(one[None], target[None].long(), weight, ignore_index=IGNORED)
+        F.cross_entropy(one[None], target[None].long(), weight, ignore_index=IGNORED, reduction="sum")
+        / (target != IGNORED).sum()
         for one, target in zip(logits[:3], targets[:3], strict=True)
     ]
     torch.testing.assert_close(mean_over_labeled(logits, targets.long(), weight), sum(by_hand) / 4)
     assert mean_over_labeled(logits[3:], targets[3:].long(), weight) == 0
+
+
+def test_an_image_of_one_class_keeps_the_weight_of_its_class():
+    logits, targets = torch.randn(1, 2, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int64)
+    rare = mean_over_labeled(logits, targets, torch.tensor([25.0, 0.5]))
+    torch.testing.assert_close(rare, 25 * mean_over_labeled(logits, targets))
+
+
+@pytest.mark.parametrize("number", [2, 21, 150])
+def test_dice_averages_over_the_classes_of_an_image(number):
+    """Of an image with two classes, in equal parts, a model that gives both half the probability has a Dice of 0.5."""
+    task = TransferSegmenter()
+    targets = torch.arange(2).repeat(8, 4)
+    targets[0] = IGNORED
+    logits = torch.full((number, 8, 8), -50.0)
+    logits[:2] = 0
+    assert float(task._dice_loss(logits, targets)) == pytest.approx(0.5, abs=1e-4)
+    assert float(task._dice_loss(logits, torch.full((8, 8), IGNORED))) == 0
+    one_class = torch.where(targets == IGNORED, targets, 1)
+    assert float(task._dice_loss(logits, one_class)) == pytest.approx(1 - 2 * 0.5 / 1.5, abs=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "dice", "both"])
