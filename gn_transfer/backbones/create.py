@@ -269,10 +269,11 @@ def check_input(
             shadow(torch.empty(batch_size, in_chans, img_size, img_size, device="meta"))
     except (ValueError, RuntimeError) as error:
         if decoder in ("deeplabv3plus", "upernet"):  # they pool the whole image to one value per channel
+            more = ", or raise data.batch_size" if "per channel" in str(error) else ""
             raise ConfigError(
                 f"data.batch_size={batch_size} cannot be trained with model.decoder={decoder} and this norm of the "
-                f"decoder: {error}. Set model.decoder_norm=gn, choose model.decoder=unet or fpn, or raise "
-                "data.batch_size."
+                f"decoder: {str(error).rstrip('.')}. Set model.decoder_norm=gn, or choose model.decoder=unet "
+                f"or fpn{more}."
             ) from error
         raise ConfigError(
             f"data.img_size={img_size} with data.batch_size={batch_size} cannot be trained with model.norm={norm}: "

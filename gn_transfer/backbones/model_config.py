@@ -18,6 +18,10 @@ from gn_transfer.layers import default_groups
 _ANY_CLASSES = 2  # of a head that a decoder replaces
 
 
+DEFAULT_DECODER: DecoderName = "unet"
+"""The decoder of a segmentation that names none."""
+
+
 @dataclass
 class ModelConfig:
     """Backbone, norm and weights of a model.
@@ -72,13 +76,17 @@ class ModelConfig:
         return "gn" if self.norm == "bn_frozen" else self.norm
 
     @property
+    def norms(self) -> list[Norm]:
+        """Normalization of the backbone and, where there is one, of the decoder."""
+        return [self.norm, *([self.resolved_decoder_norm] if self.decoder or self.decoder_norm else [])]
+
+    @property
     def norm_over_batch(self) -> Norm | None:
         """The norm, of backbone or decoder, whose training statistics are those of the micro-batch; None without one.
 
         Accumulation does not help such a norm, and another micro-batch trains another model.
         """
-        norms = [self.norm, *([self.resolved_decoder_norm] if self.decoder or self.decoder_norm else [])]
-        return next((norm for norm in norms if norm in BN_FAMILY and norm != "bn_frozen"), None)
+        return next((norm for norm in self.norms if norm in BN_FAMILY and norm != "bn_frozen"), None)
 
     @property
     def output_stride(self) -> int:

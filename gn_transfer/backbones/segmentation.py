@@ -1,7 +1,8 @@
 """A segmentation model: an encoder that was built for classification, and a decoder on its feature maps.
 
-Decoders are those of segmentation-models-pytorch, built with batch norm and then brought under the norm of the decoder
-by :func:`gn_transfer.layers.convert_norm`, as the encoder was.
+Decoders are those of segmentation-models-pytorch. Their batch norms and group norms are replaced by the norm of the
+decoder (:func:`gn_transfer.layers.convert_norm`), as those of the encoder were. UPerNet keeps four layer norms over
+channels, whatever the norm.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from gn_transfer.backbones.create import Backbone
 from gn_transfer.config import STRIDE, ConfigError, DecoderName, Norm
-from gn_transfer.layers import convert_norm
+from gn_transfer.layers import convert_norm, fitting_group_count, is_norm
 
 _UNET_CHANNELS = (256, 128, 64, 32, 16)
 _CHANNELS = 256  # of the other decoders, as in their papers
@@ -133,7 +134,8 @@ class SegmentationModel(nn.Module):
         decoder: Name of the decoder.
         num_classes: Classes of a pixel, at least 2.
         norm: Normalization of the decoder.
-        num_groups: Groups of its group norms; see :func:`gn_transfer.layers.convert_norm`. Or those of each layer.
+        num_groups: Groups of its group norms, fewer in narrow layers: a decoder ends with a few channels. Or those of
+            each layer.
         group_size: Channels per group instead.
 
     Raises:
@@ -159,6 +161,9 @@ class SegmentationModel(nn.Module):
         self.encoder = encoder
         self.decoder = Decoder(decoder, encoder.channels, num_classes)
         groups = num_groups if group_size is None else None
+        if isinstance(groups, int):
+            named = self.decoder.named_modules()
+            groups = {name: fitting_group_count(_width(layer), groups) for name, layer in named if is_norm(layer)}
         convert_norm(self.decoder, norm, num_groups=groups, group_size=group_size, skip={"classifier"})
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -176,6 +181,10 @@ class SegmentationModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Have the encoder's blocks computed again in the backward pass."""
         self.encoder.model.set_grad_checkpointing(enable)  # type: ignore[operator]
+
+
+def _width(norm: nn.Module) -> int:
+    return int(norm.num_features if isinstance(norm, nn.BatchNorm2d) else norm.num_channels)  # type: ignore[arg-type]
 
 
 def add_decoder(

@@ -59,21 +59,18 @@ def recognize(path: Path, *, hub_answers: bool | None = None) -> Recognized:
             remarks = [f"Oxford-IIIT Pet in {path}: the official trainval and test lists"]
             weights, why = _choose_weights(hub_answers)
             return Recognized(["--config", "pets_gnws.yaml", "--data.root", str(path), *weights], [*remarks, why])
-    from gn_transfer.data.layout import holds_pairs
+    from gn_transfer.data.pair_layout import holds_pairs
 
     return _pairs(path, hub_answers) if holds_pairs(path) else _folder(path, hub_answers)
 
 
 def _pairs(path: Path, hub_answers: bool | None) -> Recognized:
     """Choose options for images with masks."""
-    from gn_transfer.data.layout import IMAGE_FOLDERS, image_files, named_folder, split_of, subfolders
+    from gn_transfer.data.layout import image_files
+    from gn_transfer.data.pair_layout import find_pair_layout
 
-    folders = subfolders(path)
-    of_images = named_folder(folders, IMAGE_FOLDERS)
-    splits = {split_of(folder.name): folder for folder in folders} if of_images is None else {}
-    of_images = of_images or named_folder(subfolders(splits["train"]), IMAGE_FOLDERS)
-    assert of_images is not None
-    images = len(image_files(of_images))
+    splits = find_pair_layout(path)
+    images = len(image_files(splits["train"].images))
     options = ["--config", "segmentation_folder.yaml", "--data.root", str(path)]
     remarks = [f"images with masks in {path}: {images:,} images to train on"]
     more, held_out, images = _hold_out(splits, images)
@@ -85,7 +82,7 @@ def _pairs(path: Path, hub_answers: bool | None) -> Recognized:
     weights, why = _choose_weights(hub_answers)
     if "224" in weights:
         weights[weights.index("224")] = "256"
-        why = why.replace("224 px", "256 px")
+    why = why.replace("224 px", "256 px")
     epochs = min(30, max(3, round(_SAMPLES / max(images, 1))))
     options += [*weights, "--trainer.max_epochs", str(epochs)]
     return Recognized(options, [*remarks, why, f"{epochs} epochs for about {images:,} images, effective batch 8"])

@@ -12,6 +12,7 @@ from gn_transfer.commands.parsing import Parser
 from gn_transfer.commands.training_cli import parsed
 from gn_transfer.config import ConfigError
 from gn_transfer.layers import reestimate_statistics
+from gn_transfer.layers.batch_norm import batch_norms
 from gn_transfer.training.batch_norm_statistics import FROZEN_STATISTICS_BATCH
 from gn_transfer.training.checkpoint_callbacks import write_checkpoint
 from gn_transfer.training.train import evaluate
@@ -44,9 +45,11 @@ def run(arguments: Sequence[str]) -> int:
         trainer = cli.build_trainer()
         before = evaluate(task, data, trainer, checkpoint, "validate")
         images = data.training_images(options.images)
-        size = FROZEN_STATISTICS_BATCH if task.norm == "bn_frozen" else data.batch_size
         assert task.model is not None
-        layers = reestimate_statistics(task.model, (task.normalize(part) for part in torch.split(images, size)))
+        learning = batch_norms(task.model, frozen=False)  # as in training: frozen ones beside them stay
+        size = data.batch_size if learning else FROZEN_STATISTICS_BATCH
+        batches = (task.normalize(part) for part in torch.split(images, size))
+        layers = reestimate_statistics(task.model, batches, layers=learning or None)
         content["state_dict"] = task.state_dict()
         content["gn_transfer"]["statistics"] = f"re-estimated on {len(images):,} training images"
         write_checkpoint(content, output)

@@ -182,7 +182,7 @@ def check_values(study: Study, trials: Sequence[Trial]) -> None:
         try:
             with parsed("fit", arguments_of(study, trial), builds=False) as cli:
                 section = cli.parser.instantiate_classes(cli.config).fit
-                section.batch_norm.check(section.model.norm)
+                section.batch_norm.check(section.model)
                 model = section.model
                 resolve_pretrained(model.backbone, model.norm, model.pretrained, model.conversion)
                 if type(section.data) is Folder:

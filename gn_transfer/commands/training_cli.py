@@ -23,7 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instant
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from gn_transfer.backbones.model_config import ModelConfig
+from gn_transfer.backbones.model_config import DEFAULT_DECODER, ModelConfig
 from gn_transfer.commands.arguments import Arguments
 from gn_transfer.commands.class_paths import check_parsed_classes
 from gn_transfer.commands.parsing import explain, explain_fault
@@ -208,7 +208,7 @@ class TrainingCLI(LightningCLI):
             self.datamodule = section.data
             self.task = self._create_task(section)
             batch_norm = self.callback("batch_norm")
-            batch_norm.check(self.task.norm)
+            batch_norm.check(self.task.model_config)
             self.datamodule.evaluate_in_training_batches = batch_norm.evaluation == "batch"
 
     def _create_task(self, section: Namespace) -> TransferTask:
@@ -259,6 +259,8 @@ class TrainingCLI(LightningCLI):
         plain: dict[str, Any] = {key: value for key, value in dumped.items() if key not in _OF_THIS_CALL}
         # The data's seed is linked to seed_everything, and refused when it is given.
         plain["data"]["init_args"].pop("seed", None)
+        if self._segments():
+            plain["model"]["decoder"] = plain["model"]["decoder"] or DEFAULT_DECODER
         plain.pop("regularization" if self._segments() else "segmentation", None)
         return plain
 

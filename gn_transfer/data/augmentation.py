@@ -12,6 +12,7 @@ import random
 import threading
 import warnings
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +62,7 @@ class SeededPipeline:
             return targets
         pipeline = getattr(self._of_thread, "pipeline", None)
         if pipeline is None:  # a pipeline holds its random generator, so each data thread needs its own
-            pipeline = self._of_thread.pipeline = A.from_dict(A.to_dict(self._pipeline))
+            pipeline = self._of_thread.pipeline = deepcopy(self._pipeline)
         # One generator for the whole pipeline. set_random_seed would give every transform a generator of the same seed,
         # so that the first random numbers of a crop also decide whether the image is flipped.
         pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
@@ -237,6 +238,7 @@ def read_pipeline(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # albumentations only warns of arguments that it does not know
+            warnings.filterwarnings("ignore", "Argument.* 'padding' .* PadIfNeeded")  # which it writes itself
             pipeline = A.from_dict(content)
     except Exception as error:  # pydantic, KeyError, TypeError, ...
         raise ConfigError(

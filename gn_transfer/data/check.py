@@ -152,7 +152,7 @@ def check_images(
         pairs = Counter(" and ".join(sorted({file.split for file in group} - {"unlisted"})) for group in report.leaks)
         where = ", ".join(f"{count} in {splits}" for splits, count in pairs.items())
         report.warnings.append(
-            f"{len(report.leaks)} images are in two splits, exactly or nearly ({where}): the accuracy measured there "
+            f"{len(report.leaks)} images are in two splits, exactly or nearly ({where}): what is measured there "
             "is too high. Remove them from one of the two."
         )
     return report

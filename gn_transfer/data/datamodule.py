@@ -6,7 +6,7 @@ import os
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -173,6 +173,11 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
             ConfigError: They are not there, or not as they should be.
         """
 
+    @property
+    def own_splits(self) -> Collection[str]:
+        """Splits that are folders of the user; the others are cut from the rest, or come with the data set."""
+        return ()
+
     def setup(self, stage: str) -> None:
         """List, verify and split the images; Lightning calls it in every process.
 
@@ -209,6 +214,14 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
             self.train_dataset = self._dataset(train, self._augmentation())
             self.train_sampler = self._sampler(self.train_dataset, self.batch_size, shuffle=True)
         self.decoded_cache.plan_for(list(self.datasets().values()))
+
+    def evaluation_shape(self, batch_size: int) -> tuple[int, int, int]:
+        """Give number, height and width of the images of the largest batch of an evaluation.
+
+        Args:
+            batch_size: That of training.
+        """
+        return max(batch_size, EVAL_BATCH_SIZE), self.img_size, self.img_size
 
     def use_batch_size(self, batch_size: int) -> None:
         """Take another number of images per forward pass, also after ``setup``.
@@ -301,11 +314,18 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
             )
         without = [name for name, count in self.class_counts(train).items() if count == 0]
         if without:
-            raise ConfigError(
-                f"{self.root}: no training image of {', '.join(without)}; add images or remove the class."
-            )
+            raise ConfigError(f"{self.root}: {self.complain_of_missing(without, train)}")
         if not val:
             raise ConfigError(f"{self.root}: no image is left for validation.")
+
+    def complain_of_missing(self, classes: Sequence[str], images: Sequence[LabeledImage]) -> str:
+        """Say that no training image shows some classes, and what to do.
+
+        Args:
+            classes: Their names.
+            images: The training images.
+        """
+        return f"no training image of {', '.join(classes)}; add images or remove the class."
 
     def _without_bad_images(self, images: list[LabeledImage]) -> list[LabeledImage]:
         good, bad = without_bad_images(Path(self.root), images, skip=self.on_bad_image == "skip")

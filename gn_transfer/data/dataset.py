@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -195,10 +195,8 @@ def without_bad_images(
     with ThreadPoolExecutor(core_count()) as pool:
         errors = [error for found in pool.map(errors_of, range(0, len(images), _AT_ONCE)) for error in found]
     bad = [(image.path, error.reason) for image, error in zip(images, errors, strict=True) if error is not None]
-    if bad and not skip:
-        first = next(error for error in errors if error is not None)
-        more = f" ({len(bad) - 1} more like it)" if len(bad) > 1 else ""
-        raise with_remedy(BadImageError(first.path, first.reason + more))
+    if not skip:
+        raise_first(error for error in errors if error is not None)
     return [image for image, error in zip(images, errors, strict=True) if error is None], bad
 
 
@@ -206,3 +204,12 @@ def with_remedy(error: BadImageError) -> BadImageError:
     """Add to the message what the user can do about a bad image."""
     remedy = "Repair or remove the file, or leave it out with on_bad_image skip (--data.on_bad_image skip)."
     return BadImageError(error.path, f"{error.reason}. {remedy}")
+
+
+def raise_first(errors: Iterable[BadImageError]) -> None:
+    """Raise the first of some errors, if there is one, with the number of the others and what to do."""
+    all_of_them = list(errors)
+    if all_of_them:
+        first, others = all_of_them[0], len(all_of_them) - 1
+        more = f" ({others} more like it)" if others else ""
+        raise with_remedy(BadImageError(first.path, first.reason + more))

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.file_headers import JpegHeader, jpeg_reduction, read_jpeg_header, video_kind
@@ -215,7 +215,7 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         path: The file.
 
     Returns:
-        Height and width in pixels; those of an image that EXIF rotates may be replaced.
+        Height and width in pixels, as :func:`decode_image` gives them: upright.
 
     Raises:
         BadImageError: Missing, or no image.
@@ -223,9 +223,25 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     _register_heif()
     try:
         with Image.open(path, formats=_known_formats()) as image:
-            return image.height, image.width
+            on_its_side = _orientation(image) >= 5
+            return (image.width, image.height) if on_its_side else (image.height, image.width)
     except Exception as error:  # a corrupt header surfaces as whatever its parser ran into
         raise BadImageError(path, f"cannot be opened: {_flat(error)}") from error
+
+
+def is_turned(path: str | os.PathLike[str]) -> bool:
+    """Say whether EXIF turns or mirrors an image; not for what cannot be opened."""
+    try:
+        with Image.open(path, formats=_known_formats()) as image:
+            return _orientation(image) > 1
+    except Exception:  # a corrupt header surfaces as whatever its parser ran into
+        return False
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation: 1 as it is, 2 to 8 turned or mirrored, from 5 on with sides swapped."""
+    found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 class FileKind(NamedTuple):

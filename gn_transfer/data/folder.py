@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ class Folder(ImageDataModule):
     def layout(self) -> Layout:
         """How the folder is arranged; looked at anew each time."""
         return find_layout(Path(self.root))
+
+    @property
+    def own_splits(self) -> Collection[str]:
+        """Splits that are folders."""
+        return self.layout.splits
 
     def list_fit(self) -> ListedImages:
         """List training and, where it has a folder, validation."""

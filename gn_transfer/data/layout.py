@@ -19,12 +19,6 @@ SPLITS: Mapping[str, tuple[str, ...]] = {
 }
 """Names of split folders, in any case."""
 
-IMAGE_FOLDERS = ("images", "image", "imgs", "img")
-"""Names of the folder of images whose pixels are classified, in any case."""
-
-MASK_FOLDERS = ("masks", "mask", "labels", "annotations", "segmentation")
-"""Names of the folder of their masks, in any case."""
-
 _SYSTEM = frozenset({"__macosx", "@eadir", "$recycle.bin", "thumbs.db", "desktop.ini"})
 _NEAR = 0.75  # likeness from which on a folder's name counts as a misspelled split
 
@@ -88,25 +82,10 @@ def find_layout(root: Path) -> Layout:
     if not root.is_dir():
         raise ConfigError(f"data.root={root}: no such folder; give the folder of your class folders.")
     folders = subfolders(root)
-    splits: dict[str, Path] = {}
-    beside = []
-    for folder in folders:
-        split = split_of(folder.name) if subfolders(folder) else None
-        if split is None:
-            beside.append(folder)
-        elif split in splits:
-            raise ConfigError(f"data.root={root}: {splits[split].name} and {folder.name}; keep one of them.")
-        else:
-            splits[split] = folder
-    nested = [folder for folder in beside if subfolders(folder)]
-    for folder in nested:
-        near = difflib.get_close_matches(folder.name.lower(), _SPLIT_OF, n=1, cutoff=_NEAR)
-        if near and (splits or len(nested) < len(folders)):
-            meant = _SPLIT_OF[near[0]]
-            raise ConfigError(
-                f"data.root={root}: the folder {folder.name} holds class folders; is it {meant}? Rename it to {meant}, "
-                f"or move it out of {root}."
-            )
+    splits, nested = split_folders(root, [folder for folder in folders if subfolders(folder)])
+    beside = [folder for folder in folders if folder not in splits.values()]
+    if splits or len(nested) < len(folders):
+        refuse_misspelled_splits(root, nested, "class folders")
     if splits and "train" not in splits:
         found = next(iter(splits.values()))
         raise ConfigError(
@@ -118,17 +97,50 @@ def find_layout(root: Path) -> Layout:
     return Layout(root, classsubfolders(root), {"train": root})
 
 
-def named_folder(folders: Sequence[Path], names: Sequence[str]) -> Path | None:
-    """Find the first folder that has one of some names, in any case."""
-    return next((folder for name in names for folder in folders if folder.name.lower() == name), None)
+def split_folders(root: Path, folders: Sequence[Path]) -> tuple[dict[str, Path], list[Path]]:
+    """Tell the folders of splits from others, by their names.
+
+    Args:
+        root: The folder that holds them, for messages.
+        folders: The folders.
+
+    Returns:
+        The folder of each split, and the other folders.
+
+    Raises:
+        ConfigError: Two folders of one split.
+    """
+    splits: dict[str, Path] = {}
+    beside = []
+    for folder in folders:
+        split = split_of(folder.name)
+        if split is None:
+            beside.append(folder)
+        elif split in splits:
+            raise ConfigError(f"data.root={root}: {splits[split].name} and {folder.name}; keep one of them.")
+        else:
+            splits[split] = folder
+    return splits, beside
 
 
-def holds_pairs(root: Path) -> bool:
-    """Say whether a folder, or its split for training, holds images with masks rather than images by class."""
-    folders = subfolders(root)
-    train = next((folder for folder in folders if split_of(folder.name) == "train"), None)
-    inside = [*([folders] if folders else []), *([subfolders(train)] if train is not None else [])]
-    return any(named_folder(some, IMAGE_FOLDERS) and named_folder(some, MASK_FOLDERS) for some in inside)
+def refuse_misspelled_splits(root: Path, folders: Sequence[Path], what: str) -> None:
+    """Refuse folders that are called nearly like a split, whose images would be left out in silence.
+
+    Args:
+        root: The folder that holds them, for messages.
+        folders: The folders that are no splits.
+        what: What they hold, for messages.
+
+    Raises:
+        ConfigError: Such a name.
+    """
+    for folder in folders:
+        if near := difflib.get_close_matches(folder.name.lower(), _SPLIT_OF, n=1, cutoff=_NEAR):
+            meant = _SPLIT_OF[near[0]]
+            raise ConfigError(
+                f"data.root={root}: the folder {folder.name} holds {what}; is it {meant}? Rename it to {meant}, "
+                f"or move it out of {root}."
+            )
 
 
 def split_of(name: str) -> str | None:

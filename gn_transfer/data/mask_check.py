@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gn_transfer.data.dataset import LabeledImage
-from gn_transfer.data.decode import BadImageError
+from gn_transfer.data.decode import BadImageError, is_turned
 from gn_transfer.data.masks import check_masks
 from gn_transfer.data.segmentation import SegmentationDataModule
 
@@ -60,11 +60,14 @@ def check_split_masks(
         The report.
     """
     values, report = data.mask_values(), MaskCheckResult()
-    empty, single = [], 0
+    empty: list[str] = []
+    turned: list[str] = []
+    single = 0
     for split, images in splits.items():
         if split == "unlisted":
             continue
         found = check_masks(Path(data.root), images, values, threads=threads, advance=advance)
+        turned += [image.path for image in images if is_turned(Path(data.root) / image.path)]
         total = np.zeros(len(values.classes), np.int64)
         for image, counts in zip(images, found, strict=True):
             if isinstance(counts, BadImageError):
@@ -83,13 +86,21 @@ def check_split_masks(
     for place, (split, per_class) in enumerate(report.pixels.items()):
         missing = [name for name, count in per_class.items() if count == 0]
         if missing and place == 0:
-            report.problems.append(f"no training mask has a pixel of {', '.join(missing)}.")
+            report.problems.append(data.complain_of_missing(missing, splits[split]))
         elif missing:
             report.warnings.append(f"no mask of {split} has a pixel of {', '.join(missing)}; its IoU is not measured.")
     if empty:
-        names = ", ".join(empty[:_SHOWN]) + (", ..." if len(empty) > _SHOWN else "")
-        report.warnings.append(f"{len(empty):,} masks have no labeled pixel and teach nothing: {names}.")
+        report.warnings.append(f"{len(empty):,} masks have no labeled pixel and teach nothing: {_some(empty)}.")
+    if turned:
+        report.warnings.append(
+            f"{len(turned):,} images are turned or mirrored by EXIF: {_some(turned)}. Their masks must fit the image "
+            "as it is seen; look at them with gn-transfer data show."
+        )
     if single:
         total_masks = sum(len(some) for split, some in splits.items() if split != "unlisted")
         report.warnings.append(f"{single:,} of {total_masks:,} masks hold one class only.")
     return report
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

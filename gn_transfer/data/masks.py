@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +60,13 @@ class MaskValues:
             raise BadImageError(path, self._complaint(np.unique(mask_HW[targets == _UNKNOWN]).tolist()))
         return targets
 
-    def _complaint(self, unknown: list[int]) -> str:
+    def describe(self) -> str:
+        """List the known values."""
         known = ", ".join(f"{value} {self.classes[target]}" for value, target in sorted(self.targets.items()))
-        known += "".join(f", {value} ignored" for value in sorted(self.ignored))
+        return known + "".join(f", {value} ignored" for value in sorted(self.ignored))
+
+    def _complaint(self, unknown: list[int]) -> str:
+        known = self.describe()
         if len(unknown) > _MANY_VALUES:
             return (
                 f"a mask with {len(unknown)} values that are no class, from {unknown[0]} to {unknown[-1]}: soft edges "
@@ -108,11 +113,12 @@ def check_mask(root: Path, image: LabeledImage, values: MaskValues) -> npt.NDArr
     path = root / image.mask
     mask = decode_mask(path)
     size = read_size(root / image.path)
-    if mask.shape not in (size, size[::-1]):
+    if mask.shape != size:
+        hint = "; save the mask upright, as the image is seen" if mask.shape == size[::-1] else ""
         raise BadImageError(
             path,
             f"a mask of {mask.shape[1]} x {mask.shape[0]} pixels for an image of {size[1]} x {size[0]} "
-            f"({image.path}); give both the same size",
+            f"({image.path}); give both the same size{hint}",
         )
     targets = values.to_targets(mask, path)
     counts: npt.NDArray[np.int64] = np.bincount(targets.reshape(-1), minlength=256)[: len(values.classes)]
@@ -143,6 +149,15 @@ def check_masks(
 
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(check, images))
+
+
+def values_in(root: Path, images: Iterable[LabeledImage]) -> set[int]:
+    """Collect the values of masks; those that cannot be decoded are left out."""
+    found: set[int] = set()
+    for image in images:
+        with contextlib.suppress(BadImageError):
+            found |= set(np.unique(decode_mask(root / image.mask)).tolist())
+    return found
 
 
 def mask_files(root: Path, images: Sequence[LabeledImage], short_side: int) -> MaskFiles:

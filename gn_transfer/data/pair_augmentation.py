@@ -58,19 +58,26 @@ class PairAugmentation(SeededPipeline):
 
     def _check_output(self) -> None:
         side = self.img_size
-        shape = (side, side + side // 2)
-        try:
-            image, mask = self(np.full((*shape, 3), 128, np.uint8), np.zeros(shape, np.uint8), seed=0)
-        except Exception as error:  # transforms raise what they like
-            raise ConfigError(
-                f"data.augmentation fails on an image of {shape[1]} x {shape[0]} pixels ({error})."
-            ) from (error)
-        if image.shape != (side, side, 3) or mask.shape != (side, side) or image.dtype != np.uint8:
-            raise ConfigError(
-                f"data.augmentation gives an image of shape {image.shape} and a mask of shape {mask.shape}; let it end "
-                f"with {side} x {side} pixels (data.img_size), for example by a RandomCrop. The model normalizes them, "
-                "so leave Normalize and ToTensorV2 out."
-            )
+        for height, width in ((side, side + side // 2), (side - side // 4, side // 2)):  # smaller ones come, too
+            image_HWC, mask_HW = np.full((height, width, 3), 128, np.uint8), np.ones((height, width), np.uint8)
+            try:
+                image, mask = self(image_HWC, mask_HW, seed=0)
+            except Exception as error:  # transforms raise what they like
+                raise ConfigError(
+                    f"data.augmentation fails on an image of {width} x {height} pixels ({error}). Where images may be "
+                    f"smaller than the crop, pad them first: PadIfNeeded with fill_mask={IGNORED}."
+                ) from error
+            if image.shape != (side, side, 3) or mask.shape != (side, side) or image.dtype != np.uint8:
+                raise ConfigError(
+                    f"data.augmentation gives an image of shape {image.shape} and a mask of shape {mask.shape}; let it "
+                    f"end with {side} x {side} pixels (data.img_size), for example by a RandomCrop. The model "
+                    "normalizes them, so leave Normalize and ToTensorV2 out."
+                )
+            if strange := sorted(set(np.unique(mask).tolist()) - {1, IGNORED}):
+                raise ConfigError(
+                    f"data.augmentation puts the value {strange[0]} into a mask that holds only 1: pixels beside the "
+                    f"image must not count, so give its transforms fill_mask={IGNORED} and no smoothing of masks."
+                )
 
 
 def pair_pipeline(recipe: Recipe, img_size: int) -> A.Compose:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,15 +17,19 @@ from torch import Tensor
 from gn_transfer.config import STRIDE, ConfigError
 from gn_transfer.data.augmentation import read_pipeline
 from gn_transfer.data.datamodule import ImageDataModule
-from gn_transfer.data.dataset import CachedFiles, ImageDataset, LabeledImage, with_remedy
-from gn_transfer.data.decode import BadImageError
+from gn_transfer.data.dataset import CachedFiles, ImageDataset, LabeledImage, raise_first, with_remedy
+from gn_transfer.data.decode import BadImageError, read_size
 from gn_transfer.data.loader import ImageLoader
-from gn_transfer.data.masks import MaskValues, check_masks, mask_files
+from gn_transfer.data.masks import MaskValues, check_masks, mask_files, values_in
 from gn_transfer.data.pair_augmentation import PairAugmentation
 from gn_transfer.data.progress import progress_bar
 from gn_transfer.data.resolution import Resolution
 from gn_transfer.data.sampler import Key, sample_seed
+from gn_transfer.data.tiles import padded
 from gn_transfer.data.workers import core_count
+
+_LOOKED_AT = 20  # masks, for a message
+_MEASURED = 200  # images whose size is read for an estimate
 
 
 class SegmentationDataset(ImageDataset):
@@ -172,6 +177,16 @@ class SegmentationDataModule(ImageDataModule):
         """Greatest length of the short side, with the default filled in; 0 for any."""
         return self.img_size if self.short_side is None else self.short_side
 
+    def evaluation_shape(self, batch_size: int) -> tuple[int, int, int]:
+        """Give the shape of the largest image of the validation, of the first ones; see the base class."""
+        shapes = []
+        for path in self.val_dataset.paths[:_MEASURED]:
+            with contextlib.suppress(BadImageError):
+                shapes.append(self.val_dataset.resolution.stored_shape(*read_size(self.val_dataset.root / path)))
+        height, width = max(shapes, key=lambda shape: shape[0] * shape[1], default=(self.img_size, self.img_size))
+        most = self.tile_size or max(height, width)
+        return 1, padded(min(height, most), STRIDE), padded(min(width, most), STRIDE)
+
     @property
     def class_weight_tensor(self) -> Tensor | None:
         """Weights of the classes in the loss, float32 ``(num_classes,)``; None with ``class_weights="none"``."""
@@ -179,6 +194,21 @@ class SegmentationDataModule(ImageDataModule):
             return None
         counts = torch.from_numpy(self.pixel_counts(self.train_dataset.images)).double()
         return (counts.sum() / (len(counts) * counts)).float()
+
+    def complain_of_missing(self, classes: Sequence[str], images: Sequence[LabeledImage]) -> str:
+        """Say which values the masks have instead; see the base class."""
+        values = self.mask_values()
+        found = sorted(values_in(Path(self.root), images[:_LOOKED_AT]))
+        instead = [value for value in found if value in values.ignored]
+        hint = (
+            "add masks with it, or remove the class; where one mask has it, another seed may choose that for training"
+        )
+        if instead and set(found) - values.ignored and len(classes) == 1:
+            hint = f"if {instead[0]}, which does not count, stands for {classes[0]}, give it the value of the class"
+        return (
+            f"no training mask has a pixel of {', '.join(classes)}. The first masks hold the values "
+            f"{', '.join(map(str, found))}; known are {values.describe()}: {hint}."
+        )
 
     def pixel_counts(self, images: Sequence[LabeledImage]) -> npt.NDArray[np.int64]:
         """Count the pixels of each class over images, shape ``(num_classes,)``."""
@@ -196,10 +226,8 @@ class SegmentationDataModule(ImageDataModule):
         with progress_bar("checking the masks", len(new)) as advance:
             found = check_masks(Path(self.root), new, self.values, threads=core_count(), advance=advance)
         bad = {image.path: error for image, error in zip(new, found, strict=True) if isinstance(error, BadImageError)}
-        if bad and self.on_bad_image == "raise":
-            first = next(iter(bad.values()))
-            more = f" ({len(bad) - 1} more like it)" if len(bad) > 1 else ""
-            raise with_remedy(BadImageError(first.path, first.reason + more))
+        if self.on_bad_image == "raise":
+            raise_first(bad.values())
         self._pixels |= {
             image.mask: counts
             for image, counts in zip(new, found, strict=True)

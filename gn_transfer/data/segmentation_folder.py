@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import numpy as np
 from gn_transfer.config import ConfigError
 from gn_transfer.data.datamodule import ListedImages
 from gn_transfer.data.dataset import LabeledImage
-from gn_transfer.data.decode import BadImageError, decode_mask
 from gn_transfer.data.hold_out import hold_out
-from gn_transfer.data.layout import IMAGE_FOLDERS, MASK_FOLDERS, image_files, named_folder, split_of, subfolders
-from gn_transfer.data.masks import IGNORED, MaskValues
+from gn_transfer.data.layout import image_files
+from gn_transfer.data.masks import IGNORED, MaskValues, values_in
+from gn_transfer.data.pair_layout import PairFolders, find_pair_layout
 from gn_transfer.data.segmentation import SegmentationDataModule
 
 CLASSES = "classes.txt"
@@ -26,8 +27,10 @@ _FEW = 20  # masks that are looked at for a message
 class SegmentationFolder(SegmentationDataModule):
     """Images and masks of your own: ``root/images`` and ``root/masks``, paired by name, with ``root/classes.txt``.
 
-    With splits of your own, ``root/train``, ``root/val`` and ``root/test`` hold such folders each (in any case, and
-    under the names of :data:`gn_transfer.data.layout.SPLITS`). A missing validation or test split is cut from the rest.
+    With splits of your own, ``root/train``, ``root/val`` and ``root/test`` hold such folders each, or ``root/images``
+    and ``root/masks`` hold folders ``train``, ``val`` and ``test`` (in any case, and under the names of
+    :data:`gn_transfer.data.layout.SPLITS`). A missing validation or test split is cut from the rest; validation so that
+    it has its share of the masks with rare classes.
 
     A mask is an 8-bit grey or palette PNG of the size of its image. The value of a pixel is the line of its class in
     ``classes.txt``, from 0.
@@ -38,7 +41,8 @@ class SegmentationFolder(SegmentationDataModule):
             val.
         test_fraction: Share of the images that is held out for ``test`` before validation is; 0 disables. The same
             images for every seed. Not used where there is a folder test.
-        ignore_index: Value of pixels that do not count; null: all values are classes.
+        ignore_index: Value of pixels that do not count; null: all values are classes. If it is the value of a line of
+            ``classes.txt``, that line is no class, and the numbers of the classes behind it fall by one.
         **options: Those of :class:`gn_transfer.data.SegmentationDataModule`.
     """
 
@@ -56,24 +60,36 @@ class SegmentationFolder(SegmentationDataModule):
         self.test_fraction = test_fraction
         self.ignore_index = ignore_index
 
+    @property
+    def own_splits(self) -> Collection[str]:
+        """Splits that are folders."""
+        return find_pair_layout(Path(self.root))
+
     def mask_values(self) -> MaskValues:
         """Read ``classes.txt``."""
         names = self._class_names()
         ignored = frozenset() if self.ignore_index is None else frozenset({self.ignore_index})
-        targets = {value: value for value in range(len(names)) if value not in ignored}
-        return MaskValues(tuple(names), targets, ignored)
+        values = [value for value in range(len(names)) if value not in ignored]
+        if len(values) < 2:
+            raise ConfigError(
+                f"data.ignore_index={self.ignore_index} leaves {len(values)} class of {Path(self.root) / CLASSES}, and "
+                "a segmentation needs at least 2."
+            )
+        classes = tuple(names[value] for value in values)
+        return MaskValues(classes, {value: target for target, value in enumerate(values)}, ignored)
 
     def list_fit(self) -> ListedImages:
         """List training and, where it has a folder, validation."""
-        splits = self._splits()
+        splits = find_pair_layout(Path(self.root))
         train = self._pairs(splits["train"])
         if "test" not in splits and self.test_fraction != 0.0:
             train = self._cut_test(train)[0]
-        return ListedImages(self._class_names(), train, self._pairs(splits["val"]) if "val" in splits else None)
+        classes = list(self.mask_values().classes)
+        return ListedImages(classes, train, self._pairs(splits["val"]) if "val" in splits else None)
 
     def list_test(self) -> list[LabeledImage]:
         """List the folder ``test``, or the part that ``test_fraction`` holds out."""
-        splits = self._splits()
+        splits = find_pair_layout(Path(self.root))
         if "test" in splits:
             return self._pairs(splits["test"])
         if self.test_fraction == 0.0:
@@ -82,6 +98,21 @@ class SegmentationFolder(SegmentationDataModule):
                 "a fraction out: train with data.test_fraction."
             )
         return self._cut_test(self._pairs(splits["train"]))[1]
+
+    def _without_bad_images(self, images: list[LabeledImage]) -> list[LabeledImage]:
+        """Group the images by the rarest class in their masks, by which validation is stratified."""
+        good = super()._without_bad_images(images)
+        rarest_first = np.argsort(self.pixel_counts(good), kind="stable")
+        targets = []
+        for image in good:
+            there = self.pixel_counts([image])[rarest_first] > 0
+            targets.append(int(rarest_first[there.argmax()]) if there.any() else 0)
+        sizes = Counter(targets)
+        common = sizes.most_common(1)[0][0] if sizes else 0
+        return [
+            image._replace(target=target if sizes[target] > 1 else common)
+            for image, target in zip(good, targets, strict=True)
+        ]
 
     def _class_names(self) -> list[str]:
         path = Path(self.root) / CLASSES
@@ -109,47 +140,16 @@ class SegmentationFolder(SegmentationDataModule):
 
     def _values_found(self) -> str:
         """Say which values the first masks hold."""
-        found: set[int] = set()
-        for image in self._pairs(self._splits()["train"])[:_FEW]:
-            try:
-                found |= set(np.unique(decode_mask(Path(self.root) / image.mask)).tolist())
-            except BadImageError:
-                continue
+        root = Path(self.root)
+        found = values_in(root, self._pairs(find_pair_layout(root)["train"])[:_FEW])
         return f" The first masks hold the values {', '.join(map(str, sorted(found)))}." if found else ""
 
-    def _splits(self) -> Mapping[str, Path]:
-        root = Path(self.root)
-        if not root.is_dir():
-            raise ConfigError(f"data.root={root}: no such folder; give the folder of images and masks.")
-        folders = subfolders(root)
-        if named_folder(folders, IMAGE_FOLDERS):
-            return {"train": root}
-        splits: dict[str, Path] = {}
-        for folder in folders:
-            split = split_of(folder.name)
-            if split in splits:
-                raise ConfigError(f"data.root={root}: {splits[split].name} and {folder.name}; keep one of them.")
-            if split is not None:
-                splits[split] = folder
-        if "train" not in splits:
-            there = ", ".join(folder.name for folder in folders[:5]) or "no folders"
-            raise ConfigError(
-                f"data.root={root}: no folder images (with masks beside it) and no folder train; there: {there}. Put "
-                f"the images into {root / 'images'} and their masks, under the same names, into {root / 'masks'}."
-            )
-        return splits
-
-    def _pairs(self, split: Path) -> list[LabeledImage]:
-        folders = subfolders(split)
-        of_images, of_masks = named_folder(folders, IMAGE_FOLDERS), named_folder(folders, MASK_FOLDERS)
-        if of_images is None or of_masks is None:
-            lacks = "images" if of_images is None else "masks"
-            raise ConfigError(f"{split}: no folder {lacks}; put images into images and their masks into masks.")
-        images, masks = _by_stem(of_images), _by_stem(of_masks)
+    def _pairs(self, split: PairFolders) -> list[LabeledImage]:
+        images, masks = _by_stem(split.images), _by_stem(split.masks)
         if not images:
-            raise ConfigError(f"{of_images}: no images; put the images of the masks in {of_masks.name} there.")
+            raise ConfigError(f"{split.images}: no images; put the images of the masks in {split.masks} there.")
         if set(images) != set(masks):
-            raise ConfigError(_mismatch(images, masks, of_images, of_masks))
+            raise ConfigError(_mismatch(images, masks, split))
         root = Path(self.root)
         return [
             LabeledImage(path.relative_to(root).as_posix(), 0, masks[stem].relative_to(root).as_posix())
@@ -173,7 +173,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _mismatch(images: Mapping[str, Path], masks: Mapping[str, Path], of_images: Path, of_masks: Path) -> str:
+def _mismatch(images: Mapping[str, Path], masks: Mapping[str, Path], split: PairFolders) -> str:
     """Say which files have no partner, and which naming would explain it."""
     alone, without = sorted(set(images) - set(masks)), sorted(set(masks) - set(images))
     parts = []
@@ -181,7 +181,7 @@ def _mismatch(images: Mapping[str, Path], masks: Mapping[str, Path], of_images: 
         parts.append(f"{len(alone):,} images have no mask ({images[alone[0]]})")
     if without:
         parts.append(f"{len(without):,} masks have no image ({masks[without[0]]})")
-    hint = f" Give each mask in {of_masks} the name of its image in {of_images}, whatever its ending."
+    hint = f" Give each mask in {split.masks} the name of its image in {split.images}, whatever its ending."
     if alone and without:
         for mask in without:
             image = max((stem for stem in alone if mask.startswith(stem) or mask.endswith(stem)), key=len, default=None)
@@ -189,4 +189,4 @@ def _mismatch(images: Mapping[str, Path], masks: Mapping[str, Path], of_images: 
                 extra = mask.replace(image, "", 1)
                 hint += f" All may be well but for {extra!r} in the names of the masks: remove it."
                 break
-    return f"{of_images.parent}: {' and '.join(parts)}.{hint}"
+    return f"{split.images.parent}: {' and '.join(parts)}.{hint}"

@@ -142,8 +142,9 @@ def provenance(content: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
     """
     stored = content["gn_transfer"]
     record = _record_of(checkpoint)
-    kept = ("seed_everything", "data", "model", "optimizer", "regularization", "accumulation", "batch_norm")
-    config = {key: stored["config"].get(key) for key in kept}
+    of_task = ("regularization", "segmentation")
+    kept = ("seed_everything", "data", "model", "optimizer", *of_task, "accumulation", "batch_norm")
+    config = {key: stored["config"][key] for key in kept if key in stored["config"]}
     arguments = {key: value for key, value in config["data"]["init_args"].items() if key not in ("root", "cache_dir")}
     if "augmentation" in arguments:
         arguments["augmentation"] = _without_folder(arguments["augmentation"])

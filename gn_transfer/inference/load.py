@@ -108,6 +108,6 @@ def load_for_training(folder: str | os.PathLike[str]) -> TransferTask:
     metadata = read_metadata(folder)
     verify_files(folder, {WEIGHTS: metadata["files"][WEIGHTS]})
     stored = {key: metadata[key] for key in ("classes", "architecture")}
-    stored["transfer_report"] = metadata["provenance"]["transfer_report"]
+    stored |= {key: metadata["provenance"][key] for key in ("config", "transfer_report")}
     weights = {f"model.{name}": tensor for name, tensor in load_file(folder / WEIGHTS).items()}
     return load_task({"gn_transfer": stored, "state_dict": weights}, folder).train()

@@ -46,4 +46,4 @@ class MaskWriter:
         file.parent.mkdir(parents=True, exist_ok=True)
         mask = Image.fromarray(segmentation.mask)
         mask.putpalette(class_colors(len(segmentation.classes)).tobytes())
-        mask.save(file)
+        mask.save(file, bits=8)  # Pillow would pack few classes into fewer bits

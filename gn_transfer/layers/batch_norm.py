@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,7 +85,9 @@ def corrected_momentum(batch_size: int, momentum: float = 0.1, reference: int = 
     return momentum if batch_size == reference else 1.0 - (1.0 - momentum) ** (batch_size / reference)
 
 
-def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
+def reestimate_statistics(
+    model: nn.Module, batches: Iterable[Any], *, layers: Collection[nn.Module] | None = None
+) -> int:
     r"""Set running means and variances of batch norms to those of whole images, pooled over all batches.
 
     .. math:: \mu = E[x], \qquad \sigma^2 = E[x^2] - E[x]^2
@@ -99,6 +101,7 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
         model: A model with batch norms of torch or of this package.
         batches: Inputs of the model, shape ``(B, C, H, W)``, of the size that it trains with; also with targets behind
             them, as data loaders give them.
+        layers: The batch norms to set; None sets all of the model. The others work as in evaluation.
 
     Returns:
         Number of layers that were set.
@@ -106,7 +109,8 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
     Raises:
         ConfigError: No batch.
     """
-    moments = [_Moments(layer) for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    every = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    moments = [_Moments(layer) for layer in every if layers is None or layer in layers]
     modes = {layer: layer.training for layer in model.modules()}
     model.eval()  # what is neither frozen nor a batch norm (dropout) is as in evaluation
     try:
@@ -123,6 +127,15 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> int:
     for each in moments:
         each.write()
     return len(moments)
+
+
+def batch_norms(model: nn.Module, *, frozen: bool) -> list[_BatchNorm]:
+    """List the batch norms of a model: those with frozen statistics, or the others."""
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, _BatchNorm) and isinstance(layer, FrozenBatchNorm2d) == frozen
+    ]
 
 
 def inputs_of(batch: Any) -> Any:
@@ -147,9 +160,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     Raises:
         ConfigError: It has none, or frozen ones only.
     """
-    layers = [
-        layer for layer in model.modules() if isinstance(layer, _BatchNorm) and not isinstance(layer, FrozenBatchNorm2d)
-    ]
+    layers = batch_norms(model, frozen=False)
     if not layers:
         raise ConfigError("the model has no batch norm that looks at its batch, so there are no batch statistics.")
     before = [(layer, layer.training, layer.track_running_stats) for layer in layers]

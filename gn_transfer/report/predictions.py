@@ -139,14 +139,15 @@ class PixelPredictions(SplitPredictions):
 
     @cached_property
     def image_ious(self) -> Array:
-        """Mean IoU of each image over the classes that are there, shape ``(P,)``; 0 where none is."""
+        """Mean IoU of each image over the classes that are there, shape ``(P,)``; nan without a labeled pixel."""
         ious = _ratio(self.intersection, self.union)
-        return np.asarray(np.nansum(ious, axis=1) / np.maximum(1, (~np.isnan(ious)).sum(1)))
+        return _ratio(np.nansum(ious, axis=1), (~np.isnan(ious)).sum(1))
 
     def opinions(self) -> Iterator[tuple[str, str, float, str]]:
-        """Score an image by its mean IoU; it has no single class."""
+        """Score an image by its mean IoU; it has no single class. Images without a labeled pixel are left out."""
         for path, score in zip(self.paths, self.image_ious.tolist(), strict=True):
-            yield path, "", score, f"IoU {100 * score:.0f} %"
+            if score == score:
+                yield path, "", score, f"IoU {100 * score:.0f} %"
 
     def by_class(self, among: Set[str]) -> dict[str, float]:
         """Compute the IoU of every class that occurs or was given; see the base class."""

@@ -88,8 +88,9 @@ def _score_rows(validation: PixelPredictions, test: PixelPredictions | None) -> 
 
 
 def _low_images(validation: PixelPredictions, roots: list[Path]) -> list[tuple[str, str, str | None]]:
-    """Give path, IoU and thumbnail of the images with the lowest IoU."""
-    order = np.argsort(validation.image_ious, kind="stable")[:MOST_IMAGES]
+    """Give path, IoU and thumbnail of the images with the lowest IoU; those without a labeled pixel have none."""
+    labeled = ~np.isnan(validation.image_ious)
+    order = np.argsort(validation.image_ious, kind="stable")[: min(MOST_IMAGES, labeled.sum())]  # nan comes last
     paths = [(validation.paths[place], float(validation.image_ious[place])) for place in order]
     return [(path, percent(iou), thumbnail(find_image(path, roots))) for path, iou in paths]
 

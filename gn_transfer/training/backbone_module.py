@@ -218,6 +218,11 @@ class BackboneModule(LightningModule, ABC):
 
         Returns:
             Logits, float32 unless autocast says otherwise; their shape is the task's.
+        """
+        return self.compute_logits(self.normalize(images))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Bring uint8 pixels to the mean and standard deviation that the weights expect; float32.
 
         Raises:
             ConfigError: In evaluation, pixels that are not uint8.
@@ -226,10 +231,6 @@ class BackboneModule(LightningModule, ABC):
             raise ConfigError(
                 f"the module takes pixels as uint8, 0 to 255, and normalizes them itself; these are {images.dtype}."
             )
-        return self.compute_logits(self.normalize(images))
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """Bring uint8 pixels to the mean and standard deviation that the weights expect; float32."""
         return (images.float() - self.mean) / self.std
 
     def compute_logits(self, pixels: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ def choose_batch_size(
         needed = _foreseen(candidates[-1], size) if candidates else 0.0
         cost = None
         if needed <= limit:
-            cost = _measured(task, accumulation, size, data.img_size, precision, device)
+            cost = _measured(task, accumulation, size, data, precision, device)
             needed = needed if cost is None else max(needed, cost.peak_mib)
         if size == 1 and memory_limit_gib is not None and needed > limit:
             raise ConfigError(
@@ -179,13 +179,14 @@ def _measured(
     task: TransferTask,
     accumulation: GradientAccumulation,
     size: int,
-    img_size: int,
+    data: ImageDataModule,
     precision: str,
     device: torch.device,
 ) -> StepCost | None:
     """Measure a micro-batch; None where the device has no room for it."""
     try:
-        return measure_step(task, accumulation, size, img_size, precision, device)
+        shape = data.evaluation_shape(size)
+        return measure_step(task, accumulation, size, data.img_size, shape, precision, device)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or size == 1:
             raise

@@ -96,7 +96,16 @@ def make_plan(
         raise ConfigError("trainer.max_epochs=0: nothing would be trained; use 1 or more.")
     cost = batch_sizes.chosen.cost if batch_sizes is not None else None
     try:
-        cost = cost or measure_step(task, accumulation, data.batch_size, data.img_size, precision, device, num_devices)
+        cost = cost or measure_step(
+            task,
+            accumulation,
+            data.batch_size,
+            data.img_size,
+            data.evaluation_shape(data.batch_size),
+            precision,
+            device,
+            num_devices,
+        )
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import ClasswiseWrapper, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassJaccardIndex
 
-from gn_transfer.backbones.model_config import ModelConfig
+from gn_transfer.backbones.model_config import DEFAULT_DECODER, ModelConfig
 from gn_transfer.config import STRIDE, ConfigError
 from gn_transfer.data import ImageDataModule
 from gn_transfer.data.dataset import LabeledImage
@@ -67,7 +67,7 @@ class TransferSegmenter(TransferTask):
         segmentation: SegmentationConfig | None = None,
     ) -> None:
         model = model or ModelConfig()
-        super().__init__(model if model.decoder else replace(model, decoder="unet"), optimizer)
+        super().__init__(model if model.decoder else replace(model, decoder=DEFAULT_DECODER), optimizer)
         self.segmentation = segmentation or SegmentationConfig()
         self.tile_size: int | None = None
         self._dice = DiceLoss("multiclass", from_logits=True, ignore_index=IGNORED)
@@ -75,9 +75,10 @@ class TransferSegmenter(TransferTask):
     def configure_metrics(self, num_classes: int) -> MetricCollection:
         """Create mean intersection over union (``miou``), that of each class, Dice, and accuracy over pixels.
 
-        All are computed from the labeled pixels of all images together.
+        All are computed from the labeled pixels of all images together. The IoU of a class that neither occurs nor was
+        given is nan, and does not count in the mean.
         """
-        of_class = MulticlassJaccardIndex(num_classes, average="none", ignore_index=IGNORED)
+        of_class = MulticlassJaccardIndex(num_classes, average="none", ignore_index=IGNORED, zero_division=float("nan"))
         return MetricCollection(
             {
                 "miou": MulticlassJaccardIndex(num_classes, average="macro", ignore_index=IGNORED),
@@ -124,7 +125,7 @@ class TransferSegmenter(TransferTask):
         logits, targets = self.compute_logits(pixels).float(), targets.long()
         loss = torch.zeros((), device=logits.device)
         if self.segmentation.loss != "dice":
-            loss = loss + mean_over_labeled(logits, targets, self.class_weight)
+            loss = loss + losses_over_labeled(logits, targets, self.class_weight).mean()
         if self.segmentation.loss != "cross_entropy":
             pairs = zip(logits, targets, strict=True)
             loss = loss + torch.stack([self._dice_loss(one, target) for one, target in pairs]).mean()
@@ -137,9 +138,10 @@ class TransferSegmenter(TransferTask):
         over_all: Tensor = self._dice(logits[None], targets[None])
         return over_all * number / there.clamp_min(1.0)
 
-    def evaluation_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Compute plain cross entropy over labeled pixels: no Dice, no class weights."""
-        return mean_over_labeled(logits.float(), targets.long())
+    def evaluation_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Compute plain cross entropy of each image with labeled pixels: no Dice, no class weights."""
+        labeled = (targets != IGNORED).flatten(1).any(1)
+        return losses_over_labeled(logits[labeled].float(), targets[labeled].long())
 
     def score_images(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Count the pixels of every class: in intersection and union of prediction and truth, and in the truth."""
@@ -198,8 +200,8 @@ class TransferSegmenter(TransferTask):
         return self.compute_logits(pixels)[:, :, :height, :width]
 
 
-def mean_over_labeled(logits: Tensor, targets: Tensor, class_weight: Tensor | None = None) -> Tensor:
-    """Cross entropy: the mean over the labeled pixels of each image, then over the images.
+def losses_over_labeled(logits: Tensor, targets: Tensor, class_weight: Tensor | None = None) -> Tensor:
+    """Cross entropy of each image: the mean over its labeled pixels.
 
     Args:
         logits: Shape ``(B, K, H, W)``.
@@ -208,7 +210,7 @@ def mean_over_labeled(logits: Tensor, targets: Tensor, class_weight: Tensor | No
             divided by the number of its pixels, not by the sum of their weights.
 
     Returns:
-        Scalar; an image without a labeled pixel adds 0.
+        Shape ``(B,)``; 0 for an image without a labeled pixel.
     """
     losses = F.cross_entropy(logits, targets, weight=class_weight, ignore_index=IGNORED, reduction="none")
-    return (losses.sum((1, 2)) / (targets != IGNORED).sum((1, 2)).clamp_min(1)).mean()
+    return losses.sum((1, 2)) / (targets != IGNORED).sum((1, 2)).clamp_min(1)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gn_transfer.config import ConfigError
-from gn_transfer.data import Folder, ImageDataModule
+from gn_transfer.data import ImageDataModule
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.data.duplicates import group_duplicates
 from gn_transfer.data.splits import file_identities, find_copies
@@ -99,8 +99,8 @@ def known_images(data: ImageDataModule, part: Literal["val", "test"], root: Path
     """
     here, trained = data.split()[part], list(trained)
     copies = find_copies(Path(data.root), here, root, trained)
-    fixed = isinstance(data, Folder) and part in data.layout.splits
-    near = _near_duplicates(data, part, root, trained) if data.group_duplicates and fixed else {}
+    looked_for = data.group_duplicates and part in data.own_splits
+    near = _near_duplicates(data, part, root, trained) if looked_for else {}
     near = {path: original for path, original in near.items() if path not in copies}
     return [
         f"{what} of training images among the {part} images: {len(found):,} of {len(here):,} "

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from gn_transfer.data.datamodule import EVAL_BATCH_SIZE
 from gn_transfer.layers import AccumulationEngine, GraphedModel
 from gn_transfer.training.accumulation import GradientAccumulation
 from gn_transfer.training.precision import autocast_dtype
@@ -44,6 +43,7 @@ def measure_step(
     accumulation: GradientAccumulation,
     batch_size: int,
     img_size: int,
+    evaluation_shape: tuple[int, int, int],
     precision: str,
     device: torch.device,
     num_devices: int = 1,
@@ -59,6 +59,7 @@ def measure_step(
         accumulation: Says whether weights are cached, or the model replayed.
         batch_size: Images per forward pass.
         img_size: Their side, in pixels.
+        evaluation_shape: Number, height and width of the images of a batch of validation.
         precision: Lightning's name of the precision.
         device: Where to measure.
         num_devices: Devices that train together; one of them is measured, without their exchange of gradients.
@@ -105,8 +106,9 @@ def measure_step(
                 break
         if engine is not None:
             engine.remove()
-        with torch.no_grad():  # validation has larger batches
-            many = pixels[:1].expand(max(batch_size, EVAL_BATCH_SIZE), -1, -1, -1)
+        with torch.no_grad():  # a batch of validation is larger
+            number, *sides = evaluation_shape
+            many = pixels[:1, :, :1, :1].expand(number, -1, *sides)
             model.eval()(many.contiguous(memory_format=memory_format))
     moments = {"sgd": 1 if task.optimizer_config.momentum else 0, "adam": 2, "adamw": 2}[task.optimizer_config.name]
     weights = sum(parameter.nbytes for parameter in parameters) / 2**20

@@ -66,8 +66,8 @@ class TransferTask(BackboneModule):
         """Compute the mean loss of a micro-batch of normalized pixels; scalar, float32."""
 
     @abstractmethod
-    def evaluation_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Compute the mean loss of logits in evaluation; scalar, float32."""
+    def evaluation_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Compute the loss in evaluation of each image that counts; float32, shape ``(n,)`` with n at most ``B``."""
 
     @abstractmethod
     def score_images(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class TransferTask(BackboneModule):
             own = min(len(targets), self._images_left)
             self._images_left -= own
             if own:
-                mean_loss.update(self.evaluation_loss(logits[:own], targets[:own]), own)
+                mean_loss.update(self.evaluation_losses(logits[:own], targets[:own]))
         if own:
             metrics.update(logits[:own], targets[:own])
         return logits

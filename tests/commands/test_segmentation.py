@@ -11,6 +11,7 @@ from PIL import Image
 
 from gn_transfer.__main__ import main
 from gn_transfer.commands.recognize import recognize
+from gn_transfer.commands.training_cli import parsed
 from gn_transfer.commands.training_keys import DATA
 from gn_transfer.data import SegmentationDataModule
 
@@ -83,11 +84,19 @@ def test_a_folder_of_pairs_is_recognized(folder):
     assert found.options[:2] == ["--config", "segmentation_folder.yaml"]
     assert "--data.test_fraction" in found.options
     assert "images with masks" in found.remarks[0]
-    for split in ("train", "val", "test"):
-        (folder / split).mkdir()
+    assert "224 px" not in " ".join(found.remarks)
     for kind in ("images", "masks"):
+        for split in ("train", "val", "test"):
+            (folder / split / kind).mkdir(parents=True)
         (folder / kind).rename(folder / "train" / kind)
     assert "--data.test_fraction" not in recognize(folder, hub_answers=True).options
+
+
+def test_the_default_decoder_is_written_out(folder, work):
+    with parsed("fit", ["--data", "SegmentationFolder", "--data.root", str(folder)], builds=False) as cli:
+        assert cli.plain_config()["model"]["decoder"] == "unet"
+    with parsed("fit", ["--data", "Folder", "--data.root", str(folder)], builds=False) as cli:
+        assert cli.plain_config()["model"]["decoder"] is None
 
 
 def test_checking_masks(folder, work, capsys):

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import albumentations as A
 import cv2
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from PIL import Image
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data import PetsSegmentation, SegmentationFolder, SegmentationSample
+from gn_transfer.data.check import list_all
 from gn_transfer.data.decode import BadImageError, decode_mask
 from gn_transfer.data.describe import describe_data
+from gn_transfer.data.mask_check import check_split_masks
 from gn_transfer.data.masks import IGNORED, MaskValues
 from gn_transfer.data.pair_augmentation import PairAugmentation
 from gn_transfer.data.tiles import blending_window, tile_starts
@@ -141,6 +144,61 @@ def test_splits_of_ones_own(tmp_path):
     assert data.test_dataset.paths == ["test/images/test_0.png"]
 
 
+def test_splits_below_the_folders_of_images_and_masks(tmp_path):
+    for split, count in (("train", 3), ("val", 2), ("test", 1)):
+        for number in range(count):
+            write_pair(tmp_path, f"{split}/photo_{number}")
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    data = set_up(tmp_path)
+    data.setup("test")
+    assert {name: len(images) for name, images in data.datasets().items()} == {"train": 3, "val": 2, "test": 1}
+    assert data.val_dataset.images[0].mask == "masks/val/photo_0.png"
+    assert set(data.own_splits) == {"train", "val", "test"}
+
+
+def test_a_line_whose_value_is_ignored_is_no_class(folder):
+    data = set_up(folder, ignore_index=0)
+    assert data.classes == ["cat", "dog"]
+    _, targets = data.val_dataset.batch([0])
+    assert set(targets.unique().tolist()) == {0, 1, IGNORED}
+    (folder / "classes.txt").write_text("ground\ncat\n")
+    with pytest.raises(ConfigError, match=r"ignore_index=0 leaves 1 class of"):
+        set_up(folder, ignore_index=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_validation_has_its_share_of_the_masks_with_a_rare_class(tmp_path, seed):
+    for number in range(20):
+        write_pair(tmp_path, f"photo_{number}", values=(0, 1, 2) if number < 4 else (0, 0, 1))
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    data = set_up(tmp_path, seed=seed, val_fraction=0.25)
+    counts = [data.class_counts(part.images)["dog"] // (40 * 18) for part in (data.train_dataset, data.val_dataset)]
+    assert counts == [3, 1]
+
+
+def test_images_turned_by_exif(folder):
+    """The mask has the size of the image as it is seen."""
+    path = folder / "images" / "photo_0.jpg"
+    image = Image.open(path.with_suffix(".png"))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(path, exif=exif)
+    path.with_suffix(".png").unlink()
+    with pytest.raises(BadImageError, match="56 x 40 pixels for an image of 40 x 56"):
+        set_up(folder)
+    rewrite(folder, lambda mask: mask.transpose(Image.Transpose.ROTATE_270))
+    assert len(set_up(folder).train_dataset) == 5
+    splits, _ = list_all(data_of(folder))
+    report = check_split_masks(data_of(folder), splits, threads=1)
+    assert any("1 images are turned or mirrored by EXIF: images/photo_0.jpg" in warning for warning in report.warnings)
+
+
+def test_the_largest_image_of_the_validation_decides_the_memory_of_an_evaluation(folder):
+    assert set_up(folder).evaluation_shape(4) == (1, 32, 64)  # 40 x 56 reduced to 32 x 45
+    assert set_up(folder, short_side=0).evaluation_shape(4) == (1, 64, 64)
+    assert set_up(folder, short_side=0, tile_size=32).evaluation_shape(4) == (1, 32, 32)
+
+
 def test_a_palette_png_and_an_ignored_value(folder):
     mask = Image.open(folder / "masks" / "photo_0.png")
     values = np.array(mask)
@@ -204,6 +262,7 @@ def rewrite(folder, change, name="photo_0.png"):
         (lambda mask: mask.convert("RGB"), "a mask in colours.*8-bit grey or palette PNG"),
         (lambda mask: Image.fromarray(np.array(mask).astype(np.uint16) * 200), "a mask of 16 bits"),
         (lambda mask: mask.resize((28, 20)), "28 x 20 pixels for an image of 56 x 40"),
+        (lambda mask: mask.transpose(Image.Transpose.ROTATE_90), "40 x 56 .* 56 x 40 .*save the mask upright"),
         (
             lambda mask: Image.fromarray(cv2.GaussianBlur(np.array(mask) * 100, (9, 9), 3)),
             "values that are no class, from .*soft edges",
@@ -248,7 +307,7 @@ def test_pairs_that_do_not_match(folder):
         ("ground\ncat\n", "values 2, which are no class"),
         ("ground\n", "names 1 classes"),
         ("a\na\nb\n", "a occurs twice"),
-        ("ground\ncat\ndog\nhorse\n", "no training image of horse"),
+        ("ground\ncat\ndog\nhorse\n", "no training mask has a pixel of horse. The first masks hold the values 0, 1, 2"),
     ],
 )
 def test_class_names(folder, text, message):
@@ -280,6 +339,59 @@ def test_batch_statistics_of_whole_images_are_refused(folder):
     data.evaluate_in_training_batches = True
     with pytest.raises(ConfigError, match="one whole image at a time"):
         data.setup("fit")
+
+
+def test_masks_of_0_and_255(folder):
+    for number in range(6):
+        rewrite(folder, lambda mask: mask.point(lambda value: 255 * (value > 0)), f"photo_{number}.png")
+    (folder / "classes.txt").write_text("ground\ncat\n")
+    with pytest.raises(ConfigError, match=r"values 0, 255; known are .*if 255, which does not count, stands for cat"):
+        set_up(folder)
+
+
+def test_splits_that_are_unclear(tmp_path):
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    for split in ("train", "vall"):
+        write_pair(tmp_path, "photo", split=split)
+    with pytest.raises(ConfigError, match="vall holds images and masks; is it val"):
+        set_up(tmp_path)
+    (tmp_path / "vall").rename(tmp_path / "other")
+    with pytest.raises(ConfigError, match="1 image"):  # one pair is too few to cut validation from
+        set_up(tmp_path)
+    write_pair(tmp_path, "photo")
+    with pytest.raises(ConfigError, match="images and train stand beside each other"):
+        set_up(tmp_path)
+    (tmp_path / "train").rename(tmp_path / "more")
+    write_pair(tmp_path, "train/photo")
+    write_pair(tmp_path, "street/photo")
+    with pytest.raises(ConfigError, match="street stands beside the split train"):
+        set_up(tmp_path)
+
+
+def test_masks_of_a_split_that_are_missing(tmp_path):
+    write_pair(tmp_path, "train/photo")
+    write_pair(tmp_path, "val/photo")
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    (tmp_path / "masks/val").rename(tmp_path / "masks/elsewhere")
+    with pytest.raises(ConfigError, match=r"masks: no folder val, which .*images/val needs"):
+        set_up(tmp_path)
+
+
+def pipeline_file(path, *transforms):
+    A.save(A.Compose(transforms), str(path), data_format="yaml")
+    return path
+
+
+def test_pipelines_of_ones_own(folder, tmp_path):
+    pad = {"min_height": 32, "min_width": 32}
+    good = pipeline_file(tmp_path / "a.yaml", A.PadIfNeeded(**pad, fill_mask=IGNORED), A.RandomCrop(32, 32))
+    assert set_up(folder, augmentation=good).train_dataset.batch([0])[0].shape == (1, 3, 32, 32)
+    counting = pipeline_file(tmp_path / "b.yaml", A.PadIfNeeded(**pad), A.RandomCrop(32, 32))
+    with pytest.raises(ConfigError, match=r"puts the value 0 into a mask that holds only 1: .*fill_mask=255"):
+        set_up(folder, augmentation=counting)
+    too_small = pipeline_file(tmp_path / "c.yaml", A.RandomCrop(32, 32))
+    with pytest.raises(ConfigError, match=r"fails on an image of 16 x 24 .*PadIfNeeded"):
+        set_up(folder, augmentation=too_small)
 
 
 def test_folders_that_are_none(tmp_path):

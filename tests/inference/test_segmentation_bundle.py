@@ -117,6 +117,13 @@ def test_the_graph_alone_takes_any_size(in_root):
         assert np.array_equal(classes, logits.argmax(1))
 
 
+def test_a_bundle_tells_how_it_was_trained(in_root):
+    config = json.loads(Path("bundle", METADATA).read_text())["provenance"]["config"]
+    assert config["segmentation"] == {"loss": "both"}
+    assert "regularization" not in config
+    assert gnt.load_for_training("bundle").tile_size is None
+
+
 def test_the_lines_of_the_card_run(in_root, monkeypatch):
     card = (in_root / "bundle" / "README.md").read_text()
     monkeypatch.chdir(in_root / "bundle")
@@ -145,7 +152,7 @@ def test_predicting_masks(in_root, tmp_path, capsys):
     [expected] = load_bundle("bundle").predict(["own/images/3.png"])
     assert sorted(path.relative_to(masks).as_posix() for path in masks.rglob("*.png")) == ["a.png", "sub/b.png"]
     with Image.open(masks / "sub" / "b.png") as mask:
-        assert mask.mode == "P"
+        assert (mask.mode, (masks / "sub" / "b.png").read_bytes()[24]) == ("P", 8)  # bits of a pixel, in PNG's header
         assert np.array_equal(np.asarray(mask), expected.mask)
     with table.open() as file:
         rows = {Path(row["path"]).name: row for row in csv.DictReader(file)}

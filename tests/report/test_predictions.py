@@ -53,6 +53,12 @@ def test_classes_of_pixels(tmp_path):
     assert found.measure(np.array([[2.0, 0.0], [0.0, 2.0]])).tolist() == pytest.approx([0.5, (1 / 4 + 6 / 8) / 2])
 
 
+def test_an_image_without_a_labeled_pixel_has_no_iou(tmp_path):
+    found = read(tmp_path, PIXELS + "c.png,,0,0,0,0,0,0\n")
+    assert np.isnan(found.image_ious).tolist() == [False, False, True]
+    assert [path for path, *_ in found.opinions()] == ["a.png", "b.png"]
+
+
 def test_the_same_images_have_the_same_digest_whatever_their_order(tmp_path):
     lines = IMAGES.splitlines(keepends=True)
     digest = read(tmp_path, IMAGES).digest

@@ -49,7 +49,7 @@ def costs(monkeypatch):
     table: dict[int, tuple[float, float] | None] = {}
     measured: list[int] = []
 
-    def measure(task, accumulation, size, img_size, precision, device):
+    def measure(task, accumulation, size, img_size, evaluation_shape, precision, device):
         measured.append(size)
         if table[size] is None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")

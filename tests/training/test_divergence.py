@@ -62,14 +62,14 @@ def test_a_validation_that_is_not_finite(folder_root, capsys, monkeypatch):
     from gn_transfer.training.classification import TransferClassifier
 
     calls = 0
-    own = TransferClassifier.evaluation_loss
+    own = TransferClassifier.evaluation_losses
 
     def loss(self, logits, targets):
         nonlocal calls
         calls += 1
         return own(self, logits, targets) * (float("nan") if calls > 1 else 1.0)
 
-    monkeypatch.setattr(TransferClassifier, "evaluation_loss", loss)
+    monkeypatch.setattr(TransferClassifier, "evaluation_losses", loss)
     options = words(folder_root, optimizer__lr="0.01", trainer__max_epochs="3", checkpoint__every_minutes="5")
     assert main(options) == 2
     assert "the validation loss became inf in epoch 2" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from gn_transfer.backbones.model_config import ModelConfig
 from gn_transfer.config import ConfigError
 from gn_transfer.data import Sample, SegmentationSample
 from gn_transfer.data.masks import IGNORED
-from gn_transfer.layers import AccumulationEngine
+from gn_transfer.layers import AccumulationEngine, GroupNorm
 from gn_transfer.training.accumulation import GradientAccumulation
+from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
 from gn_transfer.training.checkpoint_callbacks import LastCheckpoint
 from gn_transfer.training.classification import TransferClassifier
 from gn_transfer.training.optimizer import OptimizerConfig
 from gn_transfer.training.run_folder import claim_run, run_of_checkpoint
-from gn_transfer.training.segmentation import SegmentationConfig, TransferSegmenter, mean_over_labeled
+from gn_transfer.training.segmentation import SegmentationConfig, TransferSegmenter, losses_over_labeled
 from gn_transfer.training.train import create_trainer, evaluate, prepare, train
 
 
@@ -55,14 +57,14 @@ def test_cross_entropy_is_a_mean_over_the_labeled_pixels_of_each_image(weight):
         / (target != IGNORED).sum()
         for one, target in zip(logits[:3], targets[:3], strict=True)
     ]
-    torch.testing.assert_close(mean_over_labeled(logits, targets.long(), weight), sum(by_hand) / 4)
-    assert mean_over_labeled(logits[3:], targets[3:].long(), weight) == 0
+    torch.testing.assert_close(losses_over_labeled(logits, targets.long(), weight).mean(), sum(by_hand) / 4)
+    assert losses_over_labeled(logits[3:], targets[3:].long(), weight) == 0
 
 
 def test_an_image_of_one_class_keeps_the_weight_of_its_class():
     logits, targets = torch.randn(1, 2, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int64)
-    rare = mean_over_labeled(logits, targets, torch.tensor([25.0, 0.5]))
-    torch.testing.assert_close(rare, 25 * mean_over_labeled(logits, targets))
+    rare = losses_over_labeled(logits, targets, torch.tensor([25.0, 0.5]))
+    torch.testing.assert_close(rare, 25 * losses_over_labeled(logits, targets))
 
 
 @pytest.mark.parametrize("number", [2, 21, 150])
@@ -123,6 +125,59 @@ def test_figures_by_hand():
     assert found["iou_c"] == 0.0
     assert found["miou"] == round((2 / 3 + 0.5) / 3, 4)
     assert found["pixel_acc"] == round(4 / 6, 4)
+
+
+def test_a_class_that_neither_occurs_nor_was_given_has_no_iou():
+    task = TransferSegmenter()
+    task.classes = ["a", "b", "c"]
+    metrics = task.configure_metrics(3)
+    logits = F.one_hot(torch.tensor([[[0, 0, 1, 1]]]), 3).permute(0, 3, 1, 2).float()
+    metrics.update(logits, torch.tensor([[[0, 0, 0, 0]]]))
+    found = metrics.compute()
+    assert found["iou_c"].isnan()
+    assert float(found["miou"]) == pytest.approx((float(found["iou_a"]) + float(found["iou_b"])) / 2) == 0.25
+
+
+def test_images_without_a_labeled_pixel_do_not_count_in_the_loss_of_an_evaluation():
+    task, (_, targets) = task_of(), batch()
+    logits = torch.randn(4, 3, 32, 32)
+    assert len(task.evaluation_losses(logits, targets)) == 3
+    torch.testing.assert_close(task.evaluation_losses(logits, targets), losses_over_labeled(logits, targets.long())[:3])
+    assert task.evaluation_losses(logits[3:], targets[3:]).shape == (0,)
+
+
+def test_pixels_that_are_not_uint8_are_refused_in_evaluation():
+    with pytest.raises(ConfigError, match=r"pixels as uint8, .* these are torch.float32"):
+        task_of().eval()(torch.rand(1, 3, 64, 64))
+
+
+def test_a_number_of_groups_is_the_most_in_a_decoder():
+    task = task_of("gn", "unet", num_groups=32)
+    norms = [layer for layer in task.model.decoder.modules() if isinstance(layer, GroupNorm)]
+    assert {layer.num_channels: layer.num_groups for layer in norms} == {256: 32, 128: 32, 64: 32, 32: 16, 16: 8}
+
+
+@pytest.mark.parametrize(("norm", "decoder_norm"), [("bn_frozen", "bn"), ("gn", "bn"), ("bn_frozen", "gn")])
+def test_statistics_are_reestimated_where_they_are(norm, decoder_norm):
+    """Those of a frozen backbone once, before the training, those of a decoder that trains before every validation."""
+    task = task_of(norm, decoder_norm=decoder_norm)
+    images = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
+    data = SimpleNamespace(batch_size=2, training_images=lambda number: images)
+    trainer = SimpleNamespace(datamodule=data, ckpt_path=None, state=SimpleNamespace(fn="fit"))
+    callback = BatchNormStatistics(reestimate_images=6)
+    callback.setup(trainer, task, "fit")
+
+    def changed(hook):
+        before = {name: value.clone() for name, value in task.model.named_buffers() if name.endswith("running_mean")}
+        hook(trainer, task)
+        return {
+            name.partition(".")[0]
+            for name, value in task.model.named_buffers()
+            if name in before and not torch.equal(value, before[name])
+        }
+
+    assert changed(callback.on_fit_start) == ({"encoder"} if norm == "bn_frozen" else set())
+    assert changed(callback.on_validation_start) == ({"decoder"} if decoder_norm == "bn" else set())
 
 
 def test_images_of_any_size_are_padded_and_cut_back():
