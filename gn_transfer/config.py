@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
@@ -25,6 +26,14 @@ class ConfigError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def shortened(value: object) -> str:
+    """Write any value for a message, however large it is."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a number of thousands of digits
+        return f"a {type(value).__name__}"
 
 
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from gn_transfer.commands.class_paths import config_of_checkpoint, read_config
+from gn_transfer.commands.class_paths import config_of_checkpoint, read_config, typed_classes
 from gn_transfer.commands.recognize import find_checkpoint, leading_path, recognize, run_name
 from gn_transfer.config import ConfigError, find_config
 from gn_transfer.training.checkpoint import read_checkpoint
@@ -25,6 +25,7 @@ class Arguments:
         command: The command.
         config_name: Name of the last config, without suffix; the name of a folder of runs.
         typed: The arguments as the user typed them.
+        typed_classes: Classes that the user named in them.
         remarks: What was found in the folder that ``fit PATH`` names, and what was chosen for it.
         notes: What the user should know about the checkpoint.
         checkpoint: Path behind ``--ckpt_path``, resolved.
@@ -33,9 +34,10 @@ class Arguments:
         allow_class_path: Files may name any class.
     """
 
-    def __init__(self, command: str, arguments: Sequence[str]) -> None:
+    def __init__(self, command: str, arguments: Sequence[str], *, typed_by_user: bool = True) -> None:
         self.command = command
         self.typed = list(arguments)
+        self.typed_classes = typed_classes(self.typed) if typed_by_user else frozenset[str]()
         path, self.argv = leading_path(["--help" if word == "--help_all" else word for word in arguments])
         self.remarks: list[str] = []
         self.notes: list[str] = []

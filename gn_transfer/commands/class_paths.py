@@ -3,18 +3,25 @@
 What the user types is trusted. A configuration or study file may name the data modules of gn_transfer, and callbacks
 and loggers of Lightning that take no function; ``--allow_class_path`` lifts that. A checkpoint names no class but a
 data module, and gives plain values.
+
+Files are looked at before the parser reads them, for a message that names the key. What counts is the guard around the
+parser's import of classes: whatever way a name has found to it, no other class is imported.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import jsonargparse._typehints as typehints
+
 from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA
-from gn_transfer.config import ConfigError
-from gn_transfer.yaml_files import read_yaml
+from gn_transfer.config import ConfigError, shortened
+from gn_transfer.yaml_files import parse_yaml, read_yaml
 
 OF_LIGHTNING = {
     "lightning.pytorch.callbacks": (
@@ -67,16 +74,17 @@ def read_config(path: Path, *, allow_class_path: bool = False) -> dict[str, Any]
         raise ConfigError(f"--config {path} cannot be read as YAML ({error}).") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"--config {path} holds no keys; see configs/sample_gnws.yaml for a configuration.")
-    check_file_values(content, f"--config {path}", allow_class_path=allow_class_path)
+    check_file_values(content, f"--config {path}", path.parent, allow_class_path=allow_class_path)
     return content
 
 
-def check_file_values(content: Mapping[str, Any], where: str, *, allow_class_path: bool = False) -> None:
+def check_file_values(content: Mapping[str, Any], where: str, folder: Path, *, allow_class_path: bool = False) -> None:
     """Refuse values of a file that would run a stranger's code.
 
     Args:
         content: Values by nested keys.
         where: The file, for messages.
+        folder: Of the file, from which it may refer to others.
         allow_class_path: Let it name any class.
 
     Raises:
@@ -86,8 +94,10 @@ def check_file_values(content: Mapping[str, Any], where: str, *, allow_class_pat
         if key in _TYPED_ONLY:
             raise ConfigError(f"{where}: {key} says what one call does; give it on the command line, --{key}.")
         if key in _GROUPS and not isinstance(value, Mapping) and not (key == "data" and isinstance(value, str)):
-            raise ConfigError(f"{where}: {key} holds {value!r}, and no keys; indent its keys below it, or remove it.")
-    if not allow_class_path and (found := next(_not_allowed(content, ()), None)):
+            raise ConfigError(
+                f"{where}: {key} holds {shortened(value)}, and no keys; indent its keys below it, or remove it."
+            )
+    if not allow_class_path and (found := next(_not_allowed(content, (), folder), None)):
         raise ConfigError(
             f"{where}: {found}. A class or function can run any code, so a file may only name data modules of "
             "gn_transfer, and these of Lightning: "
@@ -96,22 +106,67 @@ def check_file_values(content: Mapping[str, Any], where: str, *, allow_class_pat
         )
 
 
-def check_parsed_classes(section: Mapping[str, Any], typed: str) -> None:
-    """Refuse classes that neither the command line nor :data:`ALLOWED` names, just before they are made.
+def typed_classes(words: Sequence[str]) -> frozenset[str]:
+    """Find the classes that a command line names, in the values of options of ``trainer`` and ``data``.
 
     Args:
-        section: The parsed configuration.
-        typed: What the user typed, in one text.
+        words: The words that the user typed.
+
+    Example:
+        >>> sorted(typed_classes(["--config", "Timer.yaml", "--trainer.callbacks+=my.Callback", "--data", "Pets"]))
+        ['Pets', 'my.Callback']
+    """
+    found: set[str] = set()
+    for option, behind in pairwise([*words, ""]):
+        key, equals, value = option.partition("=")
+        if key in ("--data", "--data.class_path") or key.startswith("--trainer."):
+            value = value if equals else behind
+            found.add(value)
+            with suppress(ValueError):
+                content = parse_yaml(value)
+                found |= {str(name) for name in _class_paths(content)}
+                found |= {item for item in content if isinstance(item, str)} if isinstance(content, list) else set()
+    return frozenset(found)
+
+
+@contextmanager
+def only_known_classes(typed: Collection[str]) -> Iterator[None]:
+    """Let the parser import no class that neither :data:`ALLOWED` nor the user names.
+
+    Args:
+        typed: Classes that the user typed.
 
     Raises:
-        ConfigError: A file that the configuration refers to names a class.
+        ConfigError: A file that the configuration refers to names another one.
     """
-    for name in _class_paths(section):
-        if name not in ALLOWED and str(name).rpartition(".")[2] not in typed:
-            raise ConfigError(
-                f"the configuration names the class {name}, which can run any code; if you trust the file that names "
-                "it, add --allow_class_path."
-            )
+    imported: Callable[[str], Any] = vars(typehints)["import_object"]
+    refused: list[str] = []
+
+    def guarded(name: Any) -> Any:
+        if isinstance(name, str) and "." in name and not _may_be_imported(name, typed):
+            refused.append(name)
+            raise ValueError(f"{name} may not be imported")
+        return imported(name)
+
+    vars(typehints)["import_object"] = guarded
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:  # whatever the parser makes of it
+        error = raised
+    finally:
+        vars(typehints)["import_object"] = imported
+    if refused:
+        raise ConfigError(
+            f"the configuration names the class {refused[0]}, which can run any code; if you trust the file that names "
+            "it, add --allow_class_path."
+        ) from error
+    if error is not None:
+        raise error
+
+
+def _may_be_imported(name: str, typed: Collection[str]) -> bool:
+    return name in ALLOWED or name in typed or name.rpartition(".")[2] in typed
 
 
 def config_of_checkpoint(stored: Mapping[str, Any], checkpoint: Path) -> tuple[dict[str, Any], list[str]]:
@@ -146,7 +201,7 @@ def config_of_checkpoint(stored: Mapping[str, Any], checkpoint: Path) -> tuple[d
     for key in ("cache_dir", "download"):  # where files are written is for this call to say
         if taken.get("data", {}).get("init_args", {}).pop(key, None):
             left_out.append(f"data.{key}")
-    if found := next(_not_allowed(taken, ()), None):
+    if found := next(_not_allowed(taken, (), checkpoint.parent), None):
         raise ConfigError(f"{checkpoint}: {found}; refused.")
     return taken, left_out
 
@@ -158,39 +213,60 @@ def _plain_values(values: Mapping[str, Any], group: str, checkpoint: Path) -> di
 def _plain(value: Any, key: str, checkpoint: Path) -> Any:
     if _is_plain(value) or (isinstance(value, list) and all(map(_is_plain, value))):
         return value
-    raise ConfigError(f"{checkpoint} holds {value!r} for {key}, which is no plain value; refused.")
+    raise ConfigError(f"{checkpoint} holds {shortened(value)} for {key}, which is no plain value; refused.")
 
 
 def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _not_allowed(value: Any, place: tuple[str, ...]) -> Iterator[str]:
+def _not_allowed(value: Any, place: tuple[str, ...], folder: Path) -> Iterator[str]:
     """Describe what a file must not contain: class names, also inside texts, and references to further files."""
     key = ".".join(place)
-    if isinstance(value, Mapping):
-        if "class_path" in value and str(value["class_path"]) not in ALLOWED:
-            yield f"{key} names {value['class_path']}"
+    if place[-1:] == ("class_path",):
+        if str(value) not in ALLOWED:
+            yield f"{key} names {shortened(value)}"
+    elif isinstance(value, Mapping):
         for name, item in value.items():
-            if name != "class_path":
-                yield from _not_allowed(item, (*place, str(name)))
+            yield from _not_allowed(item, (*place, *str(name).split(".")), folder)
     elif isinstance(value, list):
         for item in value:
-            yield from _not_allowed(item, place)
+            yield from _not_allowed(item, place, folder)
     elif isinstance(value, str):
         of_object = place[:1] == ("trainer",) and place[1:2] and place[1] in _OBJECTS
         named = place == ("data",) or (of_object and len(place) == 2)
         if named and value not in ALLOWED and not re.fullmatch(r"\w+", value):
-            yield f"{key} names {value}"
-        elif re.search(r"class_path['\"]?\s*:", value) or ((named or of_object) and Path(value).is_file()):
-            yield f"{key} is {value!r}"
+            yield f"{key} names {shortened(value)}"
+        elif _holds_class(value) or ((named or of_object) and (Path(value).is_file() or (folder / value).is_file())):
+            yield f"{key} is {shortened(value)}"
+
+
+def _holds_class(text: str) -> bool:
+    """Say whether a text, read as YAML as the parser does it, names a class at any depth."""
+    try:
+        content = parse_yaml(text) if set(text) & set("{[:") else None
+    except ValueError:
+        return "class_path" in text
+    if isinstance(content, str):  # in quotes inside quotes
+        return content != text and _holds_class(content)
+    return next(_class_paths(content), None) is not None or any(_holds_class(text) for text in _texts(content))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Give the texts inside collections."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from [item] if isinstance(item, str) else _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from [item] if isinstance(item, str) else _texts(item)
 
 
 def _class_paths(value: Any) -> Iterator[Any]:
     if isinstance(value, Mapping):
-        if "class_path" in value:
-            yield value["class_path"]
-        for item in value.values():
+        for name, item in value.items():
+            if str(name).rpartition(".")[2] == "class_path":
+                yield item
             yield from _class_paths(item)
     elif isinstance(value, list | tuple):
         for item in value:

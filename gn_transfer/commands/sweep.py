@@ -100,7 +100,7 @@ def ended_trials(url: str, study: Study, trials: Sequence[Trial]) -> set[str]:
 
 def train_trial(arguments: Sequence[str], run: RunFolder, facts: Mapping[str, Any]) -> None:
     """Train one configuration in its own folder, without figures: the runs are looked at together."""
-    with parsed("fit", arguments, quiet_log()) as cli:
+    with parsed("fit", arguments, quiet_log(), typed_by_user=False) as cli:
         cli.arguments.config_name = run.name.partition("/")[0]
         fit(cli, run=run, facts=facts, figures=False)
 

@@ -7,11 +7,9 @@ import importlib
 import logging
 import os
 import sys
-import threading
-import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,8 +23,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from gn_transfer.backbones.model_config import DEFAULT_DECODER, ModelConfig
 from gn_transfer.commands.arguments import Arguments
-from gn_transfer.commands.class_paths import check_parsed_classes
+from gn_transfer.commands.class_paths import only_known_classes
 from gn_transfer.commands.parsing import explain, explain_fault
+from gn_transfer.commands.quiet import quiet_warnings, quiet_writer
 from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA, known_keys
 from gn_transfer.commands.value_checks import check_data_keys, check_parsed_values, read_whole_numbers_first
 from gn_transfer.config import ConfigError
@@ -136,8 +135,6 @@ class TrainingCLI(LightningCLI):
         super().parse_arguments(parser, args)
         values = self.config[str(self.config.subcommand)].as_dict()
         check_data_keys(self.arguments.argv, str(values["data"]["class_path"]).rpartition(".")[2])
-        if not self.arguments.allow_class_path:
-            check_parsed_classes(values, " ".join(self.arguments.typed))
         check_parsed_values(values)
 
     def _parse_ckpt_path(self) -> None:
@@ -293,7 +290,12 @@ class TrainingCLI(LightningCLI):
 
 @contextmanager
 def parsed(
-    command: str, arguments: Sequence[str], log: RunLog | None = None, *, builds: bool = True
+    command: str,
+    arguments: Sequence[str],
+    log: RunLog | None = None,
+    *,
+    builds: bool = True,
+    typed_by_user: bool = True,
 ) -> Iterator[TrainingCLI]:
     """Parse the command line of ``fit``, ``validate`` or ``test``; the block runs what was parsed.
 
@@ -302,6 +304,7 @@ def parsed(
         arguments: The words behind it.
         log: Where the lines of the run go.
         builds: Build module and data; False only checks the configuration.
+        typed_by_user: The words may name any class; False where they come from a study's file.
 
     Yields:
         What was parsed.
@@ -312,10 +315,12 @@ def parsed(
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    prepared = Arguments(command, arguments)
-    with prepared.files() as argv, _quiet_warnings(), _quiet_writer(), _own_argv(argv):
+    prepared = Arguments(command, arguments, typed_by_user=typed_by_user)
+    with prepared.files() as argv, quiet_warnings(), quiet_writer(), _own_argv(argv):
         try:
-            yield TrainingCLI(prepared, log, builds=builds)
+            with nullcontext() if prepared.allow_class_path else only_known_classes(prepared.typed_classes):
+                cli = TrainingCLI(prepared, log, builds=builds)
+            yield cli
         except ArgumentError as error:
             raise ConfigError(explain(str(error), known_keys(), [kind.__name__ for kind in DATA])) from error
         except MisconfigurationException as error:
@@ -362,37 +367,3 @@ def _own_argv(argv: list[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
-
-
-@contextmanager
-def _quiet_writer() -> Iterator[None]:
-    """Print no traceback of TensorBoard's thread that could not write: the next call of the logger says it."""
-    before = threading.excepthook
-
-    def hook(failed: threading.ExceptHookArgs) -> None:
-        of_writer = type(failed.thread).__name__ == "_AsyncWriterThread"
-        if not (of_writer and isinstance(failed.exc_value, OSError)):
-            before(failed)
-
-    threading.excepthook = hook
-    try:
-        yield
-    finally:
-        threading.excepthook = before
-
-
-@contextmanager
-def _quiet_warnings() -> Iterator[None]:
-    """Silence what users can do nothing about."""
-    with warnings.catch_warnings():
-        for message in (
-            ".*does not have many workers.*",  # the number of workers is chosen, and printed
-            ".*You're resuming from a checkpoint that ended before the epoch ended.*",  # our sampler resumes inside it
-            ".*number of training batches.*smaller than the logging interval.*",
-            ".*Checkpoint directory .* exists and is not empty.*",
-            ".*Experiment logs directory .* exists and is not empty.*",
-            ".*isinstance.treespec, LeafSpec.*",
-            ".*recommended to use `self.log.*sync_dist=True.*",  # torchmetrics has gathered the values already
-        ):
-            warnings.filterwarnings("ignore", message=message)
-        yield

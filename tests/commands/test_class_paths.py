@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -177,6 +178,11 @@ def test_values_of_a_checkpoint_that_are_taken(tmp_path):
         {"data": "evil"},
         {"model": {"backbone": '{"class_path": "subprocess.Popen"}'}},
         {"trainer": {"logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "evil"}}}},
+        {"trainer.callbacks": [hidden(["true"])]},
+        {"data.class_path": "subprocess.Popen"},
+        {"trainer": {"logger": {"class_path": "CSVLogger", "init_args.x": '{"class\\u005fpath": "subprocess.Popen"}'}}},
+        {"model": {"backbone": "'{class_path: subprocess.Popen}'"}},
+        {"model": {"backbone": '["{class_path: subprocess.Popen}"]'}},
     ],
 )
 def test_a_configuration_names_no_classes_of_strangers(tmp_path, monkeypatch, content):
@@ -241,6 +247,53 @@ def test_the_command_line_may_name_any_class(folder_root, tmp_path, monkeypatch)
     assert main(["fit", "--data", "Folder", "--data.root", str(folder_root), *SMALL, *callback, "--dry_run"]) == 0
 
 
+ESCAPED = '{"class\\u005fpath": "subprocess.Popen", "init_args": {"args": ["touch", "touched"]}}'
+
+
+@pytest.mark.parametrize("name", ["own.yaml", "Popen.yaml", "subprocess.Popen.yaml"])
+def test_no_name_of_a_file_makes_its_classes_known(folder_root, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--data.root", str(folder_root), *SMALL, "--dry_run"]
+    for callback in (hidden(["touch", "touched"]), {**hidden([]), "init_args": {"console_kwargs": {"x": ESCAPED}}}):
+        Path(name).write_text(yaml.safe_dump({"data": "Folder", "trainer": {"callbacks": [callback]}}))
+        assert main(["fit", "--config", name, *arguments]) == 2
+        assert "--allow_class_path" in capsys.readouterr().err
+        assert not Path("touched").exists()
+
+
+def test_what_slips_through_the_look_at_a_file_is_not_imported(folder_root, tmp_path, monkeypatch, capsys):
+    """The guard around the parser's import holds alone: here nothing looks at the files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("evil_module.py").write_text("open('imported', 'w').close()\nclass Evil:\n    pass\n")
+    monkeypatch.setattr("gn_transfer.commands.class_paths.check_file_values", lambda *_, **__: None)
+    callback = {
+        **hidden([]),
+        "init_args": {"console_kwargs": {"x": ESCAPED.replace("subprocess.Popen", "evil_module.Evil")}},
+    }
+    contents = [
+        {"data": "Folder", "trainer": {"callbacks": [callback]}},
+        {"data": "Folder", "trainer": {"callbacks": "evil_module.Evil"}},
+        {"data.class_path": "evil_module.Evil"},
+    ]
+    for content in contents:
+        Path("own.yaml").write_text(yaml.safe_dump(content))
+        assert main(["fit", "--config", "own.yaml", "--data.root", str(folder_root), *SMALL, "--dry_run"]) == 2
+        assert "names the class evil_module.Evil" in capsys.readouterr().err
+        assert not Path("imported").exists()
+        assert "evil_module" not in sys.modules
+
+
+def test_a_file_beside_the_configuration_is_looked_at(folder_root, tmp_path, monkeypatch, capsys):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "more").write_text(yaml.safe_dump([hidden(["touch", "touched"])]))
+    (tmp_path / "theirs" / "own.yaml").write_text("data: Folder\ntrainer:\n  callbacks: more\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", "theirs/own.yaml", "--data.root", str(folder_root), *SMALL, "--dry_run"]) == 2
+    assert "trainer.callbacks is 'more'" in capsys.readouterr().err
+    assert not (tmp_path / "touched").exists()
+
+
 def test_a_file_that_the_command_line_names_is_looked_at_as_well(folder_root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("callbacks.yaml").write_text(yaml.safe_dump([hidden(["touch", "touched"])]))
@@ -250,10 +303,13 @@ def test_a_file_that_the_command_line_names_is_looked_at_as_well(folder_root, tm
     assert not Path("touched").exists()
 
 
+@pytest.mark.parametrize("escaped", [False, True])
 @pytest.mark.parametrize("place", ["set", "grid", "cases"])
-def test_a_study_names_no_classes_of_strangers(tmp_path, monkeypatch, capsys, place):
+def test_a_study_names_no_classes_of_strangers(tmp_path, monkeypatch, capsys, place, escaped):
     monkeypatch.chdir(tmp_path)
     key, value = "trainer.callbacks", [hidden(["touch", "touched"])]
+    if escaped:
+        value = [{**hidden([]), "init_args": {"console_kwargs": {"x": ESCAPED}}}]
     content = {
         "base": "sample_gnws.yaml",
         "samples": 10,
