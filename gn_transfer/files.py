@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from gn_transfer.config import ConfigError
+
 _MAX_TEXT = 256 * 2**20  # bytes
 _MISSED: set[str] = set()
 
@@ -125,13 +127,43 @@ def whole_file(path: Path) -> Iterator[TextIO]:
     Yields:
         The file to write to; after an error nothing is left of it.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = partial_of(path)
     try:
-        with partial.open("w", encoding="utf-8", errors="surrogateescape") as file:
+        with partial.open("x", encoding="utf-8", errors="surrogateescape") as file:
             yield file
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Name the file beside a target that is written first, and remove what has this name: a link would be followed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _remove(partial)
+    return partial
+
+
+def refuse_link(path: Path) -> None:
+    """Refuse to write or remove something through a link, which may lead out of the folder that it is in.
+
+    Args:
+        path: A file or a folder; need not exist.
+
+    Raises:
+        ConfigError: It is a link.
+    """
+    if path.is_symlink():
+        raise ConfigError(
+            f"{path} is a link to {path.readlink()}, which would be changed; put a file or folder in its place, or "
+            "remove it."
+        )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -146,7 +178,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """
     target = target.resolve()
     remove_leftovers(target.parent)
-    partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    partial, old = partial_of(target), target.with_name(f".{target.name}.{os.getpid()}.old")
+    _remove(old)
     partial.mkdir()
     try:
         yield partial
@@ -194,10 +227,8 @@ def remove_leftovers(folder: Path) -> None:
                 continue
             if found[3] == "old" and not (folder / found[1]).exists():
                 path.rename(folder / found[1])
-            elif path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink(missing_ok=True)
+                _remove(path)
 
 
 def _runs(pid: int) -> bool:

@@ -32,7 +32,7 @@ from gn_transfer.backbones.transfer import (
     transfer,
 )
 from gn_transfer.backbones.weights import Weights, read_weights
-from gn_transfer.config import ConfigError, DecoderName, Norm
+from gn_transfer.config import ConfigError, DecoderName, Norm, shortened
 from gn_transfer.layers import convert_norm, default_groups, is_norm
 
 
@@ -316,6 +316,8 @@ def _build(architecture: str, *, num_classes: int, in_chans: int, output_stride:
     if architecture in OWN:
         return OWN[architecture](num_classes, in_chans)
     base, arguments = ALIASES.get(architecture, (architecture, {}))
+    if not timm.is_model(base):  # timm would look for hf-hub:NAME on the hub, and for local-dir:PATH on the disk
+        raise ConfigError(f"{shortened(architecture)} is no model of timm {timm.__version__}.")
     if output_stride == 32:
         model: nn.Module = timm.create_model(base, num_classes=num_classes, in_chans=in_chans, **arguments)
         return model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from gn_transfer.backbones.transfer import Conversion, TransferReport
 from gn_transfer.config import Norm
+from gn_transfer.files import partial_of
 from gn_transfer.layers import Replacement, convert_norm, group_counts
 from gn_transfer.layers.distill import IMAGES_PER_STEP, distill
 
@@ -149,7 +149,7 @@ def _kept(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 def _keep(place: Path, model: nn.Module, head: str, what: Mapping[str, Any]) -> None:
     """Write a conversion, whole or not at all; a full disk costs the next run the computation."""
-    partial = place.with_name(f".{place.name}.{os.getpid()}.part")
+    partial = partial_of(place)
     state = {name: tensor.contiguous() for name, tensor in _without_head(model, head).items()}
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

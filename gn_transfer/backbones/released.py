@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from gn_transfer.config import ConfigError, Norm
-from gn_transfer.files import sha256, write_json
+from gn_transfer.files import partial_of, sha256, write_json
 
 FOLDER = "checkpoints"
 """Where released weights lie: inside the package of a wheel, beside it in a source checkout."""
@@ -187,7 +186,7 @@ def write_released(weights: Mapping[str, Tensor], card: Card, folder: Path) -> P
     if beyond := [key for key, value in half.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise ConfigError(f"{', '.join(beyond[:3])}: values beyond float16 or not finite; these weights stay float32.")
     path = folder / f"{card.name}.safetensors"
-    partial = folder / f".{path.name}.{os.getpid()}.part"
+    partial = partial_of(path)
     try:
         content = save({key: value.contiguous() for key, value in half.items()}, metadata={"format": "pt"})
         partial.write_bytes(content)  # save_file would make it private

@@ -89,7 +89,8 @@ class DiskStore:
         header = _HEADER.pack(_MAGIC, *pixels_HWC.shape, *self._fingerprint(index), _checksum(content))
         partial = place.with_name(f".{place.name}.{os.getpid()}-{threading.get_ident()}.part")
         try:
-            with partial.open("wb") as file:
+            partial.unlink(missing_ok=True)  # a link would be followed
+            with partial.open("xb") as file:
                 file.write(header)
                 file.write(content.data)
             partial.replace(place)

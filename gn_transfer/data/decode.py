@@ -45,21 +45,20 @@ MAX_BYTES = 2**30
 
 _JPEG = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
+_JPEG_SCAN = b"\xff\xda"
+_MOST_SCANS = 100  # progressive files have some ten
 _PNG = b"\x89PNG\r\n\x1a\n"
 _SUFFIX_FORMATS = {
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
-    ".jpeg": "JPEG",
     ".png": "PNG",
     ".gif": "GIF",
     ".bmp": "BMP",
     ".webp": "WEBP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".heic": "HEIF",
-    ".heif": "HEIF",
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **dict.fromkeys((".heic", ".heif"), "HEIF"),
     ".avif": "AVIF",
 }
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "MPO", "AVIF", "HEIF", "PPM", "ICO")
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "MPO", "AVIF", "HEIF")
 """Pillow's readers that may look at a file: none that starts a program, as that of EPS does."""
 _OPENCV_FLAGS = {
     1: cv2.IMREAD_COLOR,
@@ -331,6 +330,8 @@ def _whole_jpeg_header(data: bytes, path: str | os.PathLike[str]) -> JpegHeader:
         raise BadImageError(path, f"corrupt JPEG: {len(data):,} bytes, but no pixel data behind its header")
     if not data.endswith(_JPEG_END) and data.find(_JPEG_END, header.scan_start) < 0:
         raise BadImageError(path, f"truncated JPEG: {len(data):,} bytes without an end marker")
+    if data.count(_JPEG_SCAN) > _MOST_SCANS:
+        raise BadImageError(path, f"a JPEG of more than {_MOST_SCANS} scans, which would take minutes")
     _check_size(header.width, header.height, path)
     return header
 

@@ -107,9 +107,10 @@ def build_page(
         for event in started:
             for step, sources, target in steps:
                 event.then(step, sources, target)
-        with gr.Accordion("Model card", open=False, elem_id="card"):
-            card = (bundle.folder / CARD).read_text(encoding="utf-8")
-            gr.Textbox(card, lines=20, max_lines=40, show_label=False, interactive=False)
+        if CARD in bundle.metadata["files"]:  # these were verified
+            with gr.Accordion("Model card", open=False, elem_id="card"):
+                card = (bundle.folder / CARD).read_text(encoding="utf-8", errors="replace")
+                gr.Textbox(card, lines=20, max_lines=40, show_label=False, interactive=False)
     return page  # type: ignore[no-any-return]
 
 
@@ -136,14 +137,12 @@ def serve(page: gr.Blocks, host: str, port: int) -> None:
 
 
 def _described(bundle: ClassificationBundle | SegmentationBundle) -> str:
-    parity = bundle.metadata["parity"]
+    reached, parity = bundle.validation_metric, bundle.metadata["parity"]
     what = "Segments images into" if isinstance(bundle, SegmentationBundle) else "Tells apart"
     names = ", ".join(bundle.classes[:12]) + (
         f", and {len(bundle.classes) - 12} more" if len(bundle.classes) > 12 else ""
     )
-    return (
-        f"{what} {names}. Validation {parity['metric']} {bundle.validation_metric:.1%} on {parity['images']:,} images."
-    )
+    return f"{what} {names}. Validation {parity['metric']} {reached:.1%} on {parity['images']:,} images."
 
 
 def _show_classes(bundle: ClassificationBundle, explain: Explain | None, explained_by: str) -> _Shown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ def write_space(bundle: Bundle, examples: Sequence[Path], output: Path) -> None:
         python = f"{sys.version_info.major}.{sys.version_info.minor}"  # the pins of requirements.txt are for it
         title = f"{bundle.metadata['backbone']} {bundle.metadata['norm']}"
         (folder / "README.md").write_text(
-            _README.format(title=title, gradio=version("gradio"), python=python), encoding="utf-8"
+            _README.format(title=json.dumps(title), gradio=version("gradio"), python=python), encoding="utf-8"
         )
         pins = "".join(f"{name}=={version(name)}\n" for name in _NEEDED if name != "gradio")  # Spaces install their own
         (folder / "requirements.txt").write_text(pins, encoding="utf-8")

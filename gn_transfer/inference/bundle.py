@@ -65,7 +65,17 @@ class Bundle(ABC):
 
     def _run(self, images_BHWC: npt.NDArray[np.uint8], *outputs: str) -> list[npt.NDArray[Any]]:
         """Run the graph on pixels, uint8 RGB."""
-        results = [np.asarray(output) for output in self._session.run(list(outputs), {"images": images_BHWC})]
+        try:
+            results = [np.asarray(output) for output in self._session.run(list(outputs), {"images": images_BHWC})]
+        except Exception as error:  # onnxruntime's errors share no base class but this
+            shape = "x".join(map(str, images_BHWC.shape))
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"{self.folder}: the graph cannot be run on images of shape {shape} ({reason}). Where memory is short, "
+                "predict fewer or smaller images; else export the checkpoint again."
+            ) from error
+        if any(result.shape[:2] != (len(images_BHWC), len(self.classes)) for result in results):
+            raise ConfigError(f"{self.folder}: the graph gives results of another shape; export the checkpoint again.")
         if not all(np.isfinite(result).all() for result in results):
             raise ConfigError(f"{self.folder}: the graph gives numbers that are not finite; export another checkpoint.")
         return results
@@ -76,8 +86,13 @@ def validation_metric(metadata: Mapping[str, Any]) -> float:
 
     Args:
         metadata: Content of bundle.json.
+
+    Raises:
+        ConfigError: It does not say it, as while it is being exported.
     """
     quantization = metadata.get("quantization")
+    if "parity" not in metadata:
+        raise ConfigError("the bundle was not compared with its checkpoint; export the checkpoint again.")
     return float(metadata["parity"]["metric_bundle"] if quantization is None else quantization["metric_int8"])
 
 

@@ -39,10 +39,8 @@ _REQUIRED: dict[str, dict[str, tuple[type, ...]]] = {
 for _task in _REQUIRED.values():
     _task |= {"classes": (list,), "norm": (str,), "backbone": (str,), "weights": (str,), "files": (dict,)}
 
-_LARGEST_SIDE = 16_384  # pixels
-
-# A tensor of ONNX whose values lie in another file names that file under the key "location", as protobuf writes it.
-_EXTERNAL_DATA = b"\x0a\x08location\x12"
+_LARGEST_SIDES = {"img_size": 4096, "short_side": 16_384, "tile_size": 16_384}  # pixels
+_SUFFIXES = (".onnx", ".safetensors", ".json", ".md")
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -84,6 +82,8 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     for name in files:
         if name in ("", ".", "..") or "/" in name or "\\" in name or ":" in name:
             raise ConfigError(f"{path} names the file {name!r}, which is not a plain name inside the bundle; refused.")
+        if not name.endswith(_SUFFIXES):
+            raise ConfigError(f"{path} names the file {name!r}, which no export writes; refused.")
         if (folder / name).resolve().parent != folder.resolve():
             raise ConfigError(f"{folder / name} is a link that leads out of the bundle; refused.")
     if metadata.get("sha256") != metadata_sha256(metadata):
@@ -100,6 +100,7 @@ def _check_values(path: Path, metadata: Mapping[str, Any], required: Mapping[str
     wrong = [key for key, kinds in required.items() if not isinstance(metadata[key], kinds)]
     if not wrong:
         names, files = metadata["classes"], metadata["files"]
+        wrong += [key for key in ("norm", "backbone", "weights") if not metadata[key].isprintable()]
         if not names or not all(isinstance(name, str) and name.isprintable() for name in names):
             wrong.append("classes")
         if GRAPH not in files:
@@ -108,11 +109,30 @@ def _check_values(path: Path, metadata: Mapping[str, Any], required: Mapping[str
             wrong.append("confidence")
         if not all(isinstance(digest, str) for digest in files.values()):
             wrong.append("files")
-        sides = [metadata.get(key) or 0 for key in ("img_size", "short_side", "tile_size")]
-        if not all(0 <= side <= _LARGEST_SIDE for side in sides) or metadata.get("img_size") == 0:
+        sides = {key: metadata.get(key) or 0 for key in _LARGEST_SIDES}
+        if not all(0 <= side <= _LARGEST_SIDES[key] for key, side in sides.items()) or metadata.get("img_size") == 0:
             wrong.append("sizes in pixels")
+        if not _is_parity(metadata.get("parity")):
+            wrong.append("parity")
+        quantization = metadata.get("quantization")
+        if quantization is not None and not (
+            isinstance(quantization, dict) and _is_number(quantization.get("metric_int8"))
+        ):
+            wrong.append("quantization")
     if wrong:
         raise ConfigError(f"{path} is corrupt: no export writes such {', '.join(wrong)}; export the checkpoint again.")
+
+
+def _is_parity(parity: Any) -> bool:
+    """Say whether a comparison with the checkpoint can be used; while a bundle is exported it has none yet."""
+    if not isinstance(parity, dict):
+        return parity is None
+    kinds = {"metric": str, "images": int}
+    return _is_number(parity.get("metric_bundle")) and all(isinstance(parity.get(k), kind) for k, kind in kinds.items())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_sound(confidence: Any) -> bool:
@@ -122,19 +142,6 @@ def _is_sound(confidence: Any) -> bool:
     threshold = confidence.get("threshold")
     probability = threshold.get("probability") if isinstance(threshold, dict) else threshold
     return probability is None if threshold is None else isinstance(probability, float) and 0 <= probability <= 1
-
-
-def check_graph(folder: Path) -> None:
-    """Refuse a graph with values in another file, which the SHA-256 of the graph does not cover.
-
-    Args:
-        folder: The bundle's folder.
-
-    Raises:
-        ConfigError: It has some.
-    """
-    if _EXTERNAL_DATA in (folder / GRAPH).read_bytes():
-        raise ConfigError(f"{folder / GRAPH} keeps values in another file, which no export does; refused.")
 
 
 def verify_files(folder: Path, files: Mapping[str, str]) -> None:

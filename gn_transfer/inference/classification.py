@@ -57,6 +57,9 @@ class Prediction:
         return self.top[0][1]
 
 
+_MOST_PIXELS = 16 * 1024**2  # of a batch
+
+
 class ClassificationBundle(Bundle):
     """A bundle that names the class of an image.
 
@@ -122,6 +125,7 @@ class ClassificationBundle(Bundle):
             ConfigError: See :meth:`predict`.
         """
         check_positive("top_k", top_k)
+        batch_size = min(batch_size, max(1, _MOST_PIXELS // self.img_size**2))
         for batch in prepared_batches(images, self.graph_input, batch_size):
             yield from self._classify(batch, top_k)
 

@@ -10,6 +10,8 @@ from simplejpeg import encode_jpeg
 
 from gn_transfer.data.decode import BadImageError, decode_image
 
+_LARGEST_SHEET = 32 * 2**20  # bytes
+
 THUMBNAIL_SIDE = 112
 """Longer side of an image on a page, in pixels."""
 
@@ -48,6 +50,21 @@ def thumbnail(file: Path | None) -> str | None:
     scale = min(1.0, THUMBNAIL_SIDE / max(height, width))
     size = (max(1, round(scale * width)), max(1, round(scale * height)))
     return as_address(encode_jpeg(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), quality=80))
+
+
+def sheet_address(file: Path) -> str | None:
+    """Give the address of an image that a run has written.
+
+    Args:
+        file: A JPEG in the run's folder.
+
+    Returns:
+        None where it is not there, or is no such file: a link could lead to any file, and the page is passed on.
+    """
+    if file.is_symlink() or not file.is_file() or file.stat().st_size > _LARGEST_SHEET:
+        return None
+    content = file.read_bytes()
+    return as_address(content) if content.startswith(b"\xff\xd8\xff") else None
 
 
 def as_address(jpeg: bytes) -> str:

@@ -14,7 +14,7 @@ from gn_transfer.files import read_json
 from gn_transfer.report.classification import classification_parts
 from gn_transfer.report.figures import create_figures
 from gn_transfer.report.html import environment, save_page
-from gn_transfer.report.images import as_address
+from gn_transfer.report.images import sheet_address
 from gn_transfer.report.runs import (
     Run,
     UnusableRunError,
@@ -110,7 +110,7 @@ def render(run: Run) -> str:
             title=run.name,
             warnings=[*_status(run), *map(str, _list(plan.get("warnings")))],
             figure_list=[figure._replace(svg=Markup(figure.svg)) for figure in page_figures],
-            training_images=_sheet(run.folder / "training_images.jpg"),
+            training_images=sheet_address(run.folder / "training_images.jpg"),
             plan=_plan_rows(plan.get("rows", [])),
             provenance=list(_provenance(run)),
             settings=list(_flat(read_mapping(run.folder / "config.yaml"))),
@@ -119,10 +119,6 @@ def render(run: Run) -> str:
             version=version("gn-transfer"),
         )
     )
-
-
-def _sheet(file: Path) -> str | None:
-    return as_address(file.read_bytes()) if file.is_file() else None
 
 
 def _status(run: Run) -> list[str]:

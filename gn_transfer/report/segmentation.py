@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gn_transfer.report.images import as_address, find_image, thumbnail
+from gn_transfer.report.images import find_image, sheet_address, thumbnail
 from gn_transfer.report.predictions import PixelPredictions, SplitPredictions
 from gn_transfer.report.runs import Run
 from gn_transfer.report.sentences import MOST_IMAGES, TEST_IS_HONEST, images_said, percent, reached
@@ -28,13 +28,12 @@ def segmentation_parts(
     """Give what the template shows; see :func:`gn_transfer.report.classification.classification_parts`."""
     validation = validation if isinstance(validation, PixelPredictions) else None
     test = test if isinstance(test, PixelPredictions) else None
-    sheet = run.folder / "worst_images.jpg"
     return {
         "answer": answer(run, validation, test),
         "scores": [] if validation is None else _score_rows(validation, test),
         "scores_said": f"{images_said(validation, test, 'test IoU')} The class with the lowest IoU comes first.",
         "hints": _HINTS,
-        "worst_sheet": as_address(sheet.read_bytes()) if sheet.is_file() else None,
+        "worst_sheet": sheet_address(run.folder / "worst_images.jpg"),
         "low_images": [] if validation is None else _low_images(validation, roots),
     }
 

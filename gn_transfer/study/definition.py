@@ -252,7 +252,7 @@ def _selection(content: Mapping[str, Any], seeds: tuple[int, ...], place: str) -
     if not all(isinstance(value, (int, float)) and value > 0 for value in values) or len(values) < 2:
         raise ConfigError(f"{place}.values={list(values)}: give two or more numbers above 0.")
     wanted = content.get("seeds", 3)
-    if isinstance(wanted, int):  # the same when seeds are added to the final runs
+    if isinstance(wanted, int) and wanted <= _MOST_SEEDS:  # the same when seeds are added to the final runs
         wanted = [FIRST_SELECTION_SEED + number for number in range(wanted)]
     if shared := set(found := _seeds(wanted, f"{place}.seeds")) & set(seeds):
         raise ConfigError(

@@ -23,7 +23,7 @@ import torch
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.workers import choose_num_workers
-from gn_transfer.files import read_json
+from gn_transfer.files import read_json, refuse_link
 from gn_transfer.study.definition import Study
 from gn_transfer.study.planning import Outcome, plan_trials
 from gn_transfer.study.store import Store
@@ -31,7 +31,7 @@ from gn_transfer.study.trials import Trial, arguments_of
 from gn_transfer.training.checkpoint import read_checkpoint
 from gn_transfer.training.checkpoint_callbacks import write_checkpoint
 from gn_transfer.training.progress import reset_peak_memory
-from gn_transfer.training.run_folder import LAST, PREVIOUS, RunFolder
+from gn_transfer.training.run_folder import LAST, PREVIOUS, RunFolder, refuse_links
 
 IDLE_SECONDS = 0.5
 """Time between two looks for a trial to claim."""
@@ -97,6 +97,7 @@ def work(url: str, context: StudyContext, stop: Event, log: Path) -> None:
         log: File that takes what trials print.
     """
     os.setsid()  # Ctrl-C goes to the command, which tells us
+    refuse_link(log)
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -199,7 +200,9 @@ def _thin_out(study: Study, trial: Trial, run: RunFolder) -> None:
 
 
 def _folder(context: StudyContext, trial: Trial) -> RunFolder:
-    return RunFolder(f"{context.study.name}/{trial.run}", context.root)
+    run = RunFolder(f"{context.study.name}/{trial.run}", context.root)
+    refuse_links(run)
+    return run
 
 
 def _defaults() -> Sequence[str]:

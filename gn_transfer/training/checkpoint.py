@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gn_transfer.backbones.model_config import ModelConfig
-from gn_transfer.config import ConfigError
+from gn_transfer.config import ConfigError, DecoderName, Norm, shortened
 from gn_transfer.layers import group_counts
 
 if TYPE_CHECKING:
@@ -21,7 +22,38 @@ if TYPE_CHECKING:
 CHECKPOINT_VERSION = 2
 """Version of what stands under ``gn_transfer`` in a checkpoint. A newer one is refused."""
 
-_DESCRIPTION: dict[str, type] = {"classes": list, "architecture": dict, "transfer_report": dict}
+
+class _Architecture(BaseModel):
+    """``architecture`` of a checkpoint: what :func:`describe_task` writes."""
+
+    model_config = ConfigDict(strict=True)
+
+    backbone: str
+    architecture: str
+    norm: Norm
+    num_groups: int | None
+    group_size: int | None
+    groups: dict[str, int] = {}
+    decoder: DecoderName | None = None
+    decoder_norm: Norm | None = None
+    head: str
+    num_classes: int
+    in_chans: Literal[1, 3]
+    mean: Annotated[list[float], Field(min_length=1, max_length=3)]
+    std: Annotated[list[float], Field(min_length=1, max_length=3)]
+
+
+class _Description(BaseModel):
+    """What stands under ``gn_transfer`` in a checkpoint, as far as a model is built from it."""
+
+    model_config = ConfigDict(strict=True)
+
+    classes: Annotated[list[str], Field(min_length=1)]
+    architecture: _Architecture
+    transfer_report: dict[str, str | list[str] | dict[str, float]]
+    split: dict[str, dict[str, int]] = {}
+    batch_size: Annotated[int, Field(ge=1)] = 1
+
 
 Task = TypeVar("Task", bound="BackboneModule")
 
@@ -47,6 +79,8 @@ def read_checkpoint(path: str | Path, argument: str = "--ckpt_path") -> dict[str
         )
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not compare checksums
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("compressed, which torch does not write")  # a small file could hold terabytes
             damaged = archive.testzip()
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever a corrupt file leads it to
@@ -65,37 +99,48 @@ def read_checkpoint(path: str | Path, argument: str = "--ckpt_path") -> dict[str
         )
     found = content["gn_transfer"].get("version", CHECKPOINT_VERSION)
     if not isinstance(found, int):
-        raise ConfigError(f"{argument} {path} has checkpoint format {found!r}, which is no number; it is corrupt.")
+        raise ConfigError(
+            f"{argument} {path} has checkpoint format {shortened(found)}, which is no number; it is corrupt."
+        )
     if found != CHECKPOINT_VERSION:
         raise ConfigError(
             f"{argument} {path} has checkpoint format {found}, this gn-transfer reads format {CHECKPOINT_VERSION}; "
             f"{'update gn-transfer' if found > CHECKPOINT_VERSION else 'use the version that wrote it'}."
         )
-    _check_description(content, f"{argument} {path}")
+    check_description(content, f"{argument} {path}")
     checkpoint: dict[str, Any] = content
     return checkpoint
 
 
-def _check_description(content: Mapping[str, Any], where: str) -> None:
-    """Refuse a description that cannot have been written by :func:`describe_task`."""
-    stored, weights = content["gn_transfer"], content.get("state_dict")
-    wrong = [key for key, kind in _DESCRIPTION.items() if not isinstance(stored.get(key), kind)]
-    classes = stored.get("classes")
-    if isinstance(classes, list) and not (classes and all(isinstance(name, str) for name in classes)):
-        wrong.append("classes")
-    split = stored.get("split", {})
-    if not isinstance(split, dict) or not all(isinstance(images, dict) for images in split.values()):
-        wrong.append("split")
-    size = stored.get("batch_size", 1)
-    if not isinstance(size, int) or size < 1:
-        wrong.append("batch_size")
-    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+def check_description(content: Mapping[str, Any], where: str) -> None:
+    """Refuse a description that cannot have been written by :func:`describe_task`.
+
+    Args:
+        content: ``gn_transfer`` and ``state_dict``, as in a checkpoint.
+        where: The file, for messages.
+
+    Raises:
+        ConfigError: With what is missing or of a wrong type.
+    """
+    weights = content.get("state_dict")
+    wrong: list[str] = []
+    try:
+        _Description.model_validate(content["gn_transfer"])
+    except ValidationError as error:
+        places = [problem["loc"] for problem in error.errors()]
+        wrong += [".".join(map(str, loc[: 2 if loc[0] == "architecture" else 1])) for loc in places]
+    if not isinstance(weights, Mapping) or not all(_is_dense(value) for value in weights.values()):
         wrong.append("state_dict")
     if wrong:
+        named = ", ".join(dict.fromkeys(wrong))
         raise ConfigError(
-            f"{where} is not a whole checkpoint of gn-transfer: {', '.join(wrong)} missing or of a wrong type. Use "
-            "another checkpoint of the run, such as best.ckpt."
+            f"{where} is not a whole checkpoint of gn-transfer: {named} missing or of a wrong type. Use another "
+            "checkpoint of the run, such as best.ckpt."
         )
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def describe_task(task: BackboneModule, content: dict[str, Any]) -> None:

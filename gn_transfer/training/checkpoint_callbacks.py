@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from gn_transfer.config import ConfigError, check_range, is_out_of_memory
-from gn_transfer.files import remove_leftovers
+from gn_transfer.files import partial_of, remove_leftovers
 from gn_transfer.training.checkpoint import read_checkpoint
 from gn_transfer.training.divergence import DivergenceCheck, is_finite
 from gn_transfer.training.run_folder import LAST, PREVIOUS
@@ -36,10 +36,10 @@ def write_checkpoint(content: dict[str, Any], path: Path, *, keep_previous: bool
         OSError: The disk is full, or the folder cannot be written. What was there is as before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, aside = (path.with_name(f".{name}.{os.getpid()}.part") for name in (path.name, PREVIOUS))
+    partial, aside = partial_of(path), partial_of(path.with_name(PREVIOUS))
     try:
         try:
-            with partial.open("wb") as file:
+            with partial.open("xb") as file:
                 torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -49,7 +49,6 @@ def write_checkpoint(content: dict[str, Any], path: Path, *, keep_previous: bool
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         if keep_previous and path.is_file():
             with suppress(OSError):  # a file system without links keeps one checkpoint
-                aside.unlink(missing_ok=True)
                 aside.hardlink_to(path)
                 aside.replace(path.with_name(PREVIOUS))
         partial.replace(path)

@@ -152,10 +152,10 @@ class Throughput(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue to count."""
-        self.images, self.seconds = state_dict["images"], state_dict["seconds"]
-        self.samples_seen = state_dict["samples_seen"]
-        self._epoch_loss_sum = state_dict.get("epoch_loss_sum", 0.0)
-        self._epoch_images = state_dict.get("epoch_images", 0)
+        self.images, self.seconds = int(state_dict["images"]), float(state_dict["seconds"])
+        self.samples_seen = int(state_dict["samples_seen"])
+        self._epoch_loss_sum = float(state_dict.get("epoch_loss_sum", 0.0))
+        self._epoch_images = int(state_dict.get("epoch_images", 0))
 
     def _epoch_sums(self) -> tuple[float, int]:
         if self._loss_sum is None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from gn_transfer.config import shortened
 from gn_transfer.files import going_on_without, write_csv, write_json
 from gn_transfer.training.predictions import ImagePredictions
 from gn_transfer.training.progress import find_throughput, peak_memory_mib
@@ -96,9 +97,12 @@ class RunRecord(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
-        self.wall_time_s = state_dict["wall_time_s"]
-        self.metrics, self.best_metrics = state_dict["metrics"], state_dict["best_metrics"]
-        self.epochs = list(state_dict["epochs"])
+        self.wall_time_s = float(state_dict["wall_time_s"])
+        self.metrics, self.best_metrics = (
+            {str(name): _number(value) for name, value in state_dict[key].items()}
+            for key in ("metrics", "best_metrics")
+        )
+        self.epochs = [dict(epoch) for epoch in state_dict["epochs"]]
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, status: Status, epochs: int) -> None:
         if not trainer.is_global_zero:
@@ -146,3 +150,9 @@ def weight_norm(model: torch.nn.Module) -> float:
     """
     norms = [parameter.detach().float().norm() for parameter in model.parameters() if parameter.ndim > 1]
     return float(torch.stack(norms).norm())
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, int | float):
+        return value
+    raise TypeError(f"{shortened(value)} where a number belongs")

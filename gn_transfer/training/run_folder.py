@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gn_transfer.config import ConfigError
-from gn_transfer.files import read_json
+from gn_transfer.files import read_json, refuse_link
 
 LAST = "last.ckpt"
 """File name of the newest checkpoint of a run."""
@@ -38,6 +38,17 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """best.ckpt, last.ckpt, and the one before it, previous.ckpt."""
         return self.root / "checkpoints" / self.name
+
+
+def refuse_links(run: RunFolder) -> None:
+    """Refuse a run whose folders, or files in them, are links: going on would write through them.
+
+    Raises:
+        ConfigError: With the link.
+    """
+    for folder in (run.logs, run.checkpoints):
+        for path in (folder.parent, folder, *(folder.iterdir() if folder.is_dir() else ())):
+            refuse_link(path)
 
 
 def claim_run(root: Path, config: str, norm: str, batch_size: int | str, seed: int) -> RunFolder:
@@ -116,10 +127,14 @@ def run_of_checkpoint(checkpoint: Path) -> RunFolder | None:
 
     Returns:
         The run, or ``None`` where the file has been moved out of ``checkpoints/<config>/<run>/``.
+
+    Raises:
+        ConfigError: See :func:`refuse_links`.
     """
     for path in (checkpoint.absolute(), checkpoint.resolve()):  # checkpoints/ may be a link elsewhere
         folder = path.parent
         run = RunFolder(f"{folder.parent.name}/{folder.name}", folder.parent.parent.parent)
         if folder.parent.parent.name == "checkpoints" and run.logs.is_dir():
+            refuse_links(run)
             return run
     return None

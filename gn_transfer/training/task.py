@@ -187,6 +187,7 @@ class TransferTask(BackboneModule):
             all(content.get(key) for key in ("callbacks", "optimizer_states", "lr_schedulers"))
             and isinstance(loops, dict)
             and "epoch_progress" in loops.get("fit_loop", {})
+            and _has_numbers(content)
         ):
             raise ConfigError(
                 "the checkpoint lacks a part of the state of its training (optimizer, schedule, loops or callbacks), "
@@ -215,3 +216,15 @@ class TransferTask(BackboneModule):
         if self.optimizer_config.clip_norm is not None:
             assert self.model is not None
             nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer_config.clip_norm)
+
+
+def _has_numbers(content: dict[str, Any]) -> bool:
+    """Say whether optimizer and schedule of a checkpoint hold numbers where they calculate with them."""
+    try:
+        groups = [group for state in content["optimizer_states"] for group in state["param_groups"]]
+        values = [group[key] for group in groups for key in ("lr", "initial_lr", "weight_decay")]
+        for schedule in content["lr_schedulers"]:
+            values += [schedule["last_epoch"], *schedule["base_lrs"]]
+    except (TypeError, KeyError, AttributeError):
+        return False
+    return bool(groups) and all(isinstance(value, int | float) for value in values)

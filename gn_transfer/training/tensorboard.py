@@ -230,7 +230,7 @@ class ValidationFigures(Callback):
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Go on from there."""
-        self._best = state_dict["best"]
+        self._best = float(state_dict["best"])
 
 
 def _tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:

@@ -12,8 +12,10 @@ A script needs no command line::
 from __future__ import annotations
 
 import inspect
+import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -201,17 +203,32 @@ def train(
         if trainer.is_global_zero:
             tensorboard.announce()
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        if ckpt_path is None or isinstance(error, ConfigError) or find(trainer, LastCheckpoint).training_began:
-            raise
-        raise ConfigError(
-            f"{ckpt_path} holds a state that this training cannot take ({type(error).__name__}: {error}); use another "
-            "checkpoint of the run, or the version of gn-transfer that wrote it."
-        ) from error
+        with explained_restoring(ckpt_path):
+            trainer.fit(task, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     finally:
         if own_log is not None:
             own_log.close()
+
+
+@contextmanager
+def explained_restoring(checkpoint: str | Path | None) -> Iterator[None]:
+    """Say of which checkpoint Lightning cannot restore its state; other errors pass.
+
+    Raises:
+        ConfigError: A state of another kind than a training of ours writes.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a state of the wrong kind leads to
+        files = {Path(frame.f_code.co_filename).name for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if checkpoint is None or "checkpoint_connector.py" not in files:
+            raise
+        raise ConfigError(
+            f"{checkpoint} holds a state that cannot be restored ({type(error).__name__}: {error}); use another "
+            "checkpoint of the run, or the version of gn-transfer that wrote it."
+        ) from error
 
 
 def evaluate(
@@ -244,7 +261,8 @@ def evaluate(
     run_stage = getattr(trainer, stage)
     with warnings.catch_warnings():  # evaluation needs none of the callbacks of training
         warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided.*")
-        [metrics] = run_stage(task, datamodule=data, ckpt_path=str(checkpoint), verbose=False, weights_only=True)
+        with explained_restoring(checkpoint):
+            [metrics] = run_stage(task, datamodule=data, ckpt_path=str(checkpoint), verbose=False, weights_only=True)
     run = run_of_checkpoint(checkpoint)
     record = None if run is None or not trainer.is_global_zero else run.logs / "metrics.json"
     if stage == "test" and record is not None and record.is_file() and _is_own_data(task, data):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -114,8 +116,20 @@ def test_a_crafted_checkpoint_is_refused(trained: Path, tmp_path: Path, monkeypa
         (lambda content: content.pop("loops"), "lacks a part of the state"),
         (lambda content: content.pop("callbacks"), "lacks a part of the state"),
         (lambda content: content["loops"]["fit_loop"].clear(), "lacks a part of the state"),
-        (lambda content: content.update(lr_schedulers=[5]), "a state that this training cannot take"),
-        (lambda content: content["gn_transfer"]["architecture"].pop("architecture"), "no model can be built"),
+        (lambda content: content.update(lr_schedulers=[5]), "lacks a part of the state"),
+        (lambda content: content["lr_schedulers"][0].update(base_lrs=["x"]), "lacks a part of the state"),
+        (lambda content: content["optimizer_states"][0]["param_groups"][0].update(lr="x"), "lacks a part of the state"),
+        (lambda content: content["callbacks"].update(RunRecord={"wall_time_s": "x"}), "state that cannot be restored"),
+        (lambda content: content.update({"pytorch-lightning_version": "garbage"}), "state that cannot be restored"),
+        (lambda content: content["state_dict"].update(more=torch.zeros(1)), "more"),
+        (
+            lambda content: content["gn_transfer"]["architecture"].pop("architecture"),
+            "architecture.architecture missing",
+        ),
+        (
+            lambda content: content["gn_transfer"]["architecture"].update(architecture="hf-hub:evil/model"),
+            "no model of timm",
+        ),
     ],
 )
 def test_no_run_goes_on_from_a_state_that_is_not_whole(trained, tmp_path, monkeypatch, capsys, change, message):
@@ -123,6 +137,23 @@ def test_no_run_goes_on_from_a_state_that_is_not_whole(trained, tmp_path, monkey
     path = changed(trained, tmp_path / "own.ckpt", change, whole=True)
     assert main(["fit", "--ckpt_path", str(path), "--trainer.max_epochs", "2"]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["run.log", "training_images.jpg", "", ".."])
+def test_no_run_goes_on_through_links(trained, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    for kind in ("runs", "checkpoints"):
+        shutil.copytree(trained / kind, tmp_path / kind)
+    [run] = Path("runs/own").iterdir()
+    place = Path(os.path.normpath(run / name))
+    outside = tmp_path / "outside"
+    if place.exists():
+        place.rename(outside)
+    place.symlink_to(outside)
+    before = sorted((path, path.stat().st_mtime_ns) for path in outside.rglob("*"))
+    assert main(["fit", "--ckpt_path", f"checkpoints/own/{run.name}/last.ckpt", "--trainer.max_epochs", "2"]) == 2
+    assert "is a link to" in capsys.readouterr().err
+    assert sorted((path, path.stat().st_mtime_ns) for path in outside.rglob("*")) == before
 
 
 def test_a_checkpoint_says_neither_where_runs_nor_where_caches_are_written(trained, tmp_path, monkeypatch, capsys):

@@ -151,7 +151,7 @@ def test_a_space_answers_without_torch(bundle, exported_run, tmp_path, monkeypat
     assert main(["demo", str(bundle), "--space", str(space), "--data.root", "images"]) == 0
     assert not list(space.rglob("*.safetensors"))
     assert len(list((space / "examples").iterdir())) == 6
-    assert (space / "README.md").read_text().startswith("---\ntitle: resnetv2_18 gn_ws\nsdk: gradio\nsdk_version: ")
+    assert (space / "README.md").read_text().startswith('---\ntitle: "resnetv2_18 gn_ws"\nsdk: gradio\nsdk_version: ')
     assert "onnxruntime==" in (space / "requirements.txt").read_text()
     assert "torch" not in (space / "requirements.txt").read_text()
     assert f'python_version: "3.{sys.version_info.minor}"' in (space / "README.md").read_text()

@@ -21,6 +21,7 @@ from gn_transfer.config import ConfigError
 from gn_transfer.data.decode import BadImageError
 from gn_transfer.files import sha256
 from gn_transfer.inference.bundle_files import FORMAT_VERSION, GRAPH, METADATA, read_metadata
+from gn_transfer.inference.graph_check import check_graph
 
 CLASSES = ["red", "green", "blue"]
 
@@ -160,6 +161,14 @@ def test_a_path_that_climbs_out(bundle_dir, seal, name):
         load_bundle(bundle_dir)
 
 
+@pytest.mark.parametrize("name", ["evil.py", "requirements.txt", "x.so"])
+def test_a_file_that_no_export_writes(bundle_dir, seal, name):
+    (bundle_dir / name).write_text("")
+    seal(bundle_dir, files={GRAPH: sha256(bundle_dir / GRAPH), name: sha256(bundle_dir / name)})
+    with pytest.raises(ConfigError, match=f"names the file '{name}', which no export writes; refused"):
+        load_bundle(bundle_dir)
+
+
 def test_a_link_that_climbs_out(bundle_dir):
     shutil.move(bundle_dir / GRAPH, bundle_dir.parent / GRAPH)
     (bundle_dir / GRAPH).symlink_to(bundle_dir.parent / GRAPH)
@@ -218,6 +227,10 @@ def test_metadata_that_lacks_something(bundle_dir, seal):
         ({"img_size": 0}, "no export writes such sizes in pixels"),
         ({"img_size": 10**9}, "no export writes such sizes in pixels"),
         ({"files": [GRAPH]}, "no export writes such files"),
+        ({"parity": [1]}, "no export writes such parity"),
+        ({"parity": {"metric_bundle": "x"}}, "no export writes such parity"),
+        ({"quantization": {}}, "no export writes such quantization"),
+        ({"backbone": "x\nsdk: gradio"}, "no export writes such backbone"),
         ({"files": {GRAPH: 5}}, "no export writes such files"),
         ({"task": ["classification"]}, "which this gn-transfer does not know"),
     ],
@@ -240,6 +253,52 @@ def test_values_in_another_file_are_refused(bundle_dir, seal):
     onnx.save_model(graph, bundle_dir / GRAPH, save_as_external_data=True, location="w.bin", size_threshold=0)
     reseal_graph(bundle_dir, seal)
     with pytest.raises(ConfigError, match="keeps values in another file"):
+        load_bundle(bundle_dir)
+
+
+def test_values_in_another_file_are_refused_however_they_are_written(tmp_path):
+    """Protobuf may write the fields of a message in any order, and numbers with more bytes than they need."""
+    entry = b"\x12\x05w.bin" + b"\x0a\x08location"  # value, then key
+    tensor = bytes([13 << 3 | 2, len(entry)]) + entry
+    sparse = bytes([1 << 3 | 2, len(tensor)]) + tensor
+    for content in (
+        bytes([5 << 3 | 2, len(tensor)]) + tensor,
+        bytes([5 << 3 | 2, 0x80 | len(tensor), 0x80, 0]) + tensor,
+        bytes([15 << 3 | 2, len(sparse)]) + sparse,
+    ):
+        (tmp_path / "x.onnx").write_bytes(bytes([7 << 3 | 2, len(content)]) + content)
+        with pytest.raises(ConfigError, match="keeps values in another file, which no export does; refused"):
+            check_graph(tmp_path / "x.onnx")
+    for content in (b"not a graph", b"\x3a\xff\x01", b"\x3a" + b"\xff" * 12):
+        (tmp_path / "x.onnx").write_bytes(content)
+        with pytest.raises(ConfigError, match="is no graph of ONNX"):
+            check_graph(tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("operator", ["Loop", "If", "Scan"])
+def test_operators_that_may_never_end_are_refused(bundle_dir, seal, operator, inside):
+    graph = onnx.load(bundle_dir / GRAPH)
+    node = onnx.helper.make_node(operator, [], ["never"])
+    if inside:
+        body = onnx.helper.make_graph([node], "body", [], [])
+        node = onnx.helper.make_node("Identity", ["images"], ["copy"], then_branch=body)
+    graph.graph.node.append(node)
+    onnx.save(graph, bundle_dir / GRAPH)
+    reseal_graph(bundle_dir, seal)
+    with pytest.raises(ConfigError, match=f"holds the operator '{operator}'"):
+        load_bundle(bundle_dir)
+
+
+@pytest.mark.parametrize("name", ["logits", "probs"])
+def test_a_graph_with_other_outputs(bundle_dir, seal, name):
+    graph = onnx.load(bundle_dir / GRAPH)
+    node = onnx.helper.make_node("Identity", [name], ["other"])
+    graph.graph.node.append(node)
+    next(output for output in graph.graph.output if output.name == name).name = "other"
+    onnx.save(graph, bundle_dir / GRAPH)
+    reseal_graph(bundle_dir, seal)
+    with pytest.raises(ConfigError, match="has not the inputs and outputs of a classification"):
         load_bundle(bundle_dir)
 
 
@@ -275,7 +334,7 @@ def test_a_folder_that_is_no_bundle(tmp_path):
 def test_a_graph_that_cannot_be_run(bundle_dir, seal):
     (bundle_dir / GRAPH).write_bytes(b"no graph")
     seal(bundle_dir)
-    with pytest.raises(ConfigError, match="cannot run it"):
+    with pytest.raises(ConfigError, match="is no graph of ONNX"):
         load_bundle(bundle_dir)
 
 

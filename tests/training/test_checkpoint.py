@@ -1,3 +1,5 @@
+import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,19 @@ from gn_transfer.config import ConfigError
 from gn_transfer.training.checkpoint import CHECKPOINT_VERSION, check_classes, read_checkpoint
 from gn_transfer.training.checkpoint_callbacks import AtomicCheckpointIO, write_checkpoint
 
+ARCHITECTURE = {
+    **{"backbone": "resnet18", "architecture": "resnet18", "norm": "gn", "num_groups": 32, "group_size": None},
+    **{"head": "fc", "num_classes": 2, "in_chans": 3, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+}
+
 
 def checkpoint(position, **changes):
-    described = {"classes": ["cat", "dog"], "architecture": {}, "transfer_report": {}, "position": position}
+    described = {
+        "classes": ["cat", "dog"],
+        "architecture": ARCHITECTURE,
+        "transfer_report": {"source": "from scratch", "loaded": [], "r2": {"norm": 0.5}},
+        "position": position,
+    }
     return {"gn_transfer": {**described, **changes}, "state_dict": {"weight": torch.arange(1000.0)}}
 
 
@@ -103,6 +115,55 @@ def test_a_checkpoint_of_another_format(tmp_path, newer, remedy):
         read_checkpoint(path)
     torch.save(checkpoint(None, version=CHECKPOINT_VERSION), path)
     assert read_checkpoint(path)["gn_transfer"]["version"] == CHECKPOINT_VERSION
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_groups", "32))\n__import__('os').system('true')  #"),
+        ("norm", "gn\n"),
+        ("in_chans", 2),
+        ("mean", "abc"),
+        ("groups", {"norm1": "32"}),
+        ("architecture", None),
+        ("decoder", "other"),
+    ],
+)
+def test_an_architecture_holds_plain_values_of_its_kinds(tmp_path, key, value):
+    path = tmp_path / "x.ckpt"
+    torch.save(checkpoint(None, architecture={**ARCHITECTURE, key: value}), path)
+    with pytest.raises(ConfigError, match=rf"architecture\.{key} missing or of a wrong type"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("tensor", [torch.eye(3).to_sparse(), torch.empty(3, device="meta")])
+def test_weights_that_are_no_dense_tensors(tmp_path, tensor):
+    path = tmp_path / "x.ckpt"
+    torch.save({**checkpoint(None), "state_dict": {"weight": tensor}}, path)
+    with pytest.raises(ConfigError, match=r"state_dict missing or of a wrong type|cannot be read"):
+        read_checkpoint(path)
+
+
+def test_a_compressed_checkpoint_is_not_unpacked(tmp_path):
+    plain, packed = tmp_path / "plain.ckpt", tmp_path / "packed.ckpt"
+    write_checkpoint(checkpoint(1), plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_checkpoint(packed)
+
+
+def test_no_link_is_followed_when_a_checkpoint_is_written(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in ("last.ckpt", "previous.ckpt"):
+        (tmp_path / f".{name}.{os.getpid()}.part").symlink_to(victim)
+    for position in (1, 2):
+        write_checkpoint(checkpoint(position), tmp_path / "last.ckpt", keep_previous=True)
+    assert victim.read_text() == "mine"
+    assert not (tmp_path / "last.ckpt").is_symlink()
+    assert read_checkpoint(tmp_path / "previous.ckpt")["gn_transfer"]["position"] == 1
 
 
 def test_other_classes_are_named_up_to_four():
