@@ -6,9 +6,11 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from gn_transfer import __version__
-from gn_transfer.config import ConfigError, builtin_configs, did_you_mean
+from gn_transfer.config import ConfigError, builtin_configs, did_you_mean, printable
 
 COMMANDS = {
     "fit": "train on a folder of images, one folder per class: gn-transfer fit PHOTOS",
@@ -65,6 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):  # Python has none where the caller has closed it
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115 - until the process ends
+        with suppress(AttributeError, OSError, ValueError):  # a notebook's, or a test's
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # names of files may be bytes that are no text
+    if Path("matplotlibrc").is_file():  # it would be obeyed, whoever wrote it
+        import matplotlib
+
+        matplotlib.rcdefaults()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(help_text())
@@ -94,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:  # argparse, after printing help
         return int(leaving.code or 0)
     except ConfigError as error:
-        print(f"gn-transfer: error: {error}", file=sys.stderr)
+        print(f"gn-transfer: error: {printable(str(error))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("gn_transfer"):

@@ -36,6 +36,18 @@ def shortened(value: object) -> str:
         return f"a {type(value).__name__}"
 
 
+def printable(text: str) -> str:
+    """Write what a terminal would obey, and bytes that are no text, as escapes; line breaks and tabs stay.
+
+    Example:
+        >>> printable("two\\x1b[31m.jpg")
+        'two\\\\x1b[31m.jpg'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:
     """Name the allowed values, the likeliest first.
 

@@ -106,6 +106,11 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
     write_text(path, text.getvalue())
 
 
+def spreadsheet_cell(value: object) -> object:
+    """Write a text that a spreadsheet would run as a formula behind an apostrophe, as spreadsheets do themselves."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, as UTF-8.
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gn_transfer.commands.parsing import Parser
-from gn_transfer.config import ConfigError
+from gn_transfer.config import ConfigError, printable
+from gn_transfer.files import spreadsheet_cell
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -48,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
         rows = group_records(report)
         writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: spreadsheet_cell(value) for name, value in row.items()} for row in rows)
     else:
         print(as_text(report, shutil.get_terminal_size().columns if sys.stdout.isatty() else None), end="")
     if options.output is not None:
@@ -57,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     if report.problems:
         print(f"{len(report.problems)} of {len(report.problems) + len(report.runs)} runs left out:", file=sys.stderr)
         for problem in report.problems:
-            print(f"  {problem.folder}: {problem.reason}", file=sys.stderr)
+            print(printable(f"  {problem.folder}: {problem.reason}"), file=sys.stderr)
     return report.exit_code
 
 

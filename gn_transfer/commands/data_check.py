@@ -13,7 +13,7 @@ from rich import get_console
 from rich.table import Table
 from rich.text import Text
 
-from gn_transfer.config import ConfigError
+from gn_transfer.config import ConfigError, printable
 from gn_transfer.data import Folder, ImageDataModule, Pets, SegmentationDataModule
 from gn_transfer.data.check import CheckResult, check_images, list_all
 from gn_transfer.data.dataset import LabeledImage
@@ -176,7 +176,7 @@ def _table(rows: Sequence[tuple[str, str]]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))  # as they are: a name may hold brackets
+        table.add_row(*(Text(printable(cell)) for cell in row))  # as they are: a name may hold brackets
     return table
 
 

@@ -191,8 +191,8 @@ def _environments(runs: Sequence[Run]) -> Iterable[str]:
             yield f"The {said} differs: {_some(values)}; images/s and memory are not comparable between them."
     versions: dict[str, set[str]] = defaultdict(set)
     for run in runs:
-        for package, number in dict(run.metrics.get("versions") or {}).items():
-            versions[package].add(str(number))
+        for package, number in run.versions.items():
+            versions[package].add(number)
     different = [f"{package} {' and '.join(sorted(found))}" for package, found in versions.items() if len(found) > 1]
     if different:
         yield f"Versions differ: {', '.join(different)}."

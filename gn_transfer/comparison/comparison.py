@@ -19,7 +19,7 @@ from gn_transfer.comparison.statistics import (
     sign_flip_test,
 )
 from gn_transfer.config import ConfigError
-from gn_transfer.report.predictions import RESAMPLES, SplitPredictions, image_weights
+from gn_transfer.report.predictions import RESAMPLES, SplitPredictions, weight_blocks
 from gn_transfer.report.runs import Problem, Run, Setting, find_run_folders, read_runs, short_name
 
 
@@ -284,8 +284,11 @@ def _resample(runs: Sequence[Run], metric: str, predictions: Mapping[Path, Split
         if run.folder in predictions:
             on[predictions[run.folder].digest].append(run)
     for number, (_, some) in enumerate(sorted(on.items())):
-        weights = image_weights(len(predictions[some[0].folder].paths), number)
-        resampled |= {run.folder: predictions[run.folder].measure(weights) for run in some}
+        parts: dict[Path, list[Array]] = {run.folder: [] for run in some}
+        for weights_RP in weight_blocks(len(predictions[some[0].folder].paths), number):
+            for folder, measured in parts.items():
+                measured.append(predictions[folder].measure(weights_RP))
+        resampled |= {folder: np.concatenate(measured) for folder, measured in parts.items()}
     return resampled
 
 

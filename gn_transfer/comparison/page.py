@@ -16,7 +16,7 @@ from gn_transfer.comparison.figures import create_figures
 from gn_transfer.comparison.grouping import shown
 from gn_transfer.comparison.images import choose_pair, class_difference
 from gn_transfer.comparison.importance import importances
-from gn_transfer.files import write_csv, write_text
+from gn_transfer.files import spreadsheet_cell, write_csv, write_text
 from gn_transfer.report.html import environment
 from gn_transfer.report.images import thumbnail
 from gn_transfer.report.svg import PageFigure
@@ -89,7 +89,11 @@ def write_files(comparison: Comparison, output: Path) -> None:
     write_text(output / "table.md", tables.markdown(comparison))
     write_text(output / "report.json", json.dumps(tables.as_dict(comparison), indent=2) + "\n")
     for name, records in (("table.csv", tables.group_records(comparison)), ("rows.csv", runs)):
-        write_csv(output / name, list(records[0]), (list(record.values()) for record in records))
+        write_csv(
+            output / name,
+            list(records[0]),
+            ([spreadsheet_cell(value) for value in record.values()] for record in records),
+        )
 
 
 def standalone(figure: PageFigure) -> str:
@@ -108,7 +112,7 @@ def _images(comparison: Comparison) -> str:
     split = "test" if comparison.metric.startswith("test") else "val"
     words = {"test": "test images", "val": "validation images"}
     root, classes, images = same("data_root"), same("classes"), same(f"{split}_images")
-    parts = [f"{same('data') or ''} {'' if root is None else Path(root).name}".strip()]
+    parts = [f"{same('data') or ''} {Path(root).name if isinstance(root, str) else ''}".strip()]
     parts += [f"{classes} classes"] if classes else []
     parts += [f"{images} {words[split]}"] if images else []
     sizes = {run.settings.get("img_size") for run in comparison.runs}
@@ -123,5 +127,5 @@ def _provenance(comparison: Comparison) -> dict[str, str]:
         values = sorted({str(run.metrics[name]) for run in comparison.runs if run.metrics.get(name) not in (None, "")})
         if values:
             found[name] = "; ".join(values)
-    versions: dict[str, Any] = dict(comparison.runs[0].metrics.get("versions") or {})
-    return found | {"versions": ", ".join(f"{package} {number}" for package, number in versions.items())}
+    versions = comparison.runs[0].versions.items()
+    return found | {"versions": ", ".join(f"{package} {number}" for package, number in versions)}

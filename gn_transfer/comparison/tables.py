@@ -202,7 +202,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(text.split()).replace("<", "&lt;")
 
 
 def _percent(fraction: float) -> str:

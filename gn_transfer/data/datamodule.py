@@ -293,7 +293,8 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         """Tell how many threads fetch images ahead: ``num_workers``, or what fits."""
         if self.num_workers is not None:
             return self.num_workers
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+        given = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun
+        processes = int(given) if given.isdecimal() and int(given) > 0 else 1
         return choose_num_workers(core_count(), torch.get_num_threads(), on_gpu=self._on_gpu(), processes=processes)
 
     def datasets(self) -> dict[str, ImageDataset]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gn_transfer.config import ConfigError
+from gn_transfer.config import ConfigError, printable
 from gn_transfer.data.decode import SUFFIXES
 
 
@@ -74,4 +74,4 @@ def shown(path: str) -> str:
         'two\\\\nlines.jpg'
     """
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")

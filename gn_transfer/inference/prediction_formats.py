@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TextIO
 
 from gn_transfer.data.decode import BadImageError
+from gn_transfer.files import spreadsheet_cell
 from gn_transfer.inference.classification import Prediction
 from gn_transfer.inference.image_files import shown
 from gn_transfer.inference.segmentation import Segmentation
@@ -116,14 +117,9 @@ def _write_csv(results: Results, layout: Layout, path_width: int, out: TextIO) -
     writer.writerow(["path", *layout.columns, "error"])
     for result in results:
         if isinstance(result, BadImageError):
-            writer.writerow(map(_cell, [shown(result.path), *[""] * len(layout.columns), result.reason]))
+            writer.writerow(map(spreadsheet_cell, [shown(result.path), *[""] * len(layout.columns), result.reason]))
         else:
-            writer.writerow(map(_cell, [shown(str(result.path)), *layout.row(result), ""]))
-
-
-def _cell(value: object) -> object:
-    """Write a text that a spreadsheet would run as a formula behind an apostrophe, as spreadsheets do themselves."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+            writer.writerow(map(spreadsheet_cell, [shown(str(result.path)), *layout.row(result), ""]))
 
 
 FORMATS: dict[str, Writer] = {"table": _write_table, "json": _write_json, "csv": _write_csv}

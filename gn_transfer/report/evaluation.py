@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,15 +74,16 @@ def class_scores(predictions: Predictions) -> list[ClassScore]:
     Returns:
         The classes that occur, the worst recall first.
     """
-    names, counts = class_names(predictions), confusion(predictions)
+    names, mistaken = class_names(predictions), _mistaken(predictions)
     precision, recall, f1, images = precision_recall_fscore_support(
         predictions.targets, predictions.predicted, labels=names, zero_division=0.0
     )
-    wrong = counts - np.diag(np.diag(counts))
+    taken: dict[str, tuple[str, int]] = {}
+    for (target, given), count in sorted(mistaken.items(), key=lambda item: (-item[1], item[0])):
+        taken.setdefault(target, (given, count))
     scores = []
     for place, name in enumerate(names):
-        most = int(wrong[place].argmax())
-        taken_for = (names[most], int(wrong[place, most])) if wrong[place, most] else None
+        taken_for = taken.get(name)
         scores.append(
             ClassScore(
                 name, int(images[place]), float(precision[place]), float(recall[place]), float(f1[place]), taken_for
@@ -92,11 +94,14 @@ def class_scores(predictions: Predictions) -> list[ClassScore]:
 
 def confused_pairs(predictions: Predictions, most: int) -> list[tuple[str, str, int]]:
     """List the most frequent confusions: class, class given, images."""
-    names, counts = class_names(predictions), confusion(predictions)
-    np.fill_diagonal(counts, 0)
-    order = np.argsort(-counts, axis=None, kind="stable")[:most]
-    pairs = [divmod(int(place), len(names)) for place in order]
-    return [(names[row], names[column], int(counts[row, column])) for row, column in pairs if counts[row, column]]
+    order = sorted(_mistaken(predictions).items(), key=lambda item: (-item[1], item[0]))
+    return [(target, given, count) for (target, given), count in order[:most]]
+
+
+def _mistaken(predictions: Predictions) -> Counter[tuple[str, str]]:
+    """Count the images by class and class given, of those that were given a wrong one."""
+    pairs = zip(predictions.targets, predictions.predicted, strict=True)
+    return Counter(pair for pair in pairs if pair[0] != pair[1])
 
 
 def mistakes(predictions: Predictions) -> list[Mistake]:

@@ -75,13 +75,17 @@ def create_figures(
     return figures
 
 
+_LARGEST_VALUE = 1e100  # of what can be drawn
+_MOST_POINTS = 300  # of a curve; its line has all
+
+
 def _metric(epochs: Sequence[dict[str, float]], best_epoch: int | None, metric: str) -> Figure:
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.add_subplot()
     for (name, said), color in zip(_CURVES[metric].items(), (COLORS[0], COLORS[2], COLORS[1]), strict=False):
         _curve(axes, epochs, name, said, color, lambda value: f"{100 * value:.1f} %", 100)
     for row in epochs:
-        if row["epoch"] == best_epoch:
+        if row["epoch"] == best_epoch and f"val/{metric}" in row:
             axes.plot([row["epoch"]], [100 * row[f"val/{metric}"]], "o", mfc="none", mec=INK, ms=11, mew=1.2)
     axes.set_ylabel("on the validation images, %")
     _finish(axes)
@@ -107,9 +111,9 @@ def _curve(
     written: Callable[[float], str],
     scale: float,
 ) -> None:
-    points = [(row["epoch"], row[name]) for row in epochs if math.isfinite(row.get(name, math.nan))]
+    points = [(row["epoch"], row[name]) for row in epochs if abs(row.get(name, math.nan)) < _LARGEST_VALUE]
     axes.plot([epoch for epoch, _ in points], [scale * value for _, value in points], color=color, label=said)
-    for epoch, value in points:
+    for epoch, value in points[:: 1 + len(points) // _MOST_POINTS]:
         [point] = axes.plot([epoch], [scale * value], "o", color=color, markersize=4.5)
         hover(point, f"epoch {epoch:g}: {said} {written(value)}")
 

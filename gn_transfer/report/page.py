@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from gn_transfer.config import ConfigError
+from gn_transfer.config import ConfigError, printable
 from gn_transfer.files import read_json
 from gn_transfer.report.classification import classification_parts
 from gn_transfer.report.figures import create_figures
@@ -108,7 +108,7 @@ def render(run: Run) -> str:
                 **of_task,
             },
             title=run.name,
-            warnings=[*_status(run), *map(str, _list(plan.get("warnings")))],
+            warnings=[*_status(run), *(printable(str(said)) for said in _list(plan.get("warnings")))],
             figure_list=[figure._replace(svg=Markup(figure.svg)) for figure in page_figures],
             training_images=sheet_address(run.folder / "training_images.jpg"),
             plan=_plan_rows(plan.get("rows", [])),
@@ -130,7 +130,8 @@ def _status(run: Run) -> list[str]:
 
 
 def _plan_rows(rows: Any) -> list[tuple[str, str]]:
-    return [(str(row[0]), str(row[1])) for row in _list(rows) if isinstance(row, list) and len(row) == 2]
+    pairs = [row for row in _list(rows) if isinstance(row, list) and len(row) == 2]
+    return [(printable(str(name)), printable(str(value))) for name, value in pairs]
 
 
 def _list(value: Any) -> list[Any]:
@@ -141,9 +142,8 @@ def _provenance(run: Run) -> Iterator[tuple[str, str]]:
     for name in _PROVENANCE:
         if run.metrics.get(name) not in (None, ""):
             yield name, str(run.metrics[name])
-    versions = run.metrics.get("versions")
-    if isinstance(versions, dict):
-        yield "versions", ", ".join(f"{package} {number}" for package, number in versions.items())
+    if run.versions:
+        yield "versions", ", ".join(f"{package} {number}" for package, number in run.versions.items())
     for note in run.notes:
         yield "weights: note", note
 

@@ -24,6 +24,8 @@ Array: TypeAlias = npt.NDArray[np.float64]
 RESAMPLES = 2000
 """Bootstrap samples of an interval."""
 
+_BLOCK = 4_000_000  # weights of images at a time
+
 
 @dataclass(frozen=True)
 class SplitPredictions(ABC):
@@ -48,7 +50,8 @@ class SplitPredictions(ABC):
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Give a percentile bootstrap interval of the metric over images."""
         ends = [(1 - level) / 2, (1 + level) / 2]
-        low, high = np.nanquantile(self.measure(image_weights(len(self.paths), 0)), ends)
+        measured = [self.measure(weights_RP) for weights_RP in weight_blocks(len(self.paths), 0)]
+        low, high = np.nanquantile(np.concatenate(measured), ends)
         return float(low), float(high)
 
     @abstractmethod
@@ -170,8 +173,16 @@ def image_weights(images: int, number: int) -> Array:
     Returns:
         Shape ``(RESAMPLES, images)``; a row adds up to the number of images.
     """
+    return np.concatenate(list(weight_blocks(images, number)))
+
+
+def weight_blocks(images: int, number: int) -> Iterator[Array]:
+    """Give the rows of :func:`image_weights` in blocks of a size that memory has room for."""
     generator = np.random.default_rng([0, number])
-    return generator.multinomial(images, np.full(images, 1 / images), size=RESAMPLES).astype(np.float64)
+    rows = max(1, _BLOCK // max(1, images))
+    for start in range(0, RESAMPLES, rows):
+        size = min(rows, RESAMPLES - start)
+        yield generator.multinomial(images, np.full(images, 1 / images), size=size).astype(np.float64)
 
 
 def read_predictions(file: Path, *, probabilities: bool = False) -> SplitPredictions | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from gn_transfer.config import ConfigError
+from gn_transfer.config import ConfigError, printable
 from gn_transfer.files import parse_json, read_json, read_text
 from gn_transfer.report.predictions import SplitPredictions, read_predictions
 from gn_transfer.yaml_files import read_yaml
@@ -25,6 +25,8 @@ FORMAT_VERSION = 1
 
 STUDY = "study.json"
 """Title and notes of a study, in the folder of its runs."""
+
+_LARGEST = 2**63  # of a whole number that numpy and the figures take
 
 MAIN_METRICS = {"acc1": "accuracy", "miou": "mIoU"}
 """The metric of each task that runs are compared by, and its name in sentences."""
@@ -65,13 +67,20 @@ class Run:
         """``<config>/<norm>-bs<batch>-seed<seed>[-k]``."""
         return str(self.metrics.get("run") or self.folder.name)
 
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of the libraries, by name."""
+        found = self.metrics.get("versions")
+        return {name: str(number) for name, number in found.items()} if isinstance(found, dict) else {}
+
     def epochs(self) -> list[dict[str, float]]:
         """Read the curve: one row per validation; empty where none was stored or it is corrupt."""
         try:
             rows = list(csv.DictReader(io.StringIO(read_text(self.folder / "epochs.csv"), newline="")))
-            return [{name: float(value or "nan") for name, value in row.items()} for row in rows]
+            found = [{name: float(value or "nan") for name, value in row.items()} for row in rows]
         except (OSError, ValueError, TypeError, csv.Error):
             return []
+        return found if all(abs(row.get("epoch", math.nan)) < _LARGEST for row in found) else []
 
     @property
     def main_metric(self) -> str:
@@ -150,7 +159,9 @@ def read_study(sources: Sequence[Path]) -> tuple[str, list[str]] | None:
     if len(folders) != 1 or (folder := folders.pop()) is None:
         return None
     record = read_json(folder / STUDY)
-    return str(record.get("title", folder.name)), [str(note) for note in record.get("notes", ())]
+    notes = record.get("notes")
+    notes = notes if isinstance(notes, list) else []
+    return printable(str(record.get("title", folder.name))), [printable(str(note)) for note in notes]
 
 
 def runs_on_images(images: Path, root: Path) -> list[Path]:
@@ -245,8 +256,8 @@ def read_run(folder: Path, *, unfinished: bool = False) -> Run:
             f"config.yaml is not one of gn-transfer fit ({error} is missing or misplaced)"
         ) from error
     notes = read_json(folder / "transfer_report.json").get("notes")
-    notes = notes if isinstance(notes, list) else []
-    return Run(folder, metrics, settings, seed, tuple(map(str, notes)), str(metrics.get("data_root") or ""))
+    notes = [printable(str(note)) for note in notes] if isinstance(notes, list) else []
+    return Run(folder, metrics, settings, seed, tuple(notes), str(metrics.get("data_root") or ""))
 
 
 def flat_settings(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Setting]:
@@ -336,4 +347,16 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise UnusableRunError(f"{path.name} cannot be read ({error}): corrupt or half-written") from error
     if not isinstance(content, dict):
         raise UnusableRunError(f"{path.name} holds no mapping: not of gn-transfer, or corrupt")
-    return content
+    mapping: dict[str, Any] = _harmless(content, path.name)
+    return mapping
+
+
+def _harmless(value: Any, name: str) -> Any:
+    """Write texts so that a terminal shows them, and refuse numbers that nothing can calculate with."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise UnusableRunError(f"{name} holds a number of {len(str(abs(value)))} digits")
+    if isinstance(value, dict):
+        return {printable(str(key)): _harmless(item, name) for key, item in value.items()}
+    return [_harmless(item, name) for item in value] if isinstance(value, list) else value

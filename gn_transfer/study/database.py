@@ -89,6 +89,10 @@ class Database:
         """Turn what a database cannot do into the user's words."""
         try:
             yield
+        except ConfigError:
+            raise
+        except (LookupError, ValueError, TypeError) as error:  # what Optuna makes of rows that it has not written
+            raise ConfigError(f"--storage {self.shown} is corrupt ({type(error).__name__}: {error}).") from error
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:
             cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
             reason = " ".join(str(getattr(cause, "orig", None) or cause).split())
@@ -133,6 +137,14 @@ class Database:
         )
         try:
             tables = sqlalchemy.inspect(engine).get_table_names()
+            if self._file is not None:
+                with engine.connect() as connection:
+                    kinds = sqlalchemy.text("SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')")
+                    if found := connection.execute(kinds).scalars().first():
+                        raise ConfigError(
+                            f"--storage {self.shown} holds the view or trigger {found}, which Optuna does not make; "
+                            "name another database."
+                        )
         finally:
             engine.dispose()
         if tables and not {"studies", "trials", "version_info"} <= set(tables):

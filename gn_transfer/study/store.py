@@ -235,7 +235,11 @@ class Store:
         return fresh
 
     def _entries(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
+        with self._explain_errors():
+            entries: list[FrozenTrial] = self._study.get_trials(deepcopy=False)
+        if strange := next((entry for entry in entries if not _is_whole(entry)), None):
+            raise ConfigError(f"{self._database.shown} is corrupt: trial {strange.number} is not as we write them.")
+        return entries
 
     def _latest(self) -> dict[str, FrozenTrial]:
         return {entry.user_attrs["trial"]: entry for entry in self._entries() if "trial" in entry.user_attrs}
@@ -253,6 +257,20 @@ class Store:
         self._storage.set_trial_state_values(
             trial_id, TrialState.COMPLETE if complete else TrialState.FAIL, [outcome.value] if complete else None
         )
+
+
+def _is_whole(entry: FrozenTrial) -> bool:
+    """Say whether a trial has what :meth:`Store.enter`, claiming and ending write; one of another program has none."""
+    kinds = {"trial": str, "identity": dict, "owner": dict, "reason": str, "loss": int | float, "seconds": int | float}
+    given = entry.user_attrs
+    owner = given.get("owner", {"host": "", "pid": 0, "started": 0})
+    return (
+        all(given.get(key) is None or isinstance(given[key], kind) for key, kind in kinds.items())
+        and ("trial" in given) == ("identity" in given)
+        and isinstance(owner, dict)
+        and {"host", "pid", "started"} <= owner.keys()
+        and (entry.state != TrialState.COMPLETE or bool(entry.values))
+    )
 
 
 def _outcome(entry: FrozenTrial) -> Outcome:

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from rich import get_console
 from rich.console import Console
 
+from gn_transfer.config import printable
 from gn_transfer.files import going_on_without
 
 
@@ -27,6 +28,7 @@ class RunLog:
     def print(self, *renderables: Any) -> None:
         """Print rich renderables or text; markup in square brackets is not interpreted."""
         text = all(isinstance(renderable, str) for renderable in renderables)  # a command must not be broken over lines
+        renderables = tuple(printable(one) if isinstance(one, str) else one for one in renderables)
         with going_on_without("the terminal"):  # a training goes on when its terminal is closed
             self.console.print(*renderables, markup=False, highlight=False, soft_wrap=text)
         with going_on_without("run.log"):

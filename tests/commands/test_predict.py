@@ -133,10 +133,10 @@ def test_an_unreadable_folder_among_others(images, monkeypatch):
 
 
 def test_cells_that_a_spreadsheet_would_run():
-    from gn_transfer.inference.prediction_formats import _cell
+    from gn_transfer.files import spreadsheet_cell
 
     texts = ["=1+1", "-2", "@x", "cat", 0.5, -0.5]
-    assert list(map(_cell, texts)) == ["'=1+1", "'-2", "'@x", "cat", 0.5, -0.5]
+    assert list(map(spreadsheet_cell, texts)) == ["'=1+1", "'-2", "'@x", "cat", 0.5, -0.5]
 
 
 @pytest.mark.parametrize(

@@ -298,6 +298,20 @@ def test_what_cannot_be_used_is_named_and_the_rest_compared(tmp_path, capsys):
     assert "gn_ws" in captured.out
 
 
+def test_a_table_holds_no_formula_and_no_markup(tmp_path, capsys):
+    for norm in ("gn", "gn_ws"):
+        for seed in range(2):
+            fabricate(tmp_path / "runs", norm, seed=seed, config={"backbone": f"=cmd|<script>{norm}"}, versions="abc")
+    assert main(["compare", str(tmp_path / "runs"), "--format", "csv", "--output", str(tmp_path / "report")]) == 0
+    tables = [
+        capsys.readouterr().out,
+        *((tmp_path / "report" / name).read_text() for name in ("table.csv", "rows.csv")),
+    ]
+    for table in tables:
+        assert not any(cell.startswith("=") for row in csv.reader(io.StringIO(table)) for cell in row)
+    assert "<script" not in (tmp_path / "report" / "table.md").read_text()
+
+
 def test_corrupt_curves_and_predictions_only_leave_out_what_needs_them(tmp_path):
     runs = two_norms(tmp_path / "runs", seeds=2)
     for folder in runs.iterdir():

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gn_transfer.report.predictions import image_weights, read_predictions
+from gn_transfer.report.predictions import image_weights, read_predictions, weight_blocks
 
 IMAGES = """path,target,predicted,prob_target,prob_predicted
 b.jpg,cat,dog,0.25,0.75
@@ -82,6 +82,14 @@ def test_the_same_images_have_the_same_digest_whatever_their_order(tmp_path):
 def test_what_cannot_be_read_is_none(tmp_path, text):
     assert read(tmp_path, text) is None
     assert read_predictions(tmp_path / "missing.csv") is None
+
+
+def test_blocks_of_samples_are_the_samples(monkeypatch):
+    whole = image_weights(7, 3)
+    monkeypatch.setattr("gn_transfer.report.predictions._BLOCK", 7 * 600)
+    blocks = list(weight_blocks(7, 3))
+    assert [len(block) for block in blocks] == [600, 600, 600, 200]
+    assert np.array_equal(np.concatenate(blocks), whole)
 
 
 def test_samples_of_images_add_up_and_differ_between_lists():

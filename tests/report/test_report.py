@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
 import sys
+import tracemalloc
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -112,6 +114,74 @@ def test_class_names_are_text_and_never_markup(tmp_path):
     page = page_of(folder)
     assert "<img src=x>" not in page
     assert "&lt;img src=x&gt;" in page
+
+
+def test_what_a_stranger_wrote_into_a_run_is_shown_and_not_obeyed(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("matplotlibrc").write_text("text.usetex: True\nfont.size: 99\n")
+    folder = fabricate(tmp_path / "runs", device="\x1b]0;evil\x07 \ud800", samples_seen=10)
+    (folder / "plan.json").write_text('{"rows": [["\\ud800", 5]], "warnings": ["\\u001b[31m"]}')
+    (tmp_path / "secret").write_text("root:x:0")
+    (folder / "training_images.jpg").symlink_to(tmp_path / "secret")
+    page = page_of(folder)
+    assert "\x1b" not in page
+    assert base64.b64encode(b"root:x:0").decode() not in page
+    assert main(["compare", str(tmp_path / "runs")]) == 0
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("epochs.csv", "step,val/acc1\n1,0.5\n"),
+        ("epochs.csv", "epoch,train/loss\n1,0.5\n"),
+        ("epochs.csv", "epoch,val/acc1,train/loss,val/loss\n1,0.5,1e308,1e308\n2,0.6,1,1\n"),
+        ("epochs.csv", "epoch,val/acc1\n1e400,0.5\n"),
+        ("epochs.csv", "epoch,val/acc1,train/loss,val/loss\n" + "".join(f"{n},0.5,1,1\n" for n in range(1, 5000))),
+        ("training_images.jpg", "no image"),
+        ("plan.json", '{"rows": 5, "warnings": {"a": 1}}'),
+        ("transfer_report.json", '{"notes": [5, {}]}'),
+    ],
+)
+def test_files_of_a_run_that_hold_something_else(tmp_path, name, text):
+    folder = fabricate(tmp_path)
+    (folder / name).write_text(text)
+    page = page_of(folder)
+    assert len(page) < 2_000_000
+
+
+@pytest.mark.parametrize("name", ["wall_time_s", "samples_seen", "images_per_sec"])
+def test_numbers_that_nothing_can_calculate_with(tmp_path, capsys, name):
+    folder = fabricate(tmp_path)
+    text = (folder / "metrics.json").read_text()
+    (folder / "metrics.json").write_text(text.rstrip().rstrip("}") + f', "{name}": 1{"0" * 400}}}')
+    assert main(["report", str(folder)]) == 2
+    assert "holds a number of 401 digits" in capsys.readouterr().err
+
+
+def test_thousands_of_classes_take_no_square_of_memory(tmp_path):
+    folder = fabricate(tmp_path)
+    rows = "".join(f"{n}.jpg,c{n},c{n + 1},0.1,0.9\n" for n in range(20_000))
+    for name in ("predictions_best_val.csv", "predictions_test.csv"):
+        (folder / name).write_text("path,target,predicted,prob_target,prob_predicted\n" + rows)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    changed = {key: 0.0 for key in metrics if key.endswith("acc1")}
+    (folder / "metrics.json").write_text(json.dumps(metrics | changed))
+    tracemalloc.start()
+    page_of(folder)
+    assert tracemalloc.get_traced_memory()[1] < 600 * 2**20  # a square of 20,000 would be 3.2 GB
+    tracemalloc.stop()
+
+
+def test_a_link_beside_the_page_is_not_written_through(tmp_path):
+    folder = fabricate(tmp_path)
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (folder / f".report.html.{os.getpid()}.part").symlink_to(victim)
+    page_of(folder)
+    assert victim.read_text() == "mine"
+    assert not (folder / "report.html").is_symlink()
 
 
 def test_images_that_are_gone_leave_their_place(tmp_path):

@@ -187,3 +187,42 @@ def test_files_that_are_no_database_of_ours(study, tmp_path):
     optuna.create_study(storage=url, study_name=study.name)
     with pytest.raises(ConfigError, match="not gn-transfer's"):
         open_store(url, study)
+
+
+@pytest.mark.parametrize("kind", ["view", "trigger"])
+def test_a_database_that_computes_is_refused(study, tmp_path, kind):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    open_store(url, study).close()
+    statement = {
+        "view": "create view endless as with recursive n as (select 1 union all select 1 from n) select * from n",
+        "trigger": "create trigger endless after insert on trials begin delete from studies; end",
+    }[kind]
+    with sqlite3.connect(tmp_path / "study.db") as connection:
+        connection.execute(statement)
+    connection.close()
+    with pytest.raises(ConfigError, match="holds the view or trigger endless"):
+        open_store(url, study)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "update trials set state = 'EVIL'",
+        "update study_directions set direction = 'EVIL'",
+        "update trial_user_attributes set value_json = 'no json'",
+        "update trial_user_attributes set value_json = '[1]' where key = 'identity'",
+        "update trial_user_attributes set value_json = '[1]' where key = 'trial'",
+        "delete from trial_user_attributes where key = 'identity'",
+        "update trials set state = 'COMPLETE'",
+    ],
+)
+def test_rows_that_we_have_not_written(study, tmp_path, statement):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    store = open_store(url, study)
+    store.enter(plan_trials(study, {}).trials)
+    store.close()
+    with sqlite3.connect(tmp_path / "study.db") as connection:
+        connection.execute(statement)
+    connection.close()
+    with pytest.raises(ConfigError, match=r"is corrupt|cannot be used"):
+        open_store(url, study).outcomes()
