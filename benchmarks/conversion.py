@@ -1,10 +1,10 @@
-"""What is left of a batch-norm net after its norms were replaced: at once, under a linear probe, and fine-tuned.
+"""What is left of a batch-norm model after its norms were replaced: at once, under a linear probe, and fine-tuned.
 
 Measures, for one backbone with BN weights:
 
-- `source`: top-1 right after the replacement, with the net's own head, no training: the BN original, the naive copy of
-  its affine into group norms, the calibrated conversion for several numbers of groups and of images, the distilled one,
-  and the real GN+WS net where one is given. On Tiny-ImageNet's validation images, or for weights of ImageNet on the
+- `source`: top-1 right after the replacement, with the model's own head, no training: the BN original, the naive copy
+  of its affine into group norms, the calibrated conversion for several numbers of groups and of images, the distilled one,
+  and the real GN+WS model where one is given. On Tiny-ImageNet's validation images, or for weights of ImageNet on the
   images of those breeds of pets5 that are classes of ImageNet.
 - `probe`: five-fold accuracy of a logistic regression on the pooled features of the 500 trainval images of pets5.
 - `recovered` is the share of the way from the naive copy to the BN original, of either figure.
@@ -53,7 +53,7 @@ IMAGENET_CLASSES = {"german_shorthaired": 210}
 
 
 class Source:
-    """Images that a net converts on and is scored on with its own head: of Tiny-ImageNet, or of pets5."""
+    """Images that a model converts on and is scored on with its own head: of Tiny-ImageNet, or of pets5."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -76,11 +76,11 @@ class Source:
         self.targets = torch.tensor([target for _, target in pairs])
 
     @torch.no_grad()
-    def accuracy(self, net: nn.Module, weights: Weights) -> float:
+    def accuracy(self, model: nn.Module, weights: Weights) -> float:
         """Top-1 on the validation images."""
-        net.eval()
+        model.eval()
         at_once = 250 if self.options.img_size <= 64 else 4
-        logits = torch.cat([net(normalized(part, weights)) for part in self.images.split(at_once)])
+        logits = torch.cat([model(normalized(part, weights)) for part in self.images.split(at_once)])
         return float((logits.argmax(1) == self.targets).float().mean())
 
 
@@ -93,7 +93,7 @@ def normalized(images: Tensor, weights: Weights) -> Tensor:
 
 
 def load(pretrained: str, backbone: str, norm: str) -> tuple[nn.Module, Weights]:
-    """Build a net with its own head and load it whole."""
+    """Build a model with its own head and load it whole."""
     weights = resolve_pretrained(backbone, norm, pretrained)  # type: ignore[arg-type]
     assert weights is not None
     state = read_weights(weights)
@@ -101,21 +101,21 @@ def load(pretrained: str, backbone: str, norm: str) -> tuple[nn.Module, Weights]
         config = timm.get_pretrained_cfg(backbone).to_dict()
         weights = replace(weights, mean=config["mean"], std=config["std"])
     head = timm.create_model(backbone).pretrained_cfg["classifier"]
-    net = timm.create_model(backbone, num_classes=len(state[f"{head}.weight"]))
-    convert_norm(net, norm, skip=[head])  # type: ignore[arg-type]
-    net.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
-    return net.eval(), weights
+    model = timm.create_model(backbone, num_classes=len(state[f"{head}.weight"]))
+    convert_norm(model, norm, skip=[head])  # type: ignore[arg-type]
+    model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
+    return model.eval(), weights
 
 
-def to_gn_ws(net: nn.Module, head: str, groups: int, batches: list[Tensor]) -> nn.Module:
+def to_gn_ws(model: nn.Module, head: str, groups: int, batches: list[Tensor]) -> nn.Module:
     """Convert BN to GN+WS, the affine calibrated: an experiment that `model.conversion` does not offer.
 
-    The original's half of each doubled batch goes through the convolutions as they were trained, the converted net's
+    The original's half of each doubled batch goes through the convolutions as they were trained, the converted model's
     half through the standardized ones.
     """
-    functions = {name: BatchNormFunction.of(layer) for name, layer in net.named_modules()}
-    convert_norm(net, "gn_ws", num_groups=groups, skip=[head])
-    layers = dict(net.named_modules())
+    functions = {name: BatchNormFunction.of(layer) for name, layer in model.named_modules()}
+    convert_norm(model, "gn_ws", num_groups=groups, skip=[head])
+    layers = dict(model.named_modules())
     originals = {
         layer: function
         for name, function in functions.items()
@@ -132,24 +132,24 @@ def to_gn_ws(net: nn.Module, head: str, groups: int, batches: list[Tensor]) -> n
 
     for layer in standardized:
         layer.forward = both(layer)  # type: ignore[method-assign]
-    calibrate(net, originals, batches)
+    calibrate(model, originals, batches)
     for layer in standardized:
         del layer.forward
-    return net
+    return model
 
 
-def distilled(net: nn.Module, head: str, groups: int, images: Tensor, weights: Weights) -> str:
-    """Convert a BN net as `model.conversion: distilled` does; what that says of it."""
+def distilled(model: nn.Module, head: str, groups: int, images: Tensor, weights: Weights) -> str:
+    """Convert a BN model as `model.conversion: distilled` does; what that says of it."""
     assert weights.mean is not None
     assert weights.std is not None
     report = TransferReport(weights.name, weights.architecture, "gn")
     training = TrainingImages(images, weights.mean, weights.std)
     options = {"num_groups": groups, "group_size": None}
-    done = fit_norms(net, "gn", training, report, head=head, groups=options, conversion="distilled", show=no_progress)
+    done = fit_norms(model, "gn", training, report, head=head, groups=options, conversion="distilled", show=no_progress)
     return done.notes[-1]
 
 
-def pets_features(net: nn.Module, weights: Weights, root: Path, img_size: int) -> tuple[Tensor, Tensor]:
+def pets_features(model: nn.Module, weights: Weights, root: Path, img_size: int) -> tuple[Tensor, Tensor]:
     """Pooled features and targets of pets5's trainval images."""
     data = Pets(root, img_size=img_size, num_workers=0)
     data.setup("fit")
@@ -158,7 +158,7 @@ def pets_features(net: nn.Module, weights: Weights, root: Path, img_size: int) -
     with torch.no_grad():
         features = torch.cat(
             [
-                net.forward_head(net.forward_features(normalized(part, weights)), pre_logits=True)
+                model.forward_head(model.forward_features(normalized(part, weights)), pre_logits=True)
                 for part in images.split(100 if img_size <= 64 else 4)
             ]  # type: ignore[operator]
         )
@@ -171,9 +171,9 @@ def split_plain(split: Any, data: Pets) -> list[tuple[Tensor, int]]:
     return [plain[index] for index in range(len(plain))]
 
 
-def probe(net: nn.Module, weights: Weights, root: Path, img_size: int) -> float:
+def probe(model: nn.Module, weights: Weights, root: Path, img_size: int) -> float:
     """Five-fold accuracy of a logistic regression."""
-    features, targets = pets_features(net.eval(), weights, root, img_size)
+    features, targets = pets_features(model.eval(), weights, root, img_size)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
     return float(cross_val_score(model, features.numpy(), targets.numpy(), cv=folds).mean())
@@ -209,38 +209,38 @@ def source_and_probe(options: argparse.Namespace) -> dict[str, Any]:
     images = Source(options)
     result: dict[str, Any] = {"scored_images": len(images.images)}
 
-    def measure(name: str, net: nn.Module, weights: Weights, **more: Any) -> None:
-        result[name] = {"source_acc1": images.accuracy(net, weights), **more}
+    def measure(name: str, model: nn.Module, weights: Weights, **more: Any) -> None:
+        result[name] = {"source_acc1": images.accuracy(model, weights), **more}
         if options.pets is not None:
-            result[name]["probe_acc1"] = probe(net, weights, options.pets, options.img_size)
+            result[name]["probe_acc1"] = probe(model, weights, options.pets, options.img_size)
         print(name, result[name]["source_acc1"], result[name].get("probe_acc1"), more, flush=True)
 
     original, weights = load(options.bn, options.backbone, "bn")
     measure("bn original", original, weights)
     head = timm.create_model(options.backbone).pretrained_cfg["classifier"]
     for groups in options.groups:
-        net, _ = load(options.bn, options.backbone, "bn")
-        measure(f"gn {groups} naive copy", convert_norm(net, "gn", num_groups=groups, skip=[head]), weights)
+        model, _ = load(options.bn, options.backbone, "bn")
+        measure(f"gn {groups} naive copy", convert_norm(model, "gn", num_groups=groups, skip=[head]), weights)
         for count in options.images if groups == options.groups[0] else options.images[:1]:
-            net, _ = load(options.bn, options.backbone, "bn")
+            model, _ = load(options.bn, options.backbone, "bn")
             batches = normalized(images.training[:count], weights).split(64 if options.img_size <= 64 else 2)
             report: list[Replacement] = []
             began = time.monotonic()
-            convert_norm(net, "gn", num_groups=groups, skip=[head], calibration=batches, report=report)
+            convert_norm(model, "gn", num_groups=groups, skip=[head], calibration=batches, report=report)
             seconds = round(time.monotonic() - began, 1)
             shares = {found.name: found.r2 for found in report if found.r2 is not None}
             name = f"gn {groups} calibrated" + ("" if count == options.images[0] else f" on {count}")
-            measure(name, net, weights, images=count, seconds=seconds, r2=shares)
-        net, _ = load(options.bn, options.backbone, "bn")
+            measure(name, model, weights, images=count, seconds=seconds, r2=shares)
+        model, _ = load(options.bn, options.backbone, "bn")
         began = time.monotonic()
-        said = distilled(net, head, groups, images.training, weights)
-        measure(f"gn {groups} distilled", net, weights, seconds=round(time.monotonic() - began, 1), said=said)
+        said = distilled(model, head, groups, images.training, weights)
+        measure(f"gn {groups} distilled", model, weights, seconds=round(time.monotonic() - began, 1), said=said)
     for groups in (32, options.groups[0]) if options.gn_ws is not None else ():
-        net, _ = load(options.bn, options.backbone, "bn")
-        measure(f"gn_ws {groups} naive copy", convert_norm(net, "gn_ws", num_groups=groups, skip=[head]), weights)
-        net, _ = load(options.bn, options.backbone, "bn")
+        model, _ = load(options.bn, options.backbone, "bn")
+        measure(f"gn_ws {groups} naive copy", convert_norm(model, "gn_ws", num_groups=groups, skip=[head]), weights)
+        model, _ = load(options.bn, options.backbone, "bn")
         batches = list(normalized(images.training[: options.images[0]], weights).split(64))
-        measure(f"gn_ws {groups} calibrated (experiment)", to_gn_ws(net, head, groups, batches), weights)
+        measure(f"gn_ws {groups} calibrated (experiment)", to_gn_ws(model, head, groups, batches), weights)
     if options.gn_ws is not None:
         measure("gn_ws trained as such", *load(options.gn_ws, options.backbone, "gn_ws"))
     for name, row in result.items():
@@ -302,7 +302,7 @@ def main() -> None:
     options = parser.parse_args()
     kept = ("backbone", "img_size", "limit", "seeds", "first_seed", "epochs", "lr")
     result: dict[str, Any] = {
-        "what": "accuracy after replacing the norms of a BN net",
+        "what": "accuracy after replacing the norms of a BN model",
         "weights": options.bn,
         **{key: getattr(options, key) for key in kept},
     }

@@ -23,4 +23,4 @@ autodoc_inherit_docstrings = False
 napoleon_google_docstring = True
 napoleon_use_ivar = True
 nitpicky = False
-suppress_warnings = ["ref.python", "myst.xref_missing"]
+suppress_warnings = ["ref.python"]

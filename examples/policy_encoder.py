@@ -3,8 +3,8 @@
     python examples/policy_encoder.py
 
 Policies train with a moving average of the weights, on observations that come one after another: both go wrong with
-BatchNorm. A plain exchange of the layers (``num_groups = channels // 16`` is usual) throws away what the weights know.
-With images of the robot's cameras, the conversion is calibrated: no gradient step, some seconds.
+BatchNorm. A plain replacement of the layers (``num_groups = channels // 16`` is usual) loses most of what the weights
+compute. With images of the robot's cameras, the conversion is calibrated: no gradient step, some seconds.
 """
 
 import copy
@@ -37,12 +37,12 @@ def main(backbone: nn.Module | None = None, images: Tensor | None = None) -> tup
     # weights="DEFAULT" loads those of ImageNet, and the images come from the cameras, normalized as the weights expect.
     original = encoder(backbone or resnet18(weights=None)).eval()
     images = torch.randn(16, 3, 96, 96) if images is None else images
-    exchanged = convert_norm(copy.deepcopy(original), "gn", group_size=16)
+    replaced = convert_norm(copy.deepcopy(original), "gn", group_size=16)
     calibrated = convert_norm(copy.deepcopy(original), "gn", num_groups=4, calibration=list(images.split(8)))
     with torch.no_grad():
         right = original[:-1](images)
-        errors = [float((model[:-1](images) - right).var() / right.var()) for model in (exchanged, calibrated)]
-    print(f"error of the feature maps: exchanged {errors[0]:.0%}, calibrated {errors[1]:.0%} of their variance")
+        errors = [float((model[:-1](images) - right).var() / right.var()) for model in (replaced, calibrated)]
+    print(f"error of the feature maps: replaced {errors[0]:.0%}, calibrated {errors[1]:.0%} of their variance")
     return errors[0], errors[1]
 
 

@@ -13,7 +13,7 @@ from gn_transfer.__main__ import COMMANDS
 from gn_transfer.commands import backbones, compare, data, demo, doctor, export, predict, reestimate, report, sweep
 from gn_transfer.commands.short_help import DATA_COMMANDS
 from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA
-from gn_transfer.data import ImageDataModule
+from gn_transfer.data import ImageDataModule, SegmentationDataModule
 
 INTRODUCTION = """\
 # Configuration reference
@@ -24,10 +24,26 @@ texts, and the keys of Lightning's `trainer.*` as well.
 """
 
 
+_ALONE = (
+    ("seed_everything", 0, "One seed for weights, split, order and augmentation."),
+    ("samples", None, "Images to train on, with repetitions, in place of `trainer.max_epochs`."),
+    ("memory_limit", None, "GiB that the training may take, for `data.batch_size: auto`; null takes what is free."),
+    ("allow_class_path", False, "Files may name any class, which can then run any code. Command line only."),
+    ("dry_run", False, "Print the plan and stop. Command line only."),
+)
+
+
 def configuration() -> str:
     """Describe the keys, group by group."""
-    parts = [INTRODUCTION, "## data\n", "`--data NAME` chooses the data module. All of them have these keys:\n"]
+    parts = [INTRODUCTION, "## Without a group\n", "| key | default | meaning |\n|---|---|---|"]
+    parts += [f"| `{name}` | `{written(default)}` | {meaning} |" for name, default, meaning in _ALONE]
+    parts += ["\n## data\n", "`--data NAME` chooses the data module. Those of images by class have these keys:\n"]
     parts.append(table("data", ImageDataModule))
+    parts.append(
+        "Data modules of images with masks have them, too, except `data.min_crop_scale` and `data.shots_per_class`. "
+        "They also have:\n"
+    )
+    parts.append(table("data", SegmentationDataModule))
     for kind in DATA:
         parts += [f"### {kind.__name__}\n", parse(kind.__doc__ or "").short_description or "", "", table("data", kind)]
     for group, kind in {**CONFIGS, **CALLBACKS}.items():
@@ -43,7 +59,11 @@ def configuration() -> str:
 
 def table(group: str, kind: type) -> str:
     """Write the parameters of a class as a table of keys."""
-    texts = {found.arg_name: " ".join((found.description or "").split()) for found in parse(kind.__doc__ or "").params}
+    texts = {
+        found.arg_name: " ".join((found.description or "").split())
+        for found in parse(kind.__doc__ or "").params
+        if found.args[0] == "param"
+    }
     rows = ["| key | default | meaning |", "|---|---|---|"]
     for name, parameter in inspect.signature(kind).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD or name not in texts or name == "seed":
@@ -82,8 +102,12 @@ def commands() -> str:
             parts.append(
                 "`--config NAME` reads a file or a built-in configuration, `--ckpt_path PATH` a checkpoint (`last` is "
                 "the newest of the configuration), `--KEY VALUE` sets a key of the [configuration](configuration.md), "
-                "`--dry_run` prints the plan and stops. PATH in place of `--config` recognizes a folder of images, a "
-                "run or a checkpoint" + (", and `--name NAME` names the run's folder." if name == "fit" else ".") + "\n"
+                "`--dry_run` prints the plan and stops. PATH in place of `--config` is "
+                + (
+                    "a folder of images, and `--name NAME` names the run's folder.\n"
+                    if name == "fit"
+                    else "a checkpoint, a run's folder, or the folder of images of a run.\n"
+                )
             )
         if name == "data":
             parts.append(

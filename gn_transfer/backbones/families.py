@@ -7,5 +7,5 @@ TESTED_FAMILIES = (
     *("semnasnet_075", "lcnet_050", "tinynet_e", "inception_v3", "res2net50_14w_8s", "resnest14d", "skresnet18"),
     *("cspresnet50", "dpn48b", "selecsls42b", "vovnet39a", "xception41", "rexnet_100", "legacy_seresnet18"),
 )
-"""A test takes a training step with each under bn, bn_frozen, gn and gn_ws; ``benchmarks/families.py`` fits and exports
-each."""
+"""A test takes a training step with each under bn, bn_frozen, gn and gn_ws; ``benchmarks/families.py`` trains and
+exports each under bn, bn_frozen, gn and calibrated gn."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +15,8 @@ from torch import Tensor
 from gn_transfer.backbones import hub
 from gn_transfer.backbones.packages import PACKAGES, read_package
 from gn_transfer.backbones.released import Card, TrainedNorm, card_beside, find_card, read_released
-from gn_transfer.config import ConfigError
+from gn_transfer.config import ConfigError, shortened
+from gn_transfer.files import parse_json, read_text
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz", ".ckpt")
 """Files that ``model.pretrained`` may name."""
@@ -198,17 +198,17 @@ def _of_card(card: Card, path: Path) -> Weights:
 
 def _with_timm_config(weights: Weights, path: Path) -> Weights:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_text(path))
         stated = content.get("pretrained_cfg", content)
         tag = str(stated.get("tag", ""))
         return replace(
             weights,
             architecture=str(content["architecture"]),
             pretrained_on=pretraining_datasets(tag),
-            mean=tuple(stated["mean"]),
-            std=tuple(stated["std"]),
+            mean=_of_channels(stated["mean"]),
+            std=_of_channels(stated["std"]),
         )
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path} beside the weights is not timm's config.json ({type(error).__name__}: {error}); correct it, or "
             "move it away to take architecture and pixel statistics from model.backbone."
@@ -218,19 +218,35 @@ def _with_timm_config(weights: Weights, path: Path) -> Weights:
 def _with_state(weights: Weights, path: Path) -> Weights:
     content = _load(path)
     if isinstance(content, dict) and isinstance(content.get("gn_transfer"), dict):  # a checkpoint of our own
-        ours = content["gn_transfer"]
-        model, report = ours["architecture"], ours["transfer_report"]
-        data = ours.get("config", {}).get("data", {}).get("class_path", UNKNOWN).rpartition(".")[2]
-        first = report.get("pretrained_on") or (report["source"] if report["source"] != "from scratch" else "")
-        weights = replace(
-            weights,
-            architecture=model["architecture"],
-            pretrained_on=f"{first}, then {data}" if first else data,
-            norm=TrainedNorm(model["norm"], model["num_groups"], model["group_size"]),
-            mean=tuple(model["mean"]),
-            std=tuple(model["std"]),
-        )
+        try:
+            weights = _with_description(weights, content["gn_transfer"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"model.pretrained={path} does not describe its model as a checkpoint of gn-transfer does "
+                f"({type(error).__name__}: {error}); use another checkpoint of the run."
+            ) from error
     return replace(weights, state=_tensors(content, path))
+
+
+def _with_description(weights: Weights, ours: Mapping[str, Any]) -> Weights:
+    model, report = ours["architecture"], ours["transfer_report"]
+    data = str(ours.get("config", {}).get("data", {}).get("class_path", UNKNOWN)).rpartition(".")[2]
+    first = report.get("pretrained_on") or (report["source"] if report["source"] != "from scratch" else "")
+    return replace(
+        weights,
+        architecture=str(model["architecture"]),
+        pretrained_on=f"{first}, then {data}" if first else data,
+        norm=TrainedNorm(model["norm"], model["num_groups"], model["group_size"]),
+        mean=_of_channels(model["mean"]),
+        std=_of_channels(model["std"]),
+    )
+
+
+def _of_channels(values: Any) -> tuple[float, ...]:
+    """Take a mean or a deviation of the pixels of each channel."""
+    if not isinstance(values, list | tuple) or len(values) not in (1, 3):
+        raise ValueError(f"{shortened(values)} is no value for each channel")
+    return tuple(float(value) for value in values)
 
 
 def _load(path: Path) -> Any:
@@ -257,6 +273,7 @@ def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    named = isinstance(content, dict) and bool(content) and all(isinstance(key, str) for key in content)
+    if not named or not all(isinstance(value, Tensor) for value in content.values()):
         raise ConfigError(f"model.pretrained={path} holds no state dict; give a file of named tensors.")
     return {key.removeprefix("model."): value for key, value in content.items()}

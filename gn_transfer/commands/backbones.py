@@ -1,4 +1,4 @@
-"""The command ``backbones``: which models have weights for which norm, and downloading them."""
+"""List the models that have weights for a norm, or download weights."""
 
 from __future__ import annotations
 

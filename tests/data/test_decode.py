@@ -140,6 +140,22 @@ def test_truncated_is_refused_by_both_looks(tmp_path: Path, gradient: Image.Imag
         decode_image(path)
 
 
+def test_a_jpeg_of_thousands_of_scans_is_not_decoded(tmp_path: Path, gradient: Image.Image) -> None:
+    content = io.BytesIO()
+    gradient.save(content, "JPEG", progressive=True)
+    data = content.getvalue()
+    last = data.rindex(b"\xff\xda")
+    assert data.count(b"\xff\xda") < 20
+    with pytest.raises(BadImageError, match="more than 100 scans"):
+        decode_image(data[:last] + data[last:-2] * 101 + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("content", [b"P1\n2 2\n0 1 1 0\n", b"P3\n1 1\n255\n1 2 3\n"])
+def test_formats_of_plain_text_are_no_images(content: bytes) -> None:
+    with pytest.raises(BadImageError, match="not an image"):
+        decode_image(content)
+
+
 def test_faulty_data_before_the_end_marker_is_tolerated(
     tmp_path: Path, gradient: Image.Image, capfd: pytest.CaptureFixture[str]
 ) -> None:
