@@ -3,9 +3,9 @@
 Measures, for one backbone with BN weights:
 
 - `source`: top-1 right after the replacement, with the model's own head, no training: the BN original, the naive copy
-  of its affine into group norms, the calibrated conversion for several numbers of groups and of images, the distilled one,
-  and the real GN+WS model where one is given. On Tiny-ImageNet's validation images, or for weights of ImageNet on the
-  images of those breeds of pets5 that are classes of ImageNet.
+  of its affine into group norms, the calibrated conversion for several numbers of groups and of images, the distilled
+  one, and the real GN+WS model where one is given. On Tiny-ImageNet's validation images, or for weights of ImageNet on
+  the images of those breeds of pets5 that are classes of ImageNet.
 - `probe`: five-fold accuracy of a logistic regression on the pooled features of the 500 trainval images of pets5.
 - `recovered` is the share of the way from the naive copy to the BN original, of either figure.
 - `finetune`: test accuracy on pets5 after `gn-transfer fit` at batch size 1, the same recipe and number of samples for

@@ -149,15 +149,15 @@ def _kept(place: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 def _keep(place: Path, model: nn.Module, head: str, what: Mapping[str, Any]) -> None:
     """Write a conversion, whole or not at all; a full disk costs the next run the computation."""
-    partial = partial_of(place)
     state = {name: tensor.contiguous() for name, tensor in _without_head(model, head).items()}
-    try:
+    with suppress(OSError, SafetensorError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, partial, metadata={"conversion": json.dumps(what)})
-        partial.replace(place)
-    except (OSError, SafetensorError):
-        with suppress(OSError):
-            partial.unlink()
+        partial = partial_of(place)
+        try:
+            save_file(state, partial, metadata={"conversion": json.dumps(what)})
+            partial.replace(place)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _counted(batch: Tensor, advance: Callable[[], object]) -> Tensor:

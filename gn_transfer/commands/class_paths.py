@@ -21,6 +21,7 @@ import jsonargparse._typehints as typehints
 
 from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA
 from gn_transfer.config import ConfigError, shortened
+from gn_transfer.data import ImageDataModule
 from gn_transfer.yaml_files import parse_yaml, read_yaml
 
 OF_LIGHTNING = {
@@ -42,6 +43,9 @@ ALLOWED = _DATA_NAMES | {
     name for module, names in OF_LIGHTNING.items() for name in (*names, *(f"{module}.{name}" for name in names))
 }
 """Class names that a file may contain."""
+
+_BASES = frozenset({"gn_transfer.ImageDataModule", f"{ImageDataModule.__module__}.ImageDataModule"})
+"""What the parser imports by itself: the type of ``data``."""
 
 _GROUPS = ("data", *CONFIGS, *CALLBACKS, "trainer")
 _TYPED_ONLY = ("config", "ckpt_path", "dry_run")  # say what one call does
@@ -166,7 +170,7 @@ def only_known_classes(typed: Collection[str]) -> Iterator[None]:
 
 
 def _may_be_imported(name: str, typed: Collection[str]) -> bool:
-    return name in ALLOWED or name in typed or name.rpartition(".")[2] in typed
+    return name in ALLOWED or name in _BASES or name in typed or name.rpartition(".")[2] in typed
 
 
 def config_of_checkpoint(stored: Mapping[str, Any], checkpoint: Path) -> tuple[dict[str, Any], list[str]]:

@@ -120,8 +120,8 @@ class TrainingCLI(LightningCLI):
             "--samples",
             type=int | None,
             default=None,
-            help="Images to train on, with repetitions, in place of trainer.max_epochs: below one epoch so many, in whole "
-            "batches; else the nearest number of epochs.",
+            help="Images to train on, with repetitions, in place of trainer.max_epochs: below one epoch so many, in "
+            "whole batches; else the nearest number of epochs.",
         )
         parser.add_argument(
             "--memory_limit",

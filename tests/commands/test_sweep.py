@@ -259,6 +259,28 @@ def test_a_trial_with_a_corrupt_checkpoint_starts_again(pets_root):
     assert run_trial(context, trial).state == "complete"
 
 
+@pytest.mark.parametrize("link", ["checkpoints/sweep_small/TRIAL", "checkpoints/sweep_small", "runs/sweep_small/TRIAL"])
+def test_a_study_removes_nothing_behind_a_link(pets_root, link):
+    """A study's folder from elsewhere says that a trial has ended, and its checkpoints lie behind a link."""
+    context, trial = context_and_trial(pets_root, "grid: {model.norm: [gn_ws]}")
+    outside = Path("outside")
+    (outside / trial.name).mkdir(parents=True)
+    files = [outside / "mine.ckpt", outside / trial.name / "mine.ckpt"]
+    for file in files:
+        file.write_bytes(b"mine")
+    place = Path(link.replace("TRIAL", trial.name))
+    place.parent.mkdir(parents=True)
+    place.symlink_to(outside.resolve())
+    if not link.startswith("runs"):
+        logs = Path("runs/sweep_small", trial.name)
+        logs.mkdir(parents=True)
+        (logs / "metrics.json").write_text('{"status": "finished", "val/acc1": 0.5, "val/loss": 1.0}')
+    outcome = run_trial(context, trial)
+    assert outcome.state == "failed"
+    assert "is a link to" in outcome.reason
+    assert all(file.read_bytes() == b"mine" for file in files)
+
+
 def test_memory_is_stable_from_trial_to_trial(pets_root):
     context, _ = context_and_trial(pets_root, "grid: {model.norm: [gn_ws]}\nseeds: 4")
 
