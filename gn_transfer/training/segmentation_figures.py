@@ -40,7 +40,7 @@ def training_pairs(data: ImageDataModule, count: int) -> np.ndarray:
 
 
 class SegmentationFigures:
-    """The images with the lowest IoU: image, truth, prediction, errors.
+    """The images with the lowest IoU, of those that this process evaluates: image, truth, prediction, errors.
 
     Args:
         classes: Their names.
