@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,10 @@ class Arguments:
         allow_class_path: Files may name any class.
     """
 
-    def __init__(self, command: str, arguments: Sequence[str], *, typed_by_user: bool = True) -> None:
+    def __init__(self, command: str, arguments: Sequence[str], *, typed: Collection[str] | None = None) -> None:
         self.command = command
         self.typed = list(arguments)
-        self.typed_classes = typed_classes(self.typed) if typed_by_user else frozenset[str]()
+        self.typed_classes = typed_classes(self.typed) if typed is None else frozenset(typed)
         path, self.argv = leading_path(["--help" if word == "--help_all" else word for word in arguments])
         self.remarks: list[str] = []
         self.notes: list[str] = []

@@ -142,7 +142,7 @@ def _plan(study: Study, trial: Trial, plans: dict[str, Plan]) -> Plan:
     skipped = ("seed_everything", "optimizer.lr", "optimizer.head_lr")
     key = str({name: value for name, value in trial.identity().items() if name not in skipped})
     if key not in plans:
-        with parsed("fit", [*arguments_of(study, trial), "--dry_run"], quiet_log(), typed_by_user=False) as cli:
+        with parsed("fit", [*arguments_of(study, trial), "--dry_run"], quiet_log(), typed=study.typed_classes) as cli:
             plans[key] = fit(cli)
     return plans[key]
 
@@ -180,7 +180,7 @@ def check_values(study: Study, trials: Sequence[Trial]) -> None:
             continue
         seen |= pairs
         try:
-            with parsed("fit", arguments_of(study, trial), builds=False, typed_by_user=False) as cli:
+            with parsed("fit", arguments_of(study, trial), builds=False, typed=study.typed_classes) as cli:
                 section = cli.parser.instantiate_classes(cli.config).fit
                 section.batch_norm.check(section.model)
                 model = section.model

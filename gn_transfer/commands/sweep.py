@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import yaml
 from rich.console import Console
 
 from gn_transfer.commands import evaluate
+from gn_transfer.commands.class_paths import typed_classes
 from gn_transfer.commands.fit import fit
 from gn_transfer.commands.parsing import Parser
 from gn_transfer.commands.study_checks import check_classes, check_keys, check_values, print_plan, quiet_log
@@ -50,13 +53,15 @@ def run(arguments: Sequence[str]) -> int:
         overrides=overrides,
         allow_class_path=options.allow_class_path,
     )
+    study = replace(study, typed_classes=typed_classes(arguments))
     check_classes(study, overrides)
     check_keys(study)
     foreseen = foresee(study)
     check_values(study, foreseen.trials)
     console = Console(highlight=False)
     known = {**study.settings, **overrides}
-    context = StudyContext(study, Path(known.get("trainer.default_root_dir") or "."), train_trial, test_trial)
+    train = partial(train_trial, typed=study.typed_classes)
+    context = StudyContext(study, Path(known.get("trainer.default_root_dir") or "."), train, test_trial)
     folder = context.root / "runs" / study.name
     url = options.storage or f"sqlite:///{folder / 'study.db'}"
     if options.dry_run:
@@ -98,9 +103,11 @@ def ended_trials(url: str, study: Study, trials: Sequence[Trial]) -> set[str]:
         store.close()
 
 
-def train_trial(arguments: Sequence[str], run: RunFolder, facts: Mapping[str, Any]) -> None:
+def train_trial(
+    arguments: Sequence[str], run: RunFolder, facts: Mapping[str, Any], typed: Collection[str] = ()
+) -> None:
     """Train one configuration in its own folder, without figures: the runs are looked at together."""
-    with parsed("fit", arguments, quiet_log(), typed_by_user=False) as cli:
+    with parsed("fit", arguments, quiet_log(), typed=typed) as cli:
         cli.arguments.config_name = run.name.partition("/")[0]
         fit(cli, run=run, facts=facts, figures=False)
 

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -296,7 +296,7 @@ def parsed(
     log: RunLog | None = None,
     *,
     builds: bool = True,
-    typed_by_user: bool = True,
+    typed: Collection[str] | None = None,
 ) -> Iterator[TrainingCLI]:
     """Parse the command line of ``fit``, ``validate`` or ``test``; the block runs what was parsed.
 
@@ -305,7 +305,7 @@ def parsed(
         arguments: The words behind it.
         log: Where the lines of the run go.
         builds: Build module and data; False only checks the configuration.
-        typed_by_user: The words may name any class; False where they come from a study's file.
+        typed: Classes that the user named, where the words come from a study's file; None takes those in the words.
 
     Yields:
         What was parsed.
@@ -316,7 +316,7 @@ def parsed(
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    prepared = Arguments(command, arguments, typed_by_user=typed_by_user)
+    prepared = Arguments(command, arguments, typed=typed)
     with prepared.files() as argv, quiet_warnings(), quiet_writer(), _own_argv(argv):
         try:
             with nullcontext() if prepared.allow_class_path else only_known_classes(prepared.typed_classes):

@@ -102,6 +102,7 @@ class Study:
         notes: For the report.
         arms: At least one.
         allow_class_path: Its files may name any class.
+        typed_classes: Classes that the user named on the command line.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Study:
     notes: tuple[str, ...]
     arms: tuple[Arm, ...]
     allow_class_path: bool = False
+    typed_classes: frozenset[str] = frozenset()
 
     @property
     def metric(self) -> str:

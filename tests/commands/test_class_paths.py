@@ -353,3 +353,16 @@ def test_a_study_names_no_classes_of_strangers(tmp_path, monkeypatch, capsys, pl
     assert "--allow_class_path" in capsys.readouterr().err
     assert not Path("touched").exists()
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_study_takes_a_class_that_is_typed(folder_root, tmp_path, monkeypatch, capsys, typed):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    key, callback = "trainer.callbacks", "lightning.pytorch.callbacks.LambdaCallback"
+    content = {"base": "folder.yaml", "samples": 8, "set": {"data.root": str(folder_root)}, "seeds": 1}
+    content["grid"] = {"model.norm": ["gn_ws"]} | ({} if typed else {key: [callback]})
+    Path("study.yaml").write_text(yaml.safe_dump(content))
+    words = [f"--{key}", callback] if typed else []
+    assert main(["sweep", "--config", "study.yaml", "--dry_run", *SMALL[:4], *words]) == (0 if typed else 2)
+    assert typed or "--allow_class_path" in capsys.readouterr().err
