@@ -22,6 +22,7 @@ from gn_transfer.data.masks import IGNORED
 from gn_transfer.data.segmentation import SegmentationDataModule
 from gn_transfer.data.tiles import blending_window, padded, tile_places
 from gn_transfer.training.optimizer import OptimizerConfig
+from gn_transfer.training.pixel_counts import count_pixels, mean_iou
 from gn_transfer.training.segmentation_figures import SegmentationFigures, training_pairs
 from gn_transfer.training.task import TransferTask
 
@@ -144,14 +145,8 @@ class TransferSegmenter(TransferTask):
         return losses_over_labeled(logits[labeled].float(), targets[labeled].long())
 
     def score_images(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Count the pixels of every class: in intersection and union of prediction and truth, and in the truth."""
-        preds, targets = logits.argmax(1), targets.long()
-        labeled = targets != IGNORED
-        scores = []
-        for target in range(len(self.classes)):
-            found, true = (preds == target) & labeled, targets == target
-            scores += [(found & true).sum((1, 2)), (found | true).sum((1, 2)), true.sum((1, 2))]
-        return torch.stack(scores).double()
+        """Count the pixels of every class; see :func:`gn_transfer.training.pixel_counts.count_pixels`."""
+        return count_pixels(logits.argmax(1), targets.long(), len(self.classes)).double()
 
     def describe_scores(
         self, scores: Tensor, images: Sequence[LabeledImage]
@@ -162,9 +157,8 @@ class TransferSegmenter(TransferTask):
             columns += [f"{count}:{name}" for count in ("intersection", "union", "pixels")]
         rows = []
         for image, pixels in zip(images, scores.t().tolist(), strict=True):
-            ious = [inside / union for inside, union in zip(pixels[::3], pixels[1::3], strict=True) if union]
-            miou = f"{sum(ious) / len(ious):.5f}" if ious else ""
-            rows.append([image.path, miou, *(int(pixel) for pixel in pixels)])
+            miou = mean_iou(pixels)
+            rows.append([image.path, "" if miou is None else f"{miou:.5f}", *(int(pixel) for pixel in pixels)])
         return columns, rows
 
     def guess(self, scores: Tensor, images: Sequence[LabeledImage]) -> float:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gn_transfer.data import ImageDataModule
 from gn_transfer.data.contact_sheet import Line, contact_sheet
-from gn_transfer.data.masks import IGNORED
 from gn_transfer.data.overlay import legend, mark_errors, overlay, square
 from gn_transfer.data.sampler import epoch_order
+from gn_transfer.training.pixel_counts import count_pixels, mean_iou
 from gn_transfer.training.task import WORST
 
 _SIDE = 192  # of an image on a sheet, in pixels
@@ -55,17 +55,14 @@ class SegmentationFigures:
 
     def update(self, logits: Tensor, images: Tensor, targets: Tensor) -> None:
         """Keep the worst images so far."""
-        predicted = logits.argmax(1).byte().cpu().numpy()
-        for image, pred, target in zip(images, predicted, targets.cpu().numpy(), strict=True):
-            labeled = target != IGNORED
-            if not labeled.any():
+        preds = logits.argmax(1)
+        counts = count_pixels(preds, targets.long(), len(self.classes)).t().tolist()
+        arrays = zip(images, preds.byte().cpu().numpy(), targets.cpu().numpy(), counts, strict=True)
+        for image, pred, target, of_image in arrays:
+            miou = mean_iou(of_image)
+            if miou is None:
                 continue
-            ious = [
-                ((pred == number) & (target == number)).sum() / union
-                for number in range(len(self.classes))
-                if (union := (((pred == number) | (target == number)) & labeled).sum())
-            ]
-            entry = (-float(np.mean(ious)), self._serial, _pixels(image), pred, target)
+            entry = (-miou, self._serial, _pixels(image), pred, target)
             self._serial += 1
             if len(self._heap) < self.worst:
                 heapq.heappush(self._heap, entry)
