@@ -22,7 +22,7 @@ from PIL import Image
 from gn_transfer import load_bundle
 from gn_transfer.__main__ import main
 from gn_transfer.demo.heat_map import laid_over, occlusion, scaled
-from gn_transfer.inference.bundle_files import seal
+from gn_transfer.inference.bundle_files import CARD, METADATA, metadata_sha256, seal
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -166,6 +166,32 @@ def test_a_space_answers_without_torch(bundle, exported_run, tmp_path, monkeypat
         client.close()
     assert main(["demo", str(bundle), "--space", str(space)]) == 2
     assert "exists and holds something; name a new folder" in capsys.readouterr().err
+
+
+PAGE = """
+import json, sys
+from gn_transfer import load_bundle
+from gn_transfer.demo.page import build_page
+print(json.dumps(build_page(load_bundle(sys.argv[1])).get_config_file()))
+"""
+
+
+def test_no_card_is_shown_that_the_bundle_does_not_list(bundle, tmp_path):
+    def shown(folder: Path) -> str:
+        command = [sys.executable, "-W", "ignore", "-c", PAGE, str(folder)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    (tmp_path / "secret").write_text("root:x:0")
+    metadata = json.loads((copy / METADATA).read_text())
+    del metadata["files"][CARD]
+    metadata["sha256"] = metadata_sha256(metadata)
+    (copy / METADATA).write_text(json.dumps(metadata))
+    (copy / CARD).unlink()
+    (copy / CARD).symlink_to(tmp_path / "secret")
+    assert "Model card" in shown(bundle)
+    assert "Model card" not in (page := shown(copy))
+    assert "root:x:0" not in page
 
 
 def test_a_port_in_use(bundle, capsys):
