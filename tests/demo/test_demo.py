@@ -172,7 +172,7 @@ PAGE = """
 import json, sys
 from gn_transfer import load_bundle
 from gn_transfer.demo.page import build_page
-print(json.dumps(build_page(load_bundle(sys.argv[1])).get_config_file()))
+print(json.dumps(build_page(load_bundle(sys.argv[1])).get_config_file(), default=str))
 """
 
 
