@@ -280,6 +280,27 @@ def test_masks_that_are_not_what_they_should_be(folder, change, message):
     assert len(data.train_dataset) + len(data.val_dataset) == 5
 
 
+@pytest.mark.parametrize(
+    ("unknown", "message"),
+    [
+        (range(10, 18), "values 10, 11, 12, 13, 14, 15, 16, 17, which are no class"),
+        (range(10, 19), "a mask with 9 values that are no class, from 10 to 18: soft edges"),
+    ],
+)
+def test_a_few_wrong_values_are_listed(unknown, message):
+    values = MaskValues(CLASSES, {0: 0, 1: 1, 2: 2})
+    with pytest.raises(BadImageError, match=message):
+        values.to_targets(np.array([[0, 1, *unknown]], np.uint8), "mask.png")
+
+
+def test_every_mask_that_was_looked_at_is_counted(folder):
+    rewrite(folder, lambda mask: mask.resize((28, 20)))
+    data, seen = data_of(folder), []
+    splits, _ = list_all(data)
+    check_split_masks(data, splits, threads=2, advance=lambda: seen.append(1))
+    assert len(seen) == 6
+
+
 def test_a_jpeg_is_no_mask(folder):
     path = folder / "masks" / "photo_0.png"
     Image.open(path).save(path.with_suffix(".jpg"))
