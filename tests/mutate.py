@@ -37,7 +37,7 @@ TARGETS = {
     "layers/group_norm.py": ["tests/layers/test_group_norm.py"],
     "layers/std_conv.py": ["tests/layers/test_std_conv.py"],
     "layers/batch_norm.py": ["tests/layers/test_batch_norm.py"],
-    "layers/convert.py": ["tests/layers/test_convert.py"],
+    "layers/convert.py": ["tests/layers/test_convert.py", "tests/layers/test_calibrate.py"],
     "layers/calibrate.py": ["tests/layers/test_calibrate.py"],
     "layers/accumulation_engine.py": [
         "tests/layers/test_accumulation_engine.py",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,15 @@ def test_yaml_with_aliases_and_merged_keys_is_read(tmp_path: Path) -> None:
     assert read_yaml(path)["own"] == {"lr": 0.1, "norm": "gn"}
 
 
+def test_an_alias_counts_as_much_as_what_it_stands_for(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(f"many: [{'1,' * 60_000}1]\nfew: &few [2, 3]\nagain: *few\n")
+    assert read_yaml(path)["again"] == [2, 3]
+    path.write_text(f"many: &many [{'1,' * 60_000}1]\nagain: *many\n")
+    with pytest.raises(ValueError, match="more than 100,000 values"):
+        read_yaml(path)
+
+
 def test_a_pipe_is_no_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
     os.mkfifo(path)
@@ -89,6 +100,15 @@ def test_leftovers_of_killed_processes_go_away(tmp_path: Path) -> None:
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {f".b.{os.getpid()}.part", ".hidden.part", "x.part", "lost", "kept"}
     remove_leftovers(tmp_path / "nowhere")
+
+
+def test_what_a_running_process_writes_is_left_alone(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as running:
+        (tmp_path / f".a.{running.pid}.part").touch()
+        (tmp_path / ".b.1.part").touch()  # the first process of the system, which may not be ours to ask
+        remove_leftovers(tmp_path)
+        assert len(list(tmp_path.iterdir())) == 2
+        running.communicate(b"\n")
 
 
 def test_a_file_that_cannot_be_written_is_named_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import permutation_test
 
-from gn_transfer.comparison.statistics import holm, interval, sign_flip_test
+from gn_transfer.comparison.statistics import MOST_ENUMERATED, holm, interval, sign_flip_test
 from gn_transfer.report.predictions import RESAMPLES, PixelPredictions, Predictions, image_weights
 
 
@@ -27,6 +27,12 @@ def test_exact_p_is_that_of_scipy(pairs):
     values = np.random.default_rng(pairs).normal(0.4, 1.0, pairs)
     expected = permutation_test((values,), np.mean, permutation_type="samples", n_resamples=np.inf)
     assert sign_flip_test(list(values)).p == pytest.approx(expected.pvalue)
+
+
+def test_all_sign_patterns_of_sixteen_pairs_are_counted():
+    test = sign_flip_test([0.1] * MOST_ENUMERATED)
+    assert (test.exact, test.p) == (True, 2 / 2**MOST_ENUMERATED)
+    assert not sign_flip_test([0.1] * (MOST_ENUMERATED + 1)).exact
 
 
 def test_many_pairs_are_sampled_and_never_reach_zero():

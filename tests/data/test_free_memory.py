@@ -72,6 +72,20 @@ print(available_ram_bytes())
     assert 0 < int(done.stdout) < 300 * MIB
 
 
+def test_what_is_left_of_a_limit(monkeypatch):
+    limits = {free_memory.resource.RLIMIT_AS: 100 * MIB, free_memory.resource.RLIMIT_DATA: 50 * MIB}
+    monkeypatch.setattr(free_memory.resource, "getrlimit", lambda kind: (limits[kind], limits[kind]))
+    assert list(free_memory._of_limits({"VmSize:": 30 * 1024, "VmData:": 20 * 1024})) == [70 * MIB, 30 * MIB]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the files of Linux")
+def test_nothing_above_the_root_of_the_groups_is_looked_at(place):
+    root, names = place("0::/job\n"), ("memory.max", "memory.current")
+    group(root / "job", names, str(200 * MIB), 100 * MIB, ("inactive_file", 0))
+    group(root.parent, names, str(10 * MIB), 9 * MIB, ("inactive_file", 0))
+    assert available_ram_bytes() == 100 * MIB
+
+
 def test_this_machine():
     free, resident = available_ram_bytes(), resident_bytes()
     assert free is None or free > 0

@@ -61,6 +61,26 @@ def test_the_skip_is_used_up_by_one_whole_iteration() -> None:
     assert len(list(sampler)) == 10
 
 
+def test_a_new_sampler_begins_with_the_first_epoch() -> None:
+    assert next(iter(EpochSampler(4, 2, seed=0, shuffle=False))) == (0, 0)
+
+
+def test_a_later_resume_is_not_used_up_by_an_iteration_before_it() -> None:
+    sampler = EpochSampler(10, 3, 7, True)
+    sampler.resume_at(1, 1)
+    iteration = iter(sampler)
+    next(iteration)
+    sampler.resume_at(1, 2)
+    list(iteration)
+    assert len(keys(sampler, 1)) == 4
+    sampler = EpochSampler(10, 3, 7, True)
+    iteration = iter(sampler)
+    next(iteration)
+    sampler.resume_at(0, 2)
+    list(iteration)
+    assert len(keys(sampler, 0)) == 4
+
+
 def test_resume_waits_for_its_epoch() -> None:
     sampler = EpochSampler(10, 3, 7, True)
     sampler.resume_at(2, 1)

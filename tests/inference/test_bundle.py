@@ -275,6 +275,22 @@ def test_values_in_another_file_are_refused_however_they_are_written(tmp_path):
             check_graph(tmp_path / "x.onnx")
 
 
+def test_functions_and_numbers_of_a_fixed_size_are_read(tmp_path):
+    node = bytes([4 << 3 | 2, 4]) + b"Loop"
+    function = bytes([7 << 3 | 2, len(node)]) + node
+    model = bytes([(25 << 3 | 2) & 0x7F | 0x80, 1, len(function)]) + function
+    (tmp_path / "x.onnx").write_bytes(model)
+    with pytest.raises(ConfigError, match="holds the operator 'Loop'"):
+        check_graph(tmp_path / "x.onnx")
+    external = bytes([13 << 3 | 2, 0])
+    tensor = bytes([5 << 3 | 2, len(external)]) + external
+    for before in (bytes([3 << 3 | 1]) + bytes(8), bytes([3 << 3 | 5]) + bytes(4)):
+        graph = before + tensor
+        (tmp_path / "x.onnx").write_bytes(bytes([7 << 3 | 2, len(graph)]) + graph)
+        with pytest.raises(ConfigError, match="keeps values in another file"):
+            check_graph(tmp_path / "x.onnx")
+
+
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("operator", ["Loop", "If", "Scan"])
 def test_operators_that_may_never_end_are_refused(bundle_dir, seal, operator, inside):

@@ -197,3 +197,27 @@ def test_a_layer_without_one_of_its_statistics_has_no_function(lacking):
     assert BatchNormFunction.of(layer) is not None
     setattr(layer, lacking, None)
     assert BatchNormFunction.of(layer) is None
+
+
+def test_a_later_layer_is_fitted_to_what_the_converted_model_gives_it():
+    """Least squares of the second batch norm's output on the second group norm's normalized input, channel by channel."""
+    torch.manual_seed(0)
+    original = settle(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    )
+    images = torch.randn(6, 3, 12, 12)
+    converted = convert_norm(copy.deepcopy(original), "gn", num_groups=2, calibration=[images])
+    with torch.no_grad():
+        y = original(images).transpose(0, 1).flatten(1).double()
+        z = nn.functional.group_norm(converted[:4](images), 2).transpose(0, 1).flatten(1).double()
+    for channel in range(8):
+        columns = torch.stack([z[channel], torch.ones_like(z[channel])], 1)
+        gamma, beta = torch.linalg.lstsq(columns, y[channel][:, None]).solution.flatten()
+        assert converted[4].weight[channel].item() == pytest.approx(gamma.item(), abs=1e-4)
+        assert converted[4].bias[channel].item() == pytest.approx(beta.item(), abs=1e-4)
+
+
+def test_images_are_counted_once_however_many_layers_they_reach():
+    model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)))
+    with pytest.warns(UserWarning, match="calibrated on 5 images"):
+        convert_norm(model, "gn", calibration=[torch.randn(5, 3, 8, 8)])

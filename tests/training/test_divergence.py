@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gn_transfer.__main__ import main
-from gn_transfer.training.divergence import is_finite
+from gn_transfer.training.divergence import DivergenceCheck, _images_of, is_finite
+from gn_transfer.training.predictions import ImagePredictions
 
 OPTIONS = {
     "data.img_size": "32",
@@ -89,3 +91,41 @@ def test_finite_modules():
     assert is_finite(module)
     module[1].running_var[0] = float("inf")
     assert not is_finite(module)
+
+
+class Task:
+    monitor = "val/acc1"
+
+    def guess(self, scores, images):
+        return 0.5
+
+
+def trainer_with(accuracy):
+    return SimpleNamespace(
+        sanity_checking=False,
+        state=SimpleNamespace(fn="fit"),
+        callback_metrics={"val/acc1": torch.tensor(accuracy), "val/loss": torch.tensor(1.0)},
+        callbacks=[ImagePredictions()],
+        datamodule=SimpleNamespace(val_dataset=SimpleNamespace(images=[])),
+        optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])],
+        current_epoch=1,
+    )
+
+
+@pytest.mark.parametrize(("accuracies", "warned"), [((0.5, 0.4), 1), ((0.5, 0.6, 0.5), 0), ((0.6, 0.6), 0)])
+def test_two_validations_in_a_row_at_the_level_of_guessing_are_said(accuracies, warned):
+    callback, said = DivergenceCheck(), []
+    callback.say = said.append
+    for accuracy in accuracies:
+        callback.on_validation_end(trainer_with(accuracy), Task())
+    assert len(said) == warned
+
+
+def test_at_most_four_images_of_a_batch_are_named():
+    sampler = SimpleNamespace(num_samples=6, seed=0, shuffle=False, rank=0, world_size=1, batch_size=6)
+    images = [SimpleNamespace(path=f"{number}.jpg") for number in range(6)]
+    data = SimpleNamespace(train_sampler=sampler, train_dataset=SimpleNamespace(images=images))
+    trainer = SimpleNamespace(datamodule=data, current_epoch=0)
+    assert _images_of(trainer, 0) == "0.jpg, 1.jpg, 2.jpg, 3.jpg and 2 more"
+    sampler.batch_size = 4
+    assert _images_of(trainer, 0) == "0.jpg, 1.jpg, 2.jpg, 3.jpg"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from gn_transfer.config import ConfigError
 from gn_transfer.training.optimizer import OptimizerConfig, create_optimizer, parameter_groups
 from gn_transfer.training.schedules import bit_samples, warmup_constant, warmup_cosine, warmup_staircase
 
@@ -144,3 +145,15 @@ def test_state_saved_in_another_memory_layout_continues_the_same_run(name):
     step(optimizer, first, gradients[1])
     step(resumed, other, gradients[1])
     torch.testing.assert_close(other.detach().contiguous(), first.detach())
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0])
+def test_gradients_are_clipped_to_a_norm_above_zero(norm):
+    with pytest.raises(ConfigError, match=r"optimizer\.clip_norm"):
+        OptimizerConfig(clip_norm=norm)
+    OptimizerConfig(clip_norm=1.0)
+
+
+def test_defaults_are_those_of_the_documentation():
+    config = OptimizerConfig()
+    assert (config.name, config.weight_decay, config.head_lr, config.clip_norm) == ("sgd", 0.0, None, None)
