@@ -200,7 +200,7 @@ def test_a_layer_without_one_of_its_statistics_has_no_function(lacking):
 
 
 def test_a_later_layer_is_fitted_to_what_the_converted_model_gives_it():
-    """Least squares of the second batch norm's output on the second group norm's normalized input, channel by channel."""
+    """Least squares of the second batch norm's output on the second group norm's normalized input, by channel."""
     torch.manual_seed(0)
     original = settle(
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))

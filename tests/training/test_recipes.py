@@ -114,6 +114,11 @@ def test_an_average_is_hand_computed():
     assert ema._kwargs["avg_fn"](torch.tensor(3), torch.tensor(5), 4).item() == 5  # a counter is taken over
 
 
+def test_what_is_said_of_the_weights_that_are_evaluated():
+    assert ExponentialMovingAverage().describe() == "as trained"
+    assert ExponentialMovingAverage(0.5).describe() == "exponential moving average, decay 0.5 per step"
+
+
 def test_freezing_norms_leaves_their_affine_learning_unless_asked():
     for affine, callback in ((True, FreezeBatchNorm()), (False, FreezeBatchNorm(affine=False))):
         module = torch.nn.Sequential(torch.nn.BatchNorm2d(2))
