@@ -18,6 +18,7 @@ from gn_transfer.data.describe import describe_data
 from gn_transfer.data.mask_check import check_split_masks
 from gn_transfer.data.masks import IGNORED, MaskValues
 from gn_transfer.data.pair_augmentation import PairAugmentation
+from gn_transfer.data.pair_layout import holds_pairs
 from gn_transfer.data.tiles import blending_window, tile_starts
 
 CLASSES = ("ground", "cat", "dog")
@@ -387,6 +388,15 @@ def test_splits_that_are_unclear(tmp_path):
     write_pair(tmp_path, "street/photo")
     with pytest.raises(ConfigError, match="street stands beside the split train"):
         set_up(tmp_path)
+
+
+def test_folders_that_hold_pairs(folder, tmp_path):
+    assert holds_pairs(folder)
+    write_pair(tmp_path / "split", "photo", split="train")
+    assert holds_pairs(tmp_path / "split")
+    (tmp_path / "split/train/masks").rename(tmp_path / "split/train/cats")
+    assert not holds_pairs(tmp_path / "split")
+    assert not holds_pairs(tmp_path)
 
 
 def test_masks_of_a_split_that_are_missing(tmp_path):
