@@ -44,18 +44,7 @@ for _tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a YAML file of plain values.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What it holds: mappings, lists, numbers, texts, None.
-
-    Raises:
-        OSError: See :func:`read_text`.
-        ValueError: See :func:`parse_yaml`.
-    """
+    """Read a YAML file of plain values; errors are those of :func:`read_text` and :func:`parse_yaml`."""
     return parse_yaml(read_text(path))
 
 

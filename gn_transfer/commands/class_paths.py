@@ -11,6 +11,7 @@ parser's import of classes: whatever way a name has found to it, no other class 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -111,7 +112,7 @@ def check_file_values(content: Mapping[str, Any], where: str, folder: Path, *, a
 
 
 def typed_classes(words: Sequence[str]) -> frozenset[str]:
-    """Find the classes that a command line names, in the values of options of ``trainer`` and ``data``.
+    """Find the classes that a command line names, in the values of ``data`` and of the objects of ``trainer``.
 
     Args:
         words: The words that the user typed.
@@ -123,7 +124,7 @@ def typed_classes(words: Sequence[str]) -> frozenset[str]:
     found: set[str] = set()
     for option, behind in pairwise([*words, ""]):
         key, equals, value = option.partition("=")
-        if key in ("--data", "--data.class_path") or key.startswith("--trainer."):
+        if key in ("--data", "--data.class_path") or re.match(rf"--trainer\.({'|'.join(_OBJECTS)})\b", key):
             value = value if equals else behind
             found.add(value)
             with suppress(ValueError):
@@ -170,7 +171,9 @@ def only_known_classes(typed: Collection[str]) -> Iterator[None]:
 
 
 def _may_be_imported(name: str, typed: Collection[str]) -> bool:
-    return name in ALLOWED or name in _BASES or name in typed or name.rpartition(".")[2] in typed
+    module, _, short = name.rpartition(".")
+    # A short name is resolved among the classes that are loaded; no file may have another module loaded for it.
+    return name in ALLOWED or name in _BASES or name in typed or (short in typed and module in sys.modules)
 
 
 def config_of_checkpoint(stored: Mapping[str, Any], checkpoint: Path) -> tuple[dict[str, Any], list[str]]:

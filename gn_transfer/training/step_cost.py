@@ -106,7 +106,7 @@ def measure_step(
                 break
         if engine is not None:
             engine.remove()
-        with torch.no_grad():  # a batch of validation is larger
+        with torch.no_grad():  # a batch of validation may need more
             number, *sides = evaluation_shape
             many = pixels[:1, :, :1, :1].expand(number, -1, *sides)
             model.eval()(many.contiguous(memory_format=memory_format))

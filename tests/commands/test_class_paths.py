@@ -11,12 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import jsonargparse._typehints as typehints
 import pytest
 import torch
 import yaml
 
 from gn_transfer.__main__ import main
-from gn_transfer.commands.class_paths import OF_LIGHTNING, config_of_checkpoint, read_config
+from gn_transfer.commands.class_paths import (
+    OF_LIGHTNING,
+    config_of_checkpoint,
+    only_known_classes,
+    read_config,
+    typed_classes,
+)
 from gn_transfer.config import ConfigError
 
 SMALL = ["--model.backbone", "resnetv2_18", "--data.img_size", "32", "--trainer.max_epochs", "1"]
@@ -290,6 +297,36 @@ def test_no_name_of_a_file_makes_its_classes_known(folder_root, tmp_path, monkey
         assert main(["fit", "--config", name, *arguments]) == 2
         assert "--allow_class_path" in capsys.readouterr().err
         assert not Path("touched").exists()
+
+
+def test_words_of_other_options_name_no_classes():
+    words = [
+        "fit",
+        "Popen",
+        "--config=Popen.yaml",
+        "--data.root",
+        "Popen",
+        "--trainer.max_time",
+        "Popen",
+        "--name=Popen",
+    ]
+    assert not typed_classes(words)
+    words = [
+        "--trainer.logger.class_path",
+        "A",
+        "--trainer.callbacks+=b.B",
+        "--trainer.callbacks",
+        "[{class_path: c.C}]",
+    ]
+    assert {"A", "b.B", "c.C"} <= typed_classes(words)
+
+
+def test_a_short_name_that_is_typed_loads_no_module(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil_other.py").write_text("class Timer:\n    pass\n")
+    with pytest.raises(ConfigError, match=r"names the class evil_other\.Timer"), only_known_classes({"Timer"}):
+        typehints.import_object("evil_other.Timer")
+    assert "evil_other" not in sys.modules
 
 
 def test_what_slips_through_the_look_at_a_file_is_not_imported(folder_root, tmp_path, monkeypatch, capsys):
