@@ -264,7 +264,8 @@ def allowed_survivors() -> set[tuple[str, str, str]]:
     entries = set()
     for line in ALLOWED.read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
-            module, text, change, reason = (part.strip() for part in line.split(" | "))
+            module, rest = line.split(" | ", 1)
+            text, change, reason = rest.rsplit(" | ", 2)  # code may hold the sign
             assert reason
             entries.add((module, text, change))
     return entries

@@ -28,7 +28,7 @@ def available_ram_bytes() -> int | None:
         places = Path("/proc/self/cgroup").read_text(encoding="ascii", errors="replace").splitlines()
     except (OSError, KeyError):
         return None
-    return max(0, min(total, *_of_control_groups(places), *_of_limits(status)))
+    return max(0, min([total, *_of_control_groups(places), *_of_limits(status)]))
 
 
 def resident_bytes() -> int | None:

@@ -10,9 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from gn_transfer.backbones import create_backbone, released, resolve_pretrained
-from gn_transfer.backbones.released import Card, Preprocessing, TrainedNorm, Training, cards, find_card, write_released
+from gn_transfer.backbones.released import (
+    Card,
+    Preprocessing,
+    TrainedNorm,
+    Training,
+    card_beside,
+    cards,
+    find_card,
+    round_to_half,
+    write_released,
+)
 from gn_transfer.config import ConfigError
 from gn_transfer.files import sha256
 
@@ -101,7 +112,7 @@ def test_a_changed_file_is_refused(folder):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"is not what its card describes: sha256 \w{12}\.\.\. instead of"):
+    with pytest.raises(ConfigError, match=r"describes: sha256 \w{12}\.\.\. instead of \w{12}\.\.\.;"):
         create_backbone("resnetv2_18", norm="bn", num_classes=5, pretrained="auto")
     path.unlink()
     with pytest.raises(ConfigError, match="is missing beside its card"):
@@ -124,6 +135,8 @@ def test_a_corrupt_card(folder):
 def test_weights_beyond_float16_are_not_released(tmp_path):
     with pytest.raises(ConfigError, match="beyond float16"):
         write_released({"w": torch.tensor([1e6])}, CARD, tmp_path)
+    with pytest.raises(ConfigError, match=r"^a, b, c: values beyond"):
+        write_released({name: torch.tensor([1e6]) for name in "abcd"}, CARD, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -167,3 +180,29 @@ def test_the_pair_of_this_checkout_is_what_its_cards_say():
         assert found is not None
         assert released.read_released(*found)
         assert found[1].stat().st_size <= released.MAX_BYTES
+
+
+def test_only_a_card_is_taken_for_one(tmp_path):
+    weights = tmp_path / "w.safetensors"
+    assert card_beside(weights) is None
+    (tmp_path / "w.json").write_text("{}")  # of something else
+    assert card_beside(weights) is None
+    (tmp_path / "w.json").write_text('{"sha256": ""}')
+    assert card_beside(tmp_path / "w.pth") is None
+    with pytest.raises(ConfigError, match="is not a model card"):
+        card_beside(weights)
+
+
+def test_a_model_is_rounded_as_its_file_will_be():
+    model = nn.BatchNorm1d(1)
+    nn.init.constant_(model.weight, 1 / 3)
+    round_to_half(model)
+    assert model.weight.item() == torch.tensor(1 / 3).half().item()
+    assert model.num_batches_tracked.dtype == torch.int64
+
+
+def test_a_file_of_the_largest_size_is_released(tmp_path, monkeypatch):
+    assert released.MAX_BYTES == 25 * 2**20
+    path = write_released({"w": torch.zeros(10)}, CARD, tmp_path)
+    monkeypatch.setattr(released, "MAX_BYTES", path.stat().st_size)
+    write_released({"w": torch.zeros(10)}, CARD, tmp_path)

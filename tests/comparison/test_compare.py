@@ -18,9 +18,11 @@ from gn_transfer.comparison import compare, write_report
 from gn_transfer.comparison.answer import answer
 from gn_transfer.comparison.checks import too_many_contrasts
 from gn_transfer.comparison.figures import batch_panels
+from gn_transfer.comparison.grouping import group_runs, shown
 from gn_transfer.comparison.importance import importances
 from gn_transfer.comparison.tables import as_text, group_count_tables
 from gn_transfer.config import ConfigError
+from gn_transfer.report.runs import Run
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from fabricate import fabricate
@@ -173,6 +175,7 @@ def test_settings_that_others_determine_are_no_groups_of_their_own(tmp_path):
         fabricate(tmp_path, "gn_ws", 1, seed, config={"lr": 0.003})
     report = compare([tmp_path])
     assert report.grouping.keys == ["norm"]
+    assert report.grouping.tied == ["lr"]
     assert "lr differs too: 0.001 for bn; 0.003 for gn_ws." in report.notes
 
 
@@ -518,3 +521,29 @@ def test_two_hundred_runs_without_torch_within_time_and_memory(tmp_path):
     seconds, peak_kib = map(float, output.split()[-2:])
     assert seconds < 30  # of processor time, whatever else runs; about 5 alone
     assert peak_kib < 500 * 1024
+
+
+def test_the_only_group_with_the_baselines_value_serves_all(tmp_path):
+    for norm, batch_size in (("bn", 1), ("gn_ws", 1), ("gn_ws", 4)):
+        fabricate(tmp_path, norm, batch_size, 0)
+    pairs = [(contrast.group.label, contrast.baseline.label) for contrast in compare([tmp_path]).contrasts]
+    assert pairs == [("gn_ws, batch 1", "bn, batch 1"), ("gn_ws, batch 4", "bn, batch 1")]
+    with pytest.raises(ConfigError, match="norm=bn, batch_size=4: no group has all these values"):
+        compare([tmp_path], baseline={"norm": "bn", "batch_size": "4"})
+
+
+def test_groups_stand_by_kind_and_size_of_their_values():
+    runs = [Run(Path(str(n)), {}, {"trainer.max_steps": v}, 0) for n, v in enumerate(("null", 16, -1, None, 4, "auto"))]
+    assert [value for (value,) in group_runs(runs).groups] == [None, -1, 4, 16, "auto", "null"]
+
+
+def test_a_setting_that_half_of_the_groups_have_is_named(tmp_path):
+    for images in (0, 256):
+        fabricate(tmp_path, "bn", 1, 0, config={"reestimate_images": images})
+    labels = [group.label for group in compare([tmp_path]).groups]
+    assert labels == ["batch_norm.reestimate_images 0", "batch_norm.reestimate_images 256"]
+
+
+def test_values_are_shown_as_the_command_line_takes_them():
+    values = (True, False, 0.1 + 0.2, 8.0, 4, "bn", None)
+    assert [shown(value) for value in values] == ["true", "false", "0.3", "8", "4", "bn", "-"]

@@ -43,7 +43,7 @@ def test_many_pairs_are_sampled_and_never_reach_zero():
 
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([0.8, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
 
 

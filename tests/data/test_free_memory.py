@@ -74,7 +74,9 @@ print(available_ram_bytes())
 
 def test_what_is_left_of_a_limit(monkeypatch):
     limits = {free_memory.resource.RLIMIT_AS: 100 * MIB, free_memory.resource.RLIMIT_DATA: 50 * MIB}
-    monkeypatch.setattr(free_memory.resource, "getrlimit", lambda kind: (limits[kind], limits[kind]))
+    monkeypatch.setattr(
+        free_memory.resource, "getrlimit", lambda kind: (limits[kind], free_memory.resource.RLIM_INFINITY)
+    )
     assert list(free_memory._of_limits({"VmSize:": 30 * 1024, "VmData:": 20 * 1024})) == [70 * MIB, 30 * MIB]
 
 
@@ -90,3 +92,33 @@ def test_this_machine():
     free, resident = available_ram_bytes(), resident_bytes()
     assert free is None or free > 0
     assert resident is None or 10 * MIB < resident < 100_000 * MIB
+
+
+def test_lines_without_a_number_do_not_count(tmp_path):
+    (tmp_path / "status").write_text("Name:\tpython\nGroups:\t\n\nVmSize:\t  300 kB\ninactive_file 5\n")
+    assert free_memory._numbers(tmp_path / "status") == {"VmSize:": 300, "inactive_file": 5}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the files of Linux")
+def test_without_a_limit_what_the_kernel_says_counts(place, monkeypatch):
+    """In KiB; as on most desktops, no control group and no ``ulimit`` allow less."""
+    place("0::/\n")
+    no_limit = free_memory.resource.RLIM_INFINITY
+    monkeypatch.setattr(free_memory.resource, "getrlimit", lambda kind: (no_limit, no_limit))
+    numbers = {"/proc/meminfo": {"MemAvailable:": 300 * 1024}, "/proc/self/status": {"RssAnon:": 20 * 1024}}
+    monkeypatch.setattr(free_memory, "_numbers", lambda path: numbers[str(path)])
+    assert (available_ram_bytes(), resident_bytes()) == (300 * MIB, 20 * MIB)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the files of Linux")
+def test_a_group_with_a_colon_in_its_name_and_one_over_its_limit(place):
+    root, names = place("0::/docker:job\n"), ("memory.max", "memory.current")
+    group(root / "docker:job", names, str(100 * MIB), 40 * MIB, ("slab", 7))  # nothing is said of cached files
+    assert available_ram_bytes() == 60 * MIB
+    group(root / "docker:job", names, str(100 * MIB), 150 * MIB, ("slab", 7))
+    assert available_ram_bytes() == 0
+
+
+def test_a_system_without_limits(monkeypatch):
+    monkeypatch.setattr(free_memory, "resource", None)
+    assert list(free_memory._of_limits({"VmSize:": 1})) == []

@@ -16,8 +16,8 @@ from gn_transfer.data.check import list_all
 from gn_transfer.data.decode import BadImageError, decode_mask
 from gn_transfer.data.describe import describe_data
 from gn_transfer.data.mask_check import check_split_masks
-from gn_transfer.data.masks import IGNORED, MaskValues
-from gn_transfer.data.pair_augmentation import PairAugmentation
+from gn_transfer.data.masks import IGNORED, MaskValues, describe_shares
+from gn_transfer.data.pair_augmentation import PairAugmentation, pair_pipeline
 from gn_transfer.data.pair_layout import holds_pairs
 from gn_transfer.data.tiles import blending_window, tile_starts
 
@@ -465,3 +465,35 @@ def test_tiles_cover_and_blend():
 def test_values():
     values = MaskValues(("a", "b"), {7: 0, 9: 1}, frozenset({3}))
     assert values.to_targets(np.array([[7, 9, 3]], np.uint8), "x").tolist() == [[0, 1, IGNORED]]
+
+
+def test_a_split_that_lacks_its_images_or_training(tmp_path):
+    write_pair(tmp_path / "one", "val/photo")
+    with pytest.raises(ConfigError, match=r"no folder train; there: val\."):
+        set_up(tmp_path / "one")
+    write_pair(tmp_path / "two", "photo", split="train")
+    (tmp_path / "two/train/images").rename(tmp_path / "two/train/photos")
+    with pytest.raises(ConfigError, match="train: no folder images; put images into images"):
+        set_up(tmp_path / "two")
+    for name in "abcdefg":
+        (tmp_path / "three" / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"there: a, b, c, d, e\. Put"):
+        set_up(tmp_path / "three")
+
+
+def test_pipelines_whose_results_do_not_fit(folder, tmp_path):
+    pad = A.PadIfNeeded(min_height=32, min_width=32, fill_mask=IGNORED)
+    for name, transforms in (("size", [pad]), ("floats", [pad, A.RandomCrop(32, 32), A.Normalize()])):
+        wrong = pipeline_file(tmp_path / f"{name}.yaml", *transforms)
+        with pytest.raises(ConfigError, match=r"gives an image of shape .*leave Normalize and ToTensorV2 out"):
+            set_up(folder, augmentation=wrong)
+
+
+def test_recipes_scale_and_color_as_they_say():
+    scale, *_, color = pair_pipeline("strong", 64).transforms
+    assert scale.scale_limit == (-0.25, 0.5)
+    assert (color.brightness, color.contrast, color.saturation) == ((0.6, 1.4),) * 3
+
+
+def test_the_share_of_a_single_pixel():
+    assert describe_shares({"ground": 1}) == "ground 100.0% of the pixels"

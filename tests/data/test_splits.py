@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +13,14 @@ from hypothesis import strategies as st
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.sampler import epoch_order
-from gn_transfer.data.splits import balanced_weights, few_shots, file_identities, find_copies, stratified_split
+from gn_transfer.data.splits import (
+    balanced_weights,
+    few_shots,
+    file_identities,
+    find_copies,
+    split_digest,
+    stratified_split,
+)
 
 NAMES = [f"{breed}_{number}" for breed, count in (("a", 10), ("b", 4), ("c", 2)) for number in range(count)]
 TARGETS = [0] * 10 + [1] * 4 + [2] * 2
@@ -151,3 +160,34 @@ def test_copies_are_equal_bytes_whatever_their_names(tmp_path: Path) -> None:
             (folder / name).write_bytes(content)
     found = find_copies(here, [*contents[here], "missing"], there, [*contents[there], "missing too"])
     assert found == {"a": "y", "e": "y"}
+
+
+def test_published_shots_and_digests_stay() -> None:
+    names, targets = [f"{number:02}" for number in range(20)], [number % 2 for number in range(20)]
+    assert few_shots(names, targets, 3, 0, names_of="ab") == [1, 2, 5, 10, 12, 15]
+    assert few_shots(names, targets, 3, 7, names_of="ab") == [3, 4, 5, 8, 15, 16]
+    assert split_digest(["b.jpg", "a.jpg"]) == hashlib.sha256(b"a.jpg\0b.jpg").hexdigest()[:16]
+
+
+def test_files_with_equal_ends_are_read_whole(tmp_path: Path) -> None:
+    for name, content in (("a", b"1" + bytes(5000)), ("x", b"2" + bytes(5000)), ("b", b"1"), ("y", b"1")):
+        (tmp_path / name).write_bytes(content)
+        os.utime(tmp_path / name, (1, 1))
+    assert find_copies(tmp_path, ["a", "b"], tmp_path, ["x", "y"]) == {"b": "y"}
+
+
+def test_files_with_other_ends_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gn_transfer.data.splits.filecmp.cmp", lambda *_, **__: pytest.fail("read whole"))
+    for name, end in (("a", b"1"), ("x", b"2")):
+        (tmp_path / name).write_bytes(bytes(5000) + end)
+    assert find_copies(tmp_path, ["a"], tmp_path, ["x"]) == {}
+
+
+def test_a_file_that_cannot_be_read_is_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object, **__: object) -> bool:
+        raise OSError("gone")
+
+    monkeypatch.setattr("gn_transfer.data.splits.filecmp.cmp", gone)
+    for name in ("a", "x"):
+        (tmp_path / name).write_bytes(b"equal")
+    assert find_copies(tmp_path, ["a"], tmp_path, ["x"]) == {}

@@ -265,6 +265,7 @@ def test_values_in_another_file_are_refused_however_they_are_written(tmp_path):
         bytes([5 << 3 | 2, len(tensor)]) + tensor,
         bytes([5 << 3 | 2, 0x80 | len(tensor), 0x80, 0]) + tensor,
         bytes([15 << 3 | 2, len(sparse)]) + sparse,
+        bytes([5 << 3 | 2, 2, 14 << 3, 1]),  # only said to be in another file
     ):
         (tmp_path / "x.onnx").write_bytes(bytes([7 << 3 | 2, len(content)]) + content)
         with pytest.raises(ConfigError, match="keeps values in another file, which no export does; refused"):
@@ -368,3 +369,38 @@ def test_one_call_loads_what_a_training_leaves(bundle_dir, tmp_path):
         assert not loaded.training
     with pytest.raises(ConfigError, match="neither a bundle"):
         gn_transfer.load(tmp_path)
+
+
+def message(number: int, content: bytes = b"") -> bytes:
+    """A field that holds a message of fewer than 128 bytes, as protobuf writes it."""
+    key = number << 3 | 2
+    return bytes([key] if key < 128 else [key & 127 | 128, key >> 7]) + bytes([len(content)]) + content
+
+
+def test_values_of_attributes_are_looked_at(tmp_path):
+    path, elsewhere = tmp_path / "x.onnx", message(13)
+    tensor, graph, sparse = (5, elsewhere), (6, message(5, elsewhere)), (22, message(1, elsewhere))
+    tensors, graphs, several_sparse = (10, elsewhere), (11, message(5, elsewhere)), (23, message(2, elsewhere))
+    for number, content in (tensor, graph, sparse, tensors, graphs, several_sparse):
+        path.write_bytes(message(7, message(1, message(5, message(number, content)))))
+        with pytest.raises(ConfigError, match="keeps values in another file"):
+            check_graph(path)
+
+
+@pytest.mark.parametrize("outer", [(7, 1), (25, 7)])  # a graph, a function
+def test_graphs_are_inside_each_other_at_most_eight_times(tmp_path, outer):
+    path, attribute = tmp_path / "x.onnx", message(5, message(6))
+    for depth in range(1, 10):
+        path.write_bytes(message(outer[0], message(outer[1], attribute)))
+        if depth <= 8:
+            check_graph(path)
+        attribute = message(5, message(6, message(1, attribute)))
+    with pytest.raises(ConfigError, match="is no graph of ONNX"):
+        check_graph(path)
+
+
+def test_a_number_has_at_most_ten_bytes(tmp_path):
+    path = tmp_path / "x.onnx"
+    path.write_bytes(b"\x3a" + b"\x80" * 10 + b"\0")
+    with pytest.raises(ConfigError, match="is no graph of ONNX"):
+        check_graph(path)

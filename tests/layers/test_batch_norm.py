@@ -14,6 +14,7 @@ from gn_transfer.layers import (
     corrected_momentum,
     reestimate_statistics,
 )
+from gn_transfer.layers.batch_norm import cuda_available, inputs_of
 
 
 def filled(norm):
@@ -111,3 +112,46 @@ def test_reestimating_on_one_batch_gives_what_training_on_it_computes(kind):
 def test_corrected_momentum_forgets_as_fast_per_image():
     assert (1 - corrected_momentum(4)) ** 4 == pytest.approx(0.9)
     assert corrected_momentum(32) == pytest.approx(1 - 0.81)
+
+
+def test_frozen_refuses_what_batch_norm_refuses():
+    with pytest.raises(ValueError, match="expected 4D input"):
+        FrozenBatchNorm2d(6)(torch.randn(2, 6))
+
+
+def test_only_the_layers_that_are_given_are_reestimated():
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.BatchNorm2d(1))
+    images = torch.randn(1, 4, 1, 3, 3) + 5.0
+    assert reestimate_statistics(model, images, layers=[model[1]]) == 1
+    assert model[0].running_mean.item() == 0.0
+    assert model[1].running_mean.item() == pytest.approx(images.mean().item(), abs=1e-3)
+
+
+def test_dropout_is_off_while_statistics_are_reestimated():
+    model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(1)).train()
+    reestimate_statistics(model, [torch.ones(4, 1, 8, 8)])
+    assert model[1].running_var.item() == 0.0
+    assert model[0].training
+
+
+def test_two_values_have_an_unbiased_variance():
+    norm = nn.BatchNorm2d(1)
+    reestimate_statistics(norm, torch.tensor([1.0, 5.0]).view(1, 2, 1, 1, 1))
+    assert norm.running_var.item() == pytest.approx(8.0)
+
+
+def test_the_images_of_a_batch():
+    images, several = torch.zeros(2, 3, 4, 4), [torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)]
+    assert inputs_of((images, torch.zeros(2))) is images
+    assert inputs_of(several) is several  # as models of detection take them
+    assert inputs_of((several, [{}, {}])) is several
+
+
+def test_the_usual_activation_works_in_place():
+    assert BatchNormAct2d(6).act.inplace
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_cuda_is_there_where_torch_says_so(monkeypatch, available):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert cuda_available() is available

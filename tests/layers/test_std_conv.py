@@ -10,6 +10,7 @@ from torch import nn
 
 from gn_transfer.config import ConfigError
 from gn_transfer.layers import StdConv2d, standardize_weight
+from gn_transfer.layers.std_conv import conv_geometry, filter_rows, rows_to_filters
 
 
 def test_hand_value():
@@ -132,3 +133,51 @@ def test_weights_made_in_inference_mode_work():
     with torch.inference_mode():
         conv = StdConv2d(4, 6, 3).eval()
         assert conv(torch.randn(1, 4, 5, 5)).shape == (1, 6, 3, 3)
+
+
+def test_filters_kept_for_evaluation_are_dropped_where_a_step_may_follow():
+    """Fused optimizers change a weight and leave its version as it was; so does ``.data``."""
+    conv, images = StdConv2d(4, 6, 3).eval(), torch.randn(1, 4, 5, 5)
+    with torch.no_grad():
+        conv(images)
+    conv(images)
+    conv.weight.data.add_(torch.randn_like(conv.weight))
+    with torch.no_grad():
+        plain = F.conv2d(images, standardize_weight(conv.weight, conv.eps), conv.bias)
+        torch.testing.assert_close(conv(images), plain)
+
+
+def test_eps_is_that_of_bit_and_is_shown():
+    assert StdConv2d(4, 6, 3).eps == StdConv2d.from_conv(nn.Conv2d(4, 6, 3)).eps == 1e-8
+    assert repr(StdConv2d(4, 6, 3)) == "StdConv2d(4, 6, kernel_size=(3, 3), stride=(1, 1), eps=1e-08)"
+
+
+@pytest.mark.parametrize(("dtype", "mean"), [(torch.bfloat16, 100.25), (torch.float16, 100.03)])
+def test_gradients_of_half_weights_use_float32_statistics(dtype, mean):
+    torch.manual_seed(0)
+    weight, direction = (mean + 0.5 * torch.randn(4, 64, 3, 3)).to(dtype), (1 + torch.randn(4, 64, 3, 3)).to(dtype)
+    half, exact = weight.clone().requires_grad_(), weight.double().requires_grad_()
+    standardize_weight(half, 1e-8).backward(direction)
+    standardize_weight(exact, 1e-8).backward(direction.double())
+    assert (half.grad.double() - exact.grad).norm() < 0.01 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_filters_as_rows_and_back(memory_format):
+    weight = torch.randn(6, 5, 3, 3).to(memory_format=memory_format)
+    rows = filter_rows(weight)
+    assert rows.shape == (6, 45)
+    assert rows.data_ptr() == weight.data_ptr()
+    assert torch.equal(rows_to_filters(rows, weight), weight)
+
+
+def test_a_single_filter_and_training_by_default():
+    conv = StdConv2d(3, 1, 3)
+    assert conv(torch.randn(1, 3, 5, 5)).shape == (1, 1, 3, 3)
+    assert conv.eval().train().training
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_geometry_of_a_convolution(bias):
+    conv = nn.Conv2d(4, 6, (3, 1), stride=2, padding=(1, 0), dilation=2, groups=2, bias=bias)
+    assert conv_geometry(conv) == (4, 6, (3, 1), (2, 2), (1, 0), (2, 2), 2, bias, "zeros")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from gn_transfer.__main__ import main
-from gn_transfer.report.calibration import calibration
+from gn_transfer.report.calibration import calibration, compare_confidence
 from gn_transfer.report.evaluation import class_names, class_scores, confused_pairs, confusion, mistakes
 from gn_transfer.report.page import choose_run_folder
 from gn_transfer.report.predictions import Predictions
@@ -258,3 +258,9 @@ def test_probabilities_stay_with_their_images(tmp_path):
     assert set(found.prob_predicted[found.correct == 0]) == {0.7}
     assert set(found.targets) == set(CLASSES)
     assert run.predictions("best/val/acc1").prob_target is None
+
+
+def test_confidence_falls_into_ten_bins():
+    confidence = np.array([0.0, 0.05, 0.15, 0.41, 0.49, 0.51, 1.0, 1.0000001])  # a sum of floats may be above 1
+    bins = compare_confidence(confidence, np.ones(8)).bins
+    assert [part.images for part in bins] == [2, 1, 2, 1, 2]

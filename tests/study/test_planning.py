@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gn_transfer.commands.sweep import check_values
 from gn_transfer.config import ConfigError, builtin_configs
-from gn_transfer.study.definition import Arm, Study, parse_value, read_study
+from gn_transfer.study.definition import Arm, Selection, Study, parse_value, read_study
 from gn_transfer.study.planning import Outcome, foresee, plan_trials
-from gn_transfer.study.trials import configurations
+from gn_transfer.study.trials import arguments_of, configurations
 
 
 @pytest.fixture
@@ -170,6 +171,7 @@ def test_a_candidate_that_fails_is_none(study):
     failed = {name: Outcome("failed") for name in outcomes if "lr0.4-seed1001" in name}
     planned = plan_trials(read, outcomes | failed)
     assert [(choice.value, choice.at_edge) for choice in planned.choices] == [(0.2, False)] * 2
+    assert "(0.1 0.0%, 0.2 80.0%, 0.4 failed)" in str(planned.choices[0])
     nothing = plan_trials(read, {name: Outcome("failed") for name in outcomes})
     assert len(nothing.problems) == 2
     assert all(trial.stage == "select" for trial in nothing.trials)
@@ -223,6 +225,11 @@ def test_foreseeing_a_whole_study(study):
         ("select: {values: [1, 2], sedes: 3}", "did you mean 'seeds'"),
         ("seeds: 3\nselect: {values: [1, 2], seeds: [2, 3]}", "final runs have \\[2\\] too"),
         ("grid: [1]", "no mapping"),
+        ("select: {values: [0, 1]}", "two or more numbers above 0"),
+        ("select: {values: [1, 2], extend: -1}", "extend=-1: use 0 or more"),
+        ("select: {values: [1, 2], extend: two}", "extend=two: use 0 or more"),
+        ("seeds: [-1]", r"seeds=\[-1\]: give how many"),
+        ("grid: {model.norm: [bn]}\nnotes: one", "notes=one is no list of sentences"),
     ],
 )
 def test_mistakes_in_the_file(study, text, message):
@@ -263,3 +270,83 @@ def test_the_headline_has_every_control():
     assert b.fixed["accumulation.effective_batch_size"] is None
     assert all(arm.select is not None and len(arm.select.seeds) >= 3 for arm in read.arms)
     assert Path(read.base).name == "pets_gnws.yaml"
+
+
+def test_no_trial_may_name_any_class_unless_that_was_said(study):
+    read = study("grid: {model.norm: [bn]}")
+    [trial] = plan_trials(read, {}).trials
+    assert Study.allow_class_path is read.allow_class_path is False
+    assert "--allow_class_path" not in arguments_of(read, trial)
+    assert arguments_of(replace(read, allow_class_path=True), trial)[-1] == "--allow_class_path"
+
+
+def test_a_value_on_the_command_line_is_not_chosen_any_more(study):
+    planned = plan_trials(study(SELECT, **{"optimizer.lr": 0.3}), {})
+    assert {trial.stage for trial in planned.trials} == {"final"}
+
+
+def test_what_a_study_holds(study):
+    read = study("grid: {model.norm: [bn]}\nsamples: 1\nnotes: [one, 2]")
+    assert (read.name, read.samples, read.notes, read.metric) == ("sweep_x", 1, ("one", "2"), "acc1")
+    settings = read.shared_settings()
+    assert settings["optimizer.lr"] == 0.01
+    assert "data.root" not in settings
+    assert read_study(builtin_configs()["sweep_segmentation.yaml"]).metric == "miou"
+
+
+def test_a_choice_of_which_little_is_said(study):
+    [arm] = study("select: {values: [1, 2]}").arms
+    assert arm.select == Selection("optimizer.lr", (1.0, 2.0), (1000, 1001, 1002), extend=2)
+
+
+def test_a_base_beside_the_study_and_another_name(tmp_path):
+    path = tmp_path / "sweep_y.yaml"
+    path.write_text("base: mine.yaml\ngrid: {data.batch_size: [1]}\n")
+    (tmp_path / "mine.yaml").write_text("model: {norm: bn}\ndata: {class_path: Pets}\n")
+    read = read_study(path, name="again")
+    assert (read.name, read.base) == ("again", tmp_path / "mine.yaml")
+    assert read.settings == {"model.norm": "bn", "data": "Pets"}
+    with pytest.raises(ConfigError, match=r"--name \.\./x: a study names a folder"):
+        read_study(path, name="../x")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("grid: {model.norm: [bn]}", "say which configuration every run starts from"),
+        ("- 1", "holds no keys"),
+        ("model: {norm: bn}", r"configures one run: gn-transfer fit --config x\.yaml"),
+        ("data: {class_path: Pets}", "configures one run"),
+    ],
+)
+def test_files_that_are_no_study(tmp_path, text, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_study(path)
+
+
+def test_each_case_chooses_for_itself(study):
+    text = "cases: {a: {model.norm: bn}, b: {model.norm: gn_ws}}\nselect: {values: [0.1, 0.2], seeds: 1}"
+    assert names(study(text)) == [f"select-{case}-lr{rate}-seed1000" for case in "ab" for rate in (0.1, 0.2)]
+
+
+def test_what_is_to_come(study):
+    assert plan_trials(study(SELECT + "test: last"), {}).to_come == 2 * 3 + 2 * 3  # final runs, and their tests
+    assert plan_trials(study("grid: {model.norm: [bn, gn_ws]}\nseeds: 2\ntest: last"), {}).to_come == 4
+    middle = foresee(study("select: {values: [1, 2, 3, 4, 5], seeds: 1}")).trials[-1]
+    assert middle.name == "lr3-seed0"
+
+
+def test_the_data_module_stands_before_its_keys(study):
+    [trial] = plan_trials(study("set: {data.root: x}\ngrid: {model.norm: [bn]}", data="Folder"), {}).trials
+    assert trial.arguments()[:4] == ["--data", "Folder", "--data.root", "x"]
+
+
+def test_a_study_of_no_trials(study):
+    with pytest.raises(ConfigError, match="the study sweep_x has no trials"):
+        plan_trials(study("arms: {}\ngrid: {model.norm: [bn]}"), {})
+
+
+def test_numbers_without_a_point_at_any_depth():
+    assert parse_value("[3e-4, {a: 1e-3}]") == [3e-4, {"a": 1e-3}]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gn_transfer.config import ConfigError
-from gn_transfer.training.accumulation import GradientAccumulation, micro_batch, micro_batches_per_step
+from gn_transfer.training.accumulation import GradientAccumulation, MicroBatch, micro_batch, micro_batches_per_step
 
 
 def weights(num_samples: int, batch_size: int, micro_batches: int) -> list[float]:
@@ -52,6 +52,13 @@ def test_first_and_last():
 def test_micro_batches_per_step():
     assert micro_batches_per_step(None, 3, 2) == 1
     assert micro_batches_per_step(16, 2, 2) == 4
+    assert micro_batches_per_step(4, 2, 2) == 1
+    with pytest.raises(ConfigError, match=r"data\.batch_size=2 on 2 devices; use 4"):
+        micro_batches_per_step(5, 2, 2)
+
+
+def test_a_micro_batch_is_a_step_of_its_own_unless_told_otherwise():
+    assert MicroBatch() == MicroBatch(first=True, last=True, loss_scale=1.0, step=0, offset=0)
 
 
 @pytest.mark.parametrize(("effective", "batch", "remedy"), [(10, 4, "use 8"), (2, 4, "use 4")])
@@ -149,3 +156,17 @@ def test_what_cannot_be_replayed_has_the_engine(world_size, config):
     assert callback.engine is not None
     without = GradientAccumulation(4, cuda_graphs=False)
     assert started(without, "cuda").graphed_model is None
+
+
+def test_an_exception_detaches_the_engine():
+    callback = GradientAccumulation(4)
+    module = started(callback, "cpu")
+    assert type(module.model) is not torch.nn.Linear
+    callback.on_exception(None, module, KeyboardInterrupt())
+    assert callback.engine is None
+    assert type(module.model) is torch.nn.Linear
+
+
+def test_one_device_is_meant_where_none_is_said():
+    config = SimpleNamespace(compile=False, gradient_checkpointing=False)
+    assert GradientAccumulation(4).replays(config, torch.device("cuda"))

@@ -171,3 +171,15 @@ def test_other_classes_are_named_up_to_four():
     message = r"knows 4 classes \(a, b, c, d\), the data has 5 \(a, b, c, d, \.\.\.\)"
     with pytest.raises(ConfigError, match=message):
         check_classes(list("abcd"), list("abcde"))
+
+
+def test_the_format_that_users_have_is_read(tmp_path):
+    torch.save(checkpoint(None, version=2), tmp_path / "x.ckpt")
+    assert read_checkpoint(tmp_path / "x.ckpt")["gn_transfer"]["version"] == 2
+
+
+@pytest.mark.parametrize(("key", "value"), [("batch_size", "4"), ("classes", ("cat", "dog"))])
+def test_a_description_holds_values_of_its_kinds(tmp_path, key, value):
+    torch.save(checkpoint(None, **{key: value}), tmp_path / "x.ckpt")
+    with pytest.raises(ConfigError, match=f"{key} missing or of a wrong type"):
+        read_checkpoint(tmp_path / "x.ckpt")

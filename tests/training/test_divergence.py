@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gn_transfer.__main__ import main
+from gn_transfer.config import ConfigError
 from gn_transfer.training.divergence import DivergenceCheck, _images_of, is_finite
 from gn_transfer.training.predictions import ImagePredictions
 
@@ -112,13 +113,48 @@ def trainer_with(accuracy):
     )
 
 
-@pytest.mark.parametrize(("accuracies", "warned"), [((0.5, 0.4), 1), ((0.5, 0.6, 0.5), 0), ((0.6, 0.6), 0)])
+@pytest.mark.parametrize(
+    ("accuracies", "warned"), [((0.5, 0.4), 1), ((0.5, 0.4, 0.4), 1), ((0.5, 0.6, 0.5), 0), ((0.6, 0.6), 0)]
+)
 def test_two_validations_in_a_row_at_the_level_of_guessing_are_said(accuracies, warned):
     callback, said = DivergenceCheck(), []
     callback.say = said.append
     for accuracy in accuracies:
         callback.on_validation_end(trainer_with(accuracy), Task())
     assert len(said) == warned
+    assert all("optimizer.lr 0.1 is probably too high for this model: try 0.01. If" in line for line in said)
+
+
+@pytest.mark.parametrize("change", [{"sanity_checking": True}, {"state": SimpleNamespace(fn="validate")}])
+def test_validations_outside_of_a_training_do_not_count(change):
+    callback, said = DivergenceCheck(), []
+    callback.say = said.append
+    for _ in range(2):
+        callback.on_validation_end(SimpleNamespace(**{**vars(trainer_with(0.4)), **change}), Task())
+    assert not said
+
+
+@pytest.mark.parametrize("change", [{"callbacks": []}, {"datamodule": None}, {"callback_metrics": {}}])
+def test_what_cannot_be_compared_with_guessing_is_not(change):
+    callback = DivergenceCheck()
+    callback.on_validation_end(SimpleNamespace(**{**vars(trainer_with(0.4)), **change}), Task())
+
+
+@pytest.mark.parametrize(("wrong", "noticed"), [(1, 3), (5, 6)])
+def test_a_gpu_is_asked_after_some_steps_and_at_the_end_of_an_epoch(wrong, noticed):
+    """Every two optimizer steps of two micro-batches, and behind the last of seven."""
+    callback, module = DivergenceCheck(), SimpleNamespace(device=torch.device("cuda"))
+    loop = {"num_training_batches": 7, "log_every_n_steps": 2, "accumulate_grad_batches": 2, "global_step": 3}
+    trainer = SimpleNamespace(**vars(trainer_with(0.5)), **loop)
+
+    def end(batch):
+        loss = torch.tensor(float("nan") if batch == wrong else 1.0)
+        callback.on_train_batch_end(trainer, module, {"mean_loss": loss}, None, batch)
+
+    for batch in range(noticed):
+        end(batch)
+    with pytest.raises(ConfigError, match=f"loss became nan at step 3, batch {wrong + 1} of epoch 2"):
+        end(noticed)
 
 
 def test_at_most_four_images_of_a_batch_are_named():

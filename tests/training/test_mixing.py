@@ -109,3 +109,16 @@ def test_an_accumulation_step_of_one_is_refused() -> None:
         task.check_accumulation(1)
     task.check_accumulation(2)
     TransferClassifier(ModelConfig("resnet18", "gn")).check_accumulation(1)
+
+
+def test_with_mixup_and_cutmix_half_of_the_images_are_cut() -> None:
+    mixer = MixupCutmix(0.4, 1.0, (0, 0))
+    cut = [mixer._random_mixture(0, position, 16, 16).box is not None for position in range(1, 2001)]
+    assert sum(cut) / len(cut) == pytest.approx(0.5, abs=0.05)
+
+
+def test_cutmix_of_wide_images() -> None:
+    pixels = torch.rand(40, 1, 4, 16, generator=torch.Generator().manual_seed(0))
+    mixed = MixupCutmix(0.0, 1.0, (0, 0))(pixels, torch.arange(40), step=0, offset=0)
+    own = (mixed.pixels == pixels).all(dim=1).float().mean((1, 2))
+    torch.testing.assert_close(own[1:], mixed.weights[1:].to(own.dtype), atol=1e-6, rtol=0)

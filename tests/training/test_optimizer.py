@@ -12,7 +12,7 @@ from gn_transfer.training.schedules import bit_samples, warmup_constant, warmup_
 def test_warmup_then_cosine_by_hand():
     assert [warmup_cosine(step, 6, 2) for step in (0, 1, 2)] == [0.5, 1.0, 1.0]
     assert warmup_cosine(4, 6, 2) == pytest.approx(0.5)
-    assert warmup_cosine(6, 6, 2) == warmup_cosine(9, 6, 2) == 0.0
+    assert warmup_cosine(6, 6, 2) == warmup_cosine(9, 6, 2) == warmup_cosine(2, 2, 1) == 0.0
 
 
 def test_without_warmup():
@@ -157,3 +157,43 @@ def test_gradients_are_clipped_to_a_norm_above_zero(norm):
 def test_defaults_are_those_of_the_documentation():
     config = OptimizerConfig()
     assert (config.name, config.weight_decay, config.head_lr, config.clip_norm) == ("sgd", 0.0, None, None)
+    assert (config.lr, config.momentum, config.schedule) == (0.01, 0.9, "cosine")
+    optimizer = config.create_optimizer(nn.Linear(2, 2), "fc", None)
+    assert optimizer.defaults["fused"]
+
+
+@pytest.mark.parametrize(("name", "left"), [("adamw", 0.95), ("adam", 0.9)])
+def test_adamw_decays_the_weight_and_adam_the_gradient(name, left):
+    weight = nn.Parameter(torch.ones(1, 1))
+    groups = parameter_groups([("w", weight)], lr=0.1, head="fc", weight_decay=0.5)
+    weight.grad = torch.zeros(1, 1)
+    create_optimizer(name, groups, momentum=0.9).step()
+    assert weight.item() == pytest.approx(left)
+
+
+def test_an_optimizer_that_is_not_to_be_fused():
+    groups = parameter_groups(named(w=(1, 1)), lr=0.1, head="fc")
+    assert not create_optimizer("sgd", groups, momentum=0.9, fused=False).defaults["fused"]
+
+
+def test_layers_learn_alike_and_nothing_decays_where_nothing_is_said():
+    parameters = named(stem_weight=(1, 1), body_weight=(1, 1))
+    [group] = parameter_groups(parameters, lr=1.0, head="fc", depths={"stem.weight": 0, "body.weight": 2})
+    assert (group["lr"], group["weight_decay"]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("lr", (0.0, -0.1)),
+        ("head_lr", (-0.1,)),
+        ("momentum", (-0.1, 1.0)),
+        ("weight_decay", (-0.1,)),
+        ("layer_decay", (0.0, 1.1)),
+        ("warmup_fraction", (-0.1, 1.0)),
+    ],
+)
+def test_numbers_out_of_range(key, values):
+    for value in values:
+        with pytest.raises(ConfigError, match=rf"optimizer\.{key}={value} is out of range"):
+            OptimizerConfig(**{key: value})

@@ -1,4 +1,5 @@
 import csv
+from types import SimpleNamespace
 
 import torch
 
@@ -65,3 +66,16 @@ def test_pixels_of_a_segmentation_by_hand(tmp_path):
 def test_two_ranks_are_put_back_in_order():
     ranks = torch.tensor([[[0, 2, 4]], [[1, 3, 0]]])  # 5 images dealt to 2 ranks, the first repeated
     assert in_order(ranks).tolist() == [[0, 1, 2, 3, 4, 0]]
+
+
+def test_images_of_two_processes_come_back_in_their_order():
+    """The loader gives the images in turn: 0 and 2 to the first process, 1 and 3 to the second."""
+    module = SimpleNamespace(
+        score_images=lambda outputs, targets: outputs, all_gather=lambda own: torch.stack([own, own + 1])
+    )
+    callback = ImagePredictions()
+    callback.on_validation_start(None, module)
+    for outputs in (torch.tensor([[0, 2]]), torch.tensor([[4]])):
+        callback.on_validation_batch_end(None, module, outputs, (None, None), 0)
+    callback.on_validation_epoch_end(None, module)
+    assert callback.scores.tolist() == [[0, 1, 2, 3, 4, 5]]

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gn_transfer as gnt
 from gn_transfer.config import ConfigError
 from gn_transfer.inference.export import export_bundle
+from gn_transfer.training.checkpoint import describe_task
 from gn_transfer.training.run_folder import claim_run
 from gn_transfer.training.train import create_trainer, prepare, train
 
@@ -50,6 +51,7 @@ def test_the_trainer_fits_our_module_with_our_data(folder_root: Path, tmp_path: 
     trainer.save_checkpoint(tmp_path / "mine.ckpt")
     loaded = gnt.TransferClassifier.load_from_checkpoint(tmp_path / "mine.ckpt")
     assert loaded.classes == ["apple", "pear"]
+    torch.testing.assert_close((loaded.mean, loaded.std), (module.mean, module.std))
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
         torch.testing.assert_close(loaded(images), module.eval()(images))
@@ -110,6 +112,7 @@ def test_a_script_leaves_what_the_command_leaves(
     from gn_transfer.__main__ import main
 
     best = run.checkpoints / "best.ckpt"
+    assert gnt.TransferClassifier.load_from_checkpoint(best).run_config["config_name"] == "photos"
     assert main(["validate", "--ckpt_path", str(best)]) == 0
     assert main(["export", str(best), "--output", "bundle"]) == 0
     assert main(["fit", "--ckpt_path", str(run.checkpoints / "last.ckpt"), "--trainer.max_epochs", "2"]) == 0
@@ -126,3 +129,37 @@ def test_a_script_on_the_sample_can_be_exported(tmp_path: Path, monkeypatch: pyt
     run = claim_run(Path(), "sample", module.norm, data.batch_size, data.seed)
     train(module, data, trainer, run, loggers=None)
     assert export_bundle(run.checkpoints / "best.ckpt", Path("bundle")).holds
+
+
+def described(module: Any) -> dict[str, Any]:
+    """What a checkpoint holds of a module of two classes."""
+    module.build(["cat", "dog"])
+    content: dict[str, Any] = {"state_dict": module.state_dict()}
+    describe_task(module, content)
+    return content
+
+
+def test_a_checkpoint_states_groups_and_decoder() -> None:
+    of_gn, of_bn = (described(task(norm))["gn_transfer"]["architecture"] for norm in ("gn", "bn"))
+    assert set(of_gn["groups"].values()) == {32}
+    assert "decoder" not in of_gn
+    assert "groups" not in of_bn
+    config = gnt.ModelConfig("resnet18", "bn", decoder="fpn", decoder_norm="gn")
+    found = described(gnt.TransferSegmenter(config))["gn_transfer"]["architecture"]
+    assert (found["decoder"], found["decoder_norm"]) == ("fpn", "gn")
+    assert found["groups"]
+
+
+def test_synchronized_bn_comes_back_as_bn(tmp_path: Path) -> None:
+    content = described(task("bn"))
+    content["gn_transfer"]["architecture"]["norm"] = "bn_sync"
+    torch.save(content, tmp_path / "sync.ckpt")
+    assert gnt.TransferClassifier.load_from_checkpoint(tmp_path / "sync.ckpt").norm == "bn"
+
+
+def test_weights_that_are_not_finite_do_not_come_back(tmp_path: Path) -> None:
+    content = described(task())
+    content["state_dict"]["model.conv1.weight"][0] = torch.nan
+    torch.save(content, tmp_path / "nan.ckpt")
+    with pytest.raises(ConfigError, match=r"not finite, in model\.conv1\.weight"):
+        gnt.TransferClassifier.load_from_checkpoint(tmp_path / "nan.ckpt")

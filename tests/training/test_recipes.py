@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +17,12 @@ from torch.optim.swa_utils import AveragedModel
 from gn_transfer.__main__ import main
 from gn_transfer.backbones.create import create_backbone
 from gn_transfer.backbones.model_config import ModelConfig
+from gn_transfer.config import ConfigError
 from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
 from gn_transfer.training.checkpoint import read_checkpoint
 from gn_transfer.training.classification import TransferClassifier
 from gn_transfer.training.ema import ExponentialMovingAverage
-from gn_transfer.training.freezing import FreezeBatchNorm
+from gn_transfer.training.freezing import BackboneFreezing, FreezeBatchNorm
 from gn_transfer.training.optimizer import OptimizerConfig
 
 SMALL = {
@@ -279,3 +282,43 @@ def test_recipes_that_cannot_be(folder_root, capsys, norm, options, message):
 def test_decays_that_cannot_be(folder_root, capsys, decay):
     assert fit(folder_root, "gn", ema__decay=decay) == 2
     assert "is out of range; use a number in (0, 1)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("stage", "devices", "refused"), [("fit", 2, True), ("fit", 1, False), ("validate", 2, False)])
+def test_freezing_is_refused_where_several_devices_train(stage, devices, refused):
+    assert BackboneFreezing(1).enabled
+    assert not BackboneFreezing().enabled
+    with pytest.raises(ConfigError, match="DDP cannot unfreeze") if refused else nullcontext():
+        BackboneFreezing(1).setup(SimpleNamespace(world_size=devices), None, stage)
+
+
+def test_the_head_trains_while_the_rest_is_frozen():
+    head = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Linear(2, 2))
+    model = torch.nn.Sequential(OrderedDict(body=torch.nn.BatchNorm2d(2), head=head))
+    callback, module = BackboneFreezing(1), SimpleNamespace(model=model, head="head")
+    for epoch in (0, 1):
+        callback.on_train_batch_start(SimpleNamespace(current_epoch=epoch), module, None, 0)
+        assert head[0].training
+        assert head[1].weight.requires_grad
+        assert model.body.training == model.body.weight.requires_grad == (epoch == 1)
+
+
+def test_a_validation_by_statistics_of_its_batches_leaves_the_running_ones():
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(2)).eval()
+    images = torch.randn(4, 2, 3, 3) + 5.0
+    callback = BatchNormStatistics(evaluation="batch")
+    callback.on_validation_start(SimpleNamespace(state=SimpleNamespace(fn="validate")), SimpleNamespace(model=model))
+    assert float(model(images).detach().mean().abs()) < 0.1
+    callback.on_validation_end(SimpleNamespace(state=SimpleNamespace(fn="validate")), None)
+    assert float(model(images).detach().mean()) > 4.0
+
+
+def test_ranges_of_the_options_of_batch_norm():
+    assert BatchNormStatistics(1.0).momentum == 1.0
+    with pytest.raises(ConfigError, match=r"batch_norm\.momentum=1\.5 is out of range; use a number in \(0, 1\]"):
+        BatchNormStatistics(1.5)
+    with pytest.raises(ConfigError, match=r"batch_norm\.reestimate_images=-1 is out of range"):
+        BatchNormStatistics(reestimate_images=-1)
+    task = SimpleNamespace(model_config=ModelConfig("resnet18", "gn"))
+    with pytest.raises(ConfigError, match=r"batch_norm\.reestimate_images is for batch norms"):
+        BatchNormStatistics(reestimate_images=1).setup(None, task, "fit")

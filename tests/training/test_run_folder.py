@@ -146,3 +146,14 @@ def test_the_hparams_tab_shows_norm_and_batch_size_first(tmp_path):
     first = {info.name for info in stored.experiment.hparam_infos if info.differs}
     assert first == {"norm", "batch_size", "num_groups", "lr", "seed"}
     assert len(stored.experiment.hparam_infos) == len(flat_hparams(config()))
+
+
+def test_a_run_with_a_link_in_it_is_not_continued(tmp_path):
+    run = started(tmp_path, "pets/a", 300)
+    (run.logs / "run.log").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"run\.log is a link to"):
+        run_of_checkpoint(run.checkpoints / "last.ckpt")
+
+
+def test_a_checkpoint_whose_logs_are_gone_is_of_no_run(tmp_path):
+    assert run_of_checkpoint(tmp_path / "checkpoints/pets/a/last.ckpt") is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from gn_transfer.__main__ import main
+from gn_transfer.training.split_check import _near_duplicates, check_split
 
 BEST = "checkpoints/default/gn_ws-bs1-seed0/best.ckpt"
 
@@ -119,7 +121,7 @@ def test_near_duplicates_of_training_images_are_reported_where_they_are_looked_f
     arguments = ["fit", "--data", "Folder", "--data.root", "photos", "--data.img_size", "16", "--data.cache", "none"]
     arguments += ["--model.backbone", "resnetv2_18", "--trainer.max_epochs", "1"]
     assert main([*arguments, "--dry_run"]) == 0
-    assert "nearly" not in capsys.readouterr().out
+    assert "Near-duplicates" not in capsys.readouterr().out
     assert main([*arguments, "--data.group_duplicates", "true"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "Near-duplicates of training images among the val images: 1 of 21 (val/cat/smaller.jpg ~ train/cat" in said
@@ -137,3 +139,25 @@ def test_validation_on_copies_in_another_folder_is_reported(trained, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "none of them was trained on" not in said
     assert "Exact copies of training images" in said
+
+
+def test_a_validation_image_that_has_changed_is_refused(trained, capsys):
+    path = json.loads(Path("runs/default/gn_ws-bs1-seed0/split.json").read_text())["val"][0]
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(f"photos/{path}")
+    error = refusal(capsys, "validate", "--ckpt_path", BEST)
+    assert "other ones than those of the run: 4 here and 4 there, 3 of them the same" in error
+
+
+@pytest.mark.parametrize("split", [None, {}, {"train": {}}, {"val": {}}])
+def test_a_checkpoint_that_does_not_know_its_split(split):
+    [said] = check_split({"split": split}, None, "test")
+    assert "does not say which images it was trained on" in said
+
+
+def test_near_duplicates_are_those_of_training_images(tmp_path, monkeypatch):
+    """Of the images a to f, the first two were trained on."""
+    data = SimpleNamespace(root=tmp_path, split=lambda: {"val": ["c", "d", "e", "f"]})
+    for groups, found in (([[0, 2], [3, 4]], {"c": "a"}), ([[2, 4], [1, 3, 5]], {"d": "b", "f": "b"})):
+        monkeypatch.setattr("gn_transfer.training.split_check.group_duplicates", lambda *_, groups=groups: groups)
+        assert _near_duplicates(data, "val", tmp_path, ["a", "b"]) == found
+    assert _near_duplicates(data, "val", tmp_path / "elsewhere", ["a", "b"]) == {}
