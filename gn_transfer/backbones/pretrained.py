@@ -123,7 +123,10 @@ def named_weights(full: str) -> Weights:
         return released_weights(rest)
     if kind == "package":
         return packaged_weights(rest.partition(".")[0])
-    config = timm.get_pretrained_cfg(rest, allow_unregistered=False) if "." in rest else None
+    try:
+        config = timm.get_pretrained_cfg(rest, allow_unregistered=False) if "." in rest else None
+    except RuntimeError:
+        config = None
     if config is None or not config.hf_hub_id:
         raise ConfigError(f"{full} is not a set of weights that timm knows; write timm:resnetv2_50.a1h_in1k.")
     stated: Mapping[str, Any] = config.to_dict()  # type: ignore[no-untyped-call]

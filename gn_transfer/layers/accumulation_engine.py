@@ -123,6 +123,7 @@ class AccumulationEngine:
             last: An optimizer step follows: its backward fills ``grad`` of the parameters.
         """
         if first:
+            self._finish_is_queued = False  # still True where the last backward was interrupted
             for weight in self._weights:
                 weight.start_step()
         self.active, self.last = True, last

@@ -309,7 +309,7 @@ def _norm_maker(
                 "bn_sync": (nn.SyncBatchNorm, SyncBatchNormAct),
             }[norm]
             is_frozen = isinstance(old, FrozenBatchNorm2d)
-            if isinstance(old, nn.SyncBatchNorm if norm == "bn_sync" else plain) and is_frozen == (norm == "bn_frozen"):
+            if isinstance(old, plain) and is_frozen == (norm == "bn_frozen"):
                 return old
             new = (
                 with_act(channels, eps=eps, momentum=momentum, act=act, drop=drop)

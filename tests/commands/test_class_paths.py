@@ -19,6 +19,7 @@ import yaml
 from gn_transfer.__main__ import main
 from gn_transfer.commands.class_paths import (
     OF_LIGHTNING,
+    check_file_values,
     config_of_checkpoint,
     only_known_classes,
     read_config,
@@ -221,6 +222,8 @@ def test_values_of_a_checkpoint_that_are_taken(tmp_path):
         {"trainer": {"logger": {"class_path": "CSVLogger", "init_args.x": '{"class\\u005fpath": "subprocess.Popen"}'}}},
         {"model": {"backbone": "'{class_path: subprocess.Popen}'"}},
         {"model": {"backbone": '["{class_path: subprocess.Popen}"]'}},
+        {"model": {"backbone": '{"class_path": "subprocess.Popen"'}},
+        {"model": {"backbone": '{"a": "{class_path: subprocess.Popen}"}'}},
     ],
 )
 def test_a_configuration_names_no_classes_of_strangers(tmp_path, monkeypatch, content):
@@ -242,6 +245,9 @@ def test_a_configuration_names_no_classes_of_strangers(tmp_path, monkeypatch, co
         {"data": "Folder"},
         {"data": {"class_path": "Folder", "init_args": {"root": "photos/my_class_paths"}}},
         {"data": {"class_path": "gn_transfer.data.Pets", "init_args": {"root": "photos", "augmentation": "a.yaml"}}},
+        {"data": {"class_path": "Folder", "init_args": {"root": "[photos"}}},
+        {"data": {"class_path": "Folder", "init_args": {"root": "photos:mine"}}},
+        {"data": {"class_path": "Folder", "init_args": {"root": "'photos:mine'"}}},
     ],
 )
 def test_a_configuration_names_what_it_needs(tmp_path, content):
@@ -255,6 +261,8 @@ def test_a_configuration_names_what_it_needs(tmp_path, content):
     [
         ("model:\n", "model holds None"),
         ("trainer: 5\n", "trainer holds 5"),
+        ("model: resnet18\n", "model holds 'resnet18'"),
+        ("data: 5\n", "data holds 5"),
         ("ckpt_path: last\n", "give it on the command line"),
         ("", "holds no keys"),
         ("[1, 2]\n", "holds no keys"),
@@ -319,6 +327,7 @@ def test_words_of_other_options_name_no_classes():
         "[{class_path: c.C}]",
     ]
     assert {"A", "b.B", "c.C"} <= typed_classes(words)
+    assert {"d.D", "e.E"} <= typed_classes(["--trainer.callbacks=[d.D, e.E]"])
 
 
 def test_a_short_name_that_is_typed_loads_no_module(tmp_path, monkeypatch):
@@ -403,3 +412,18 @@ def test_a_study_takes_a_class_that_is_typed(folder_root, tmp_path, monkeypatch,
     words = [f"--{key}", callback] if typed else []
     assert main(["sweep", "--config", "study.yaml", "--dry_run", *SMALL[:4], *words]) == (0 if typed else 2)
     assert typed or "--allow_class_path" in capsys.readouterr().err
+
+
+def test_a_text_of_a_checkpoint_that_holds_a_class_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.backbone is .*; refused"):
+        config_of_checkpoint({"model": {"backbone": '{"class_path": "subprocess.Popen"}'}}, tmp_path)
+
+
+def test_values_of_a_file_name_no_classes_unless_that_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="--allow_class_path"):
+        check_file_values({"data": "subprocess.Popen"}, "own.yaml", tmp_path)
+
+
+def test_other_errors_pass_the_guard():
+    with pytest.raises(ZeroDivisionError), only_known_classes(()):
+        raise ZeroDivisionError

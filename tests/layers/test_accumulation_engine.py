@@ -611,3 +611,86 @@ def test_gradients_are_laid_out_as_their_weights(dtype):
         output.float().sum().backward()
     assert len(different) >= 3
     assert all(weight == gradient for weight, gradient in different)
+
+
+def test_what_the_last_micro_batch_does_not_use_is_delivered_in_every_step():
+    model = make_net()
+    engine = AccumulationEngine(model)
+    for _ in range(2):
+        model.zero_grad()
+        for i, batch in enumerate(batches(2)):
+            engine.micro_batch(first=i == 0, last=i == 1)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(model, batch, branch=i == 0)
+            loss.backward()
+        assert model.branch.weight.grad is not None
+
+
+def test_a_step_after_one_whose_backward_was_interrupted():
+    model, plain = make_net(), make_net()
+    engine = AccumulationEngine(model)
+
+    def interrupt(grad):
+        raise KeyboardInterrupt
+
+    engine.micro_batch(first=True, last=True)
+    hook = model.norm.weight.register_hook(interrupt)  # its gradient comes behind those of the convolutions
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model, batches(1)[0])
+    with pytest.raises(KeyboardInterrupt):
+        loss.backward()
+    hook.remove()
+    model.zero_grad()
+    for i, batch in enumerate(batches(2)):
+        engine.micro_batch(first=i == 0, last=i == 1)
+        for each in (model, plain):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(each, batch, branch=i == 0)
+            loss.backward()
+    assert_equal_gradients(gradients(model), gradients(plain), tolerance=0.02)
+
+
+def test_a_frozen_weight_that_is_edited_is_read_anew_after_a_reset():
+    model = make_net().requires_grad_(False)
+    [(images, _)], engine = batches(1), AccumulationEngine(model)
+    for _ in range(2):
+        engine.micro_batch(first=True, last=True)
+        torch.testing.assert_close(model(images), make_plain_copy(model)(images))
+        model.stem.weight.data.add_(torch.randn_like(model.stem.weight))
+        engine.reset()
+
+
+@pytest.mark.parametrize("padding_mode", ["reflect", "circular"])
+def test_padding_with_other_than_zeros(padding_mode):
+    torch.manual_seed(0)
+    how = {"padding": 1, "padding_mode": padding_mode}
+    ours = nn.Sequential(StdConv2d(3, 8, 3, **how), nn.Conv2d(8, 4, 3, **how))
+    plain = copy.deepcopy(ours)
+
+    def forward(model, batch):
+        return model(batch[0]).square().mean()
+
+    backward_all(ours, batches(3), AccumulationEngine(ours), forward=forward)
+    backward_all(plain, batches(3), forward=forward)
+    assert_equal_gradients(gradients(ours), gradients(plain))
+
+
+def test_optimizer_steps_are_counted_until_the_engine_is_removed():
+    model = make_net()
+    engine, optimizer = AccumulationEngine(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.step()
+    assert engine.optimizer_steps == 1
+    engine.remove()
+    optimizer.step()
+    assert engine.optimizer_steps == 1
+
+
+def test_the_engine_says_where_it_is():
+    engine = AccumulationEngine(make_net())
+    engine.micro_batch(first=True, last=False)
+    assert repr(engine).endswith("; accumulating)")
+    engine.micro_batch(first=False, last=True)
+    assert repr(engine).endswith("; last micro-batch)")
+    engine.remove()
+    assert repr(engine) == "AccumulationEngine(nothing; idle)"

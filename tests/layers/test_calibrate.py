@@ -2,12 +2,14 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import timm
 import torch
 import torchvision
 from torch import nn
+from torch.nn.functional import group_norm
 
 from gn_transfer.config import ConfigError
 from gn_transfer.layers import GroupNorm, convert_norm
@@ -219,5 +221,78 @@ def test_a_later_layer_is_fitted_to_what_the_converted_model_gives_it():
 
 def test_images_are_counted_once_however_many_layers_they_reach():
     model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)))
-    with pytest.warns(UserWarning, match="calibrated on 5 images"):
+    with pytest.warns(UserWarning, match="calibrated on 5 images") as warned:
         convert_norm(model, "gn", calibration=[torch.randn(5, 3, 8, 8)])
+    assert warned[0].filename == __file__  # the warning names the line that converts
+
+
+def assert_least_squares(norm, original, inputs):
+    """A layer norm gives the outputs of a batch norm as nearly as any affine map can, channel by channel.
+
+    Args:
+        norm: The fitted layer norm.
+        original: The batch norm.
+        inputs: Its inputs, batches of shape ``(N, C, H, W)``.
+    """
+    with torch.no_grad():
+        ys, zs = (
+            [f(x).transpose(0, 1).flatten(1) for x in inputs] for f in (original, partial(group_norm, num_groups=1))
+        )
+    for channel, (y, z) in enumerate(zip(torch.cat(ys, 1).double(), torch.cat(zs, 1).double(), strict=True)):
+        fitted = torch.linalg.lstsq(torch.stack([z, torch.ones_like(z)], 1), y[:, None]).solution.flatten()
+        assert [norm.weight[channel].item(), norm.bias[channel].item()] == pytest.approx(fitted.tolist(), abs=1e-4)
+
+
+class Patches(nn.Module):
+    """Rows that are no images, as the heads of a detection model see them."""
+
+    def forward(self, x):
+        return x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+
+
+def test_rows_that_are_no_images_are_fitted_to_their_own():
+    torch.manual_seed(0)
+    original = settle(nn.Sequential(Patches(), nn.BatchNorm2d(3), nn.ReLU()))
+    images = torch.randn(2, 3, 8, 8)
+    fitted = convert_norm(copy.deepcopy(original), "ln", calibration=[images])
+    assert_least_squares(fitted[1], original[1], [original[0](images)])
+
+
+def test_batches_count_by_their_positions():
+    torch.manual_seed(0)
+    original = settle(nn.Sequential(nn.BatchNorm2d(4)))
+    batches = [torch.randn(2, 4, 3, 3) + 1, 3 * torch.randn(2, 4, 9, 9)]
+    fitted = convert_norm(copy.deepcopy(original), "ln", calibration=batches)
+    assert_least_squares(fitted[0], original[0], batches)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (nn.Dropout(0.5), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)),  # off during the calibration
+        (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=0.1)),
+        (nn.Conv2d(3, 1, 3), nn.BatchNorm2d(1)),
+    ],
+)
+def test_one_image_is_reproduced_exactly_whatever_the_layers(layers):
+    torch.manual_seed(0)
+    model, x = settle(nn.Sequential(*layers)), torch.randn(1, 3, 16, 16)
+    expected = model(x)
+    convert_norm(model.train(), "ln", calibration=[x])
+    torch.testing.assert_close(model.eval()(x), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_layers_that_are_as_good_as_lost_are_named():
+    """Images that differ by their mean alone, which instance norm takes away."""
+    torch.manual_seed(0)
+    model = settle(nn.Sequential(nn.BatchNorm2d(2)))
+    images = torch.randn(8, 2, 1, 1) + 0.01 * torch.randn(8, 2, 4, 4)
+    with pytest.warns(UserWarning, match="1 of 1 calibrated norms reproduce less than 10% of") as warned:
+        convert_norm(model, "in", calibration=[images])
+    assert warned[0].filename == __file__
+
+
+def test_a_layer_that_names_no_eps_has_the_usual_one():
+    layer = nn.Module()
+    layer.running_mean, layer.running_var = torch.zeros(2), torch.ones(2)
+    assert BatchNormFunction.of(layer).scale.tolist() == pytest.approx([1.0, 1.0], abs=1e-4)

@@ -16,11 +16,14 @@ from gn_transfer.layers import (
     FrozenBatchNorm2d,
     GroupNorm,
     GroupNormAct,
+    Replacement,
     StdConv2d,
     convert_norm,
+    default_groups,
     group_counts,
     standardize_weight,
 )
+from gn_transfer.layers.convert import standardizable
 from gn_transfer.layers.same_padding import StdConv2dSame
 
 RUNNABLE = [norm for norm in NORMS if norm != "bn_sync"]
@@ -224,8 +227,9 @@ def test_norms_over_sequences_stay_and_are_named():
 
 
 def test_a_model_without_such_norms_is_not_silent():
-    with pytest.warns(UserWarning, match="norm=gn replaces nothing"):
+    with pytest.warns(UserWarning, match="norm=gn replaces nothing") as warned:
         convert_norm(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), "gn")
+    assert warned[0].filename == __file__  # the warning names the line that converts
 
 
 def test_refusals_leave_the_net_as_it_was():
@@ -264,3 +268,124 @@ def test_a_converted_norm_keeps_its_dtype(norm):
     model = convert_norm(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).double(), norm)
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     assert {tensor.dtype for tensor in tensors} == {torch.float64}
+
+
+def converted(layer, norm, **options):
+    """A single layer, converted."""
+    return convert_norm(nn.Sequential(layer), norm, **options)[0]
+
+
+@pytest.mark.parametrize(("before", "channels", "after"), [(8, 64, 8), (1, 64, 32), (64, 64, 32), (32, 32, 32)])
+def test_a_group_norm_keeps_its_groups_unless_it_is_layer_or_instance_norm(before, channels, after):
+    """32 groups of one channel each are the usual number, not instance norm."""
+    for old in (nn.GroupNorm(before, channels), GroupNorm(channels, before)):
+        assert converted(old, "gn").num_groups == after
+
+
+def test_numbers_of_groups_where_none_is_given():
+    assert {norm: converted(nn.BatchNorm2d(48), norm).num_groups for norm in ("ln", "in")} == {"ln": 1, "in": 48}
+    assert (default_groups(calibrated=False), default_groups(calibrated=True)) == (32, 4)
+    assert not Replacement("0", "BatchNorm2d", "GroupNorm", 8).reinitialized
+    with pytest.raises(ConfigError, match="num_groups=0 does not divide 64 channels of 0"):
+        converted(nn.BatchNorm2d(64), "gn", num_groups=0)
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind"), [("bn", nn.BatchNorm2d), ("bn_ws", nn.BatchNorm2d), ("bn_frozen", FrozenBatchNorm2d)]
+)
+def test_a_batch_norm_that_is_what_is_wanted_stays(norm, kind):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), kind(8))
+    layer = model[1]
+    assert convert_norm(model, norm)[1] is layer
+
+
+def test_a_frozen_batch_norm_looks_at_its_batch_again():
+    assert type(converted(converted(nn.BatchNorm2d(8), "bn_frozen"), "bn")) is nn.BatchNorm2d
+
+
+def test_the_affine_of_torchvisions_frozen_batch_norm_is_kept_and_learns():
+    old = torchvision.ops.FrozenBatchNorm2d(8)
+    old.weight.uniform_(0.5, 2.0)
+    old.bias.normal_()
+    new = converted(old, "gn")
+    assert torch.equal(new.weight, old.weight)
+    assert torch.equal(new.bias, old.bias)
+    assert new.weight.requires_grad
+
+
+def test_a_frozen_batch_norm_that_names_no_eps_has_the_usual_one():
+    """That of DETR has four buffers, and 1e-5 in its forward."""
+    old = nn.Module()
+    for name, value in {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}.items():
+        old.register_buffer(name, torch.full((8,), value))
+    new = converted(old, "bn")
+    assert (new.eps, new.momentum) == (1e-5, 0.1)
+
+
+def test_new_statistics_have_the_dtype_of_the_layer():
+    assert converted(nn.GroupNorm(4, 8).double(), "bn").running_var.dtype == torch.float64
+
+
+@pytest.mark.parametrize("part", ["act", "drop"])
+def test_a_norm_with_one_part_inside_keeps_it(part):
+    old, inside = nn.BatchNorm2d(8), nn.Tanh()
+    setattr(old, part, inside)
+    new = converted(old, "gn")
+    assert type(new) is GroupNormAct
+    assert getattr(new, part) is inside
+    assert type(new.drop if part == "act" else new.act) is nn.Identity
+    assert list(converted(new, "none")) == [inside]
+
+
+def test_which_convolutions_are_standardized():
+    same = partial(timm.layers.Conv2dSame, bias=False)
+    plain, one_weight = same(4, 6, 3), same(4, 4, 1, groups=4)
+    assert convert_norm(nn.Sequential(plain, nn.BatchNorm2d(6)), "bn_frozen")[0] is plain
+    model = nn.Sequential(one_weight, nn.BatchNorm2d(4))
+    assert convert_norm(model, "gn_ws", num_groups=2, depthwise=True)[0] is one_weight
+    for conv, kind in ((same(2, 1, 1), StdConv2dSame), (nn.Conv2d(3, 1, 3, bias=False), StdConv2d)):  # one filter
+        assert type(convert_norm(nn.Sequential(conv, nn.BatchNorm2d(1)), "gn_ws")[0]) is kind
+    depthwise = nn.Conv2d(8, 8, 3, groups=8, bias=False)
+    assert (standardizable({"": depthwise}), standardizable({"": depthwise}, depthwise=True)) == (set(), {depthwise})
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3)), nn.Sequential(nn.BatchNorm2d(8)))
+    assert type(convert_norm(model, "gn_ws", num_groups=2)[0][0]) is StdConv2d  # whatever contains them
+
+
+class DoubledConv2d(nn.Conv2d):
+    """Computes something else than a convolution."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def test_a_convolution_that_computes_something_else():
+    model = nn.Sequential(DoubledConv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4))
+    conv = model[0]
+    with pytest.raises(ConfigError, match="DoubledConv2d, which cannot be made a standardized convolution"):
+        convert_norm(model, "gn_ws", num_groups=2)
+    assert convert_norm(model, "gn", num_groups=2)[0] is conv
+
+
+def test_norms_over_sequences_are_named_unless_they_are_skipped():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm1d(4)), nn.BatchNorm1d(4))
+    convert_norm(model, "gn", skip=["1", "2"])
+    with pytest.warns(UserWarning, match=r"look at the batch \(1\): 1\.0\. Only") as warned:
+        convert_norm(model, "bn_frozen", skip=["2"])
+    assert warned[0].filename == __file__
+    for number, names in ((3, r"0, 1, 2\. Only"), (4, r"0, 1, 2, \.\.\.\. Only")):
+        model = nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(number)), nn.BatchNorm2d(4))
+        with pytest.warns(UserWarning, match=rf"look at the batch \({number}\): {names}"):
+            convert_norm(model, "gn")
+
+
+def test_a_guess_names_three_layers():
+    model = nn.Sequential(*(nn.ModuleDict({"norm": nn.BatchNorm2d(4)}) for _ in range(4)))
+    with pytest.raises(ConfigError, match=r"did you mean 0\.norm or 1\.norm or 2\.norm\?$"):
+        convert_norm(model, "gn", skip=["norm"])
+
+
+def test_a_refused_calibration_leaves_a_single_layer_as_it_was():
+    layer = nn.BatchNorm2d(8)
+    with pytest.raises(ConfigError, match="reached no norm"):
+        convert_norm(layer, "gn", calibration=[])
+    assert list(layer.children()) == []

@@ -358,3 +358,27 @@ def test_a_path_unlike_the_example_is_refused():
     model.forward = lambda x: model.norm(model.conv(x) + 1)
     with pytest.raises(RuntimeError, match="do without fold_norms"):
         model(torch.randn(1, 3, 4, 4))
+
+
+def test_folding_begins_anew_and_leaves_a_compiled_model_as_it_is():
+    engine = AccumulationEngine(make_block())
+    engine.micro_batch(first=True, last=False)
+    assert engine.fold_norms(batches(1)[0][0]) > 0
+    assert repr(engine).endswith("; idle)")
+    assert AccumulationEngine(make_block(), compiled=True).fold_norms(batches(1)[0][0]) == 0
+
+
+def test_after_a_reset_no_gradient_is_held_back():
+    torch.manual_seed(0)
+    model = with_statistics(nn.Sequential(nn.Conv2d(32, 64, 1, bias=False), FrozenBatchNorm2d(64)))
+    model = model.to(memory_format=CHANNELS_LAST)
+    engine = AccumulationEngine(model)
+    assert engine.fold_norms(torch.randn(1, 32, 6, 6).contiguous(memory_format=CHANNELS_LAST)) == 1
+    image = torch.randn(1, 32, 2, 2).contiguous(memory_format=CHANNELS_LAST)
+    engine.micro_batch(first=True, last=False)
+    for _ in range(2):  # the second time outside of any step
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(image)
+        output.float().sum().backward()
+        engine.reset()
+    assert model[0].weight.grad.norm() > 0

@@ -7,7 +7,7 @@ from timm.layers import GroupNormAct as TimmGroupNormAct
 from torch import nn
 
 from gn_transfer.config import ConfigError
-from gn_transfer.layers import GroupNorm, GroupNormAct, group_count
+from gn_transfer.layers import GroupNorm, GroupNormAct, fitting_group_count, group_count
 from gn_transfer.layers.group_norm import group_norm
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -152,7 +152,7 @@ def test_a_count_that_does_not_divide_names_what_does(arguments, message):
 
 
 def test_groups_of_one_value_are_refused():
-    with pytest.raises(ConfigError, match="hold one value each"):
+    with pytest.raises(ConfigError, match=r"8 groups over \(8, 1, 1\) hold one value each"):
         GroupNorm(8, 8)(torch.randn(2, 8, 1, 1))
     assert GroupNorm(8, 4)(torch.randn(2, 8, 1, 1)).isfinite().all()
 
@@ -216,3 +216,46 @@ def test_a_batch_of_no_images(layout):
     assert output.shape == x.shape
     output.sum().backward()
     assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_affine_in_half_precision_leaves_the_statistics_in_float32(dtype):
+    x, *affine = inputs((2, 64, 5, 7), dtype, offset=20.0)
+    halves = [t.detach().to(dtype).requires_grad_() for t in affine]
+    [found] = gradients(group_norm(x, 8, *halves), (x,))
+    [expected] = gradients(group_norm(x, 8, *(t.detach().float() for t in halves)), (x,))
+    assert torch.equal(found, expected)
+    assert torch.equal(group_norm(x, 8), F.group_norm(x, 8))  # and without any
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("meta", torch.float32)])
+def test_half_precision_is_normalized_in_float32_on_other_devices(monkeypatch, device, dtype):
+    seen, plain = [], F.group_norm
+    monkeypatch.setattr(F, "group_norm", lambda input, *rest: seen.append(input.dtype) or plain(input, *rest))
+    x = torch.zeros(2, 32, 4, 4, dtype=torch.bfloat16, device=device)
+    output = group_norm(x, 8, torch.ones(32, device=device), torch.zeros(32, device=device))
+    assert seen == [dtype]
+    assert (output.dtype, output.shape) == (torch.bfloat16, x.shape)
+
+
+@pytest.mark.parametrize("shape", NARROW)
+@pytest.mark.parametrize("trained", ["nothing", "weight", "bias"])
+def test_a_part_of_the_affine_in_channels_last(shape, trained):
+    x, weight, bias = inputs(shape, layout=torch.channels_last)
+    parts = {"nothing": (None, None), "weight": (weight, bias.detach()), "bias": (weight.detach(), bias)}[trained]
+    wanted = [x, *(part for part in parts if part is not None and part.requires_grad)]
+    found = gradients(group_norm(x, shape[1] // 2, *parts), wanted)
+    expected = gradients(F.group_norm(x.contiguous(), shape[1] // 2, *parts), wanted)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() <= 2e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (2, 8, 5), (2, 8, 3, 4, 5)])
+def test_rows_sequences_and_volumes(shape):
+    x = torch.randn(shape)
+    torch.testing.assert_close(group_norm(x, 2), F.group_norm(x, 2))
+
+
+def test_usual_numbers_of_groups():
+    assert GroupNorm(64).num_groups == 32
+    assert [fitting_group_count(channels) for channels in (66, 2, 1)] == [22, 1, 1]

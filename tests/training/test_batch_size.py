@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -243,3 +245,108 @@ def test_under_batch_norm_another_micro_batch_is_another_run(folder_root, capsys
     assert main(words(folder_root, 4, "bn")) == 0
     assert main(["fit", "--ckpt_path", "last", "--data.batch_size", "2", "--trainer.max_epochs", "3"]) == 2
     assert "data.init_args.batch_size is 4 in the checkpoint and 2 here" in capsys.readouterr().err
+
+
+def choice_for(
+    effective: int = 8, images: int = 100, limit_mib: float | None = 8192.0, device: str = "cpu"
+) -> BatchSizeChoice:
+    """Choose without a model; the fixture ``costs`` says what is measured."""
+    data = SimpleNamespace(train_dataset=range(images), img_size=64, evaluation_shape=lambda size: (size, 64, 64))
+    return module.choose_batch_size(
+        SimpleNamespace(model_config=SimpleNamespace(norm_over_batch=None)),
+        data,
+        accumulation=SimpleNamespace(effective_batch_size=effective),
+        precision="32-true",
+        device=torch.device(device),
+        memory_limit_gib=None if limit_mib is None else limit_mib / 1024,
+    )
+
+
+def test_a_tenth_of_what_is_free_is_kept(monkeypatch):
+    monkeypatch.setattr(module, "available_ram_bytes", lambda: 700 * 2**20)
+    monkeypatch.setattr(module, "resident_bytes", lambda: 300 * 2**20)
+    assert module.memory_limit_mib(torch.device("cpu")) == pytest.approx(900.0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (500 * 2**20, 4000 * 2**20))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100 * 2**20)
+    assert module.memory_limit_mib(torch.device("cuda")) == pytest.approx(540.0)
+
+
+@pytest.mark.parametrize("silent", ["available_ram_bytes", "resident_bytes"])
+def test_a_system_that_does_not_say_sets_no_limit(monkeypatch, silent):
+    monkeypatch.setattr(module, silent, lambda: None)
+    assert module.memory_limit_mib(torch.device("cpu")) == math.inf
+
+
+def test_exactly_the_limit_may_be_taken(costs):
+    costs[0].update({1: (1.0, 500), 2: (1.0, 600), 4: (1.0, 800)})
+    assert choice_for(limit_mib=800).chosen.batch_size == 4
+    assert choice_for(limit_mib=500).chosen.batch_size == 1
+
+
+def test_what_takes_more_than_was_foreseen_does_not_fit(costs):
+    costs[0].update({1: (1.0, 500), 2: (1.0, 900)})
+    found = choice_for(limit_mib=768).candidates  # 600 were foreseen
+    assert [(each.batch_size, each.cost is None, each.needed_mib) for each in found] == [
+        (1, False, 500),
+        (2, True, 900),
+    ]
+
+
+def test_one_image_is_tried_where_little_is_free(monkeypatch, costs):
+    costs[0].update({1: (1.0, 500)})
+    monkeypatch.setattr(module, "memory_limit_mib", lambda device: 400.0)
+    assert [each.cost is None for each in choice_for(limit_mib=None).candidates] == [False, True]
+
+
+def test_activations_grow_with_the_images(costs):
+    costs[0].update({1: (1.0, 500)})
+    assert choice_for(effective=3, limit_mib=600).candidates[1].needed_mib == 500 + 100 * 2
+
+
+def test_there_are_no_more_images_at_a_time_than_training_images(costs):
+    costs[0].update({1: (1.0, 500), 2: (1.0, 600), 5: (1.0, 900)})
+    choice_for(effective=10, images=9)
+    assert costs[1] == [1, 2, 5]
+
+
+def test_no_faster_is_said_of_a_ratio(costs):
+    costs[0].update({1: (0.1, 500), 2: (0.2, 600), 4: (0.4, 800)})
+    choice_for()
+    assert costs[1] == [1, 2, 4]
+
+
+def test_another_error_of_a_measurement_is_not_taken_for_too_little_memory(monkeypatch):
+    def measure(task, accumulation, size, *rest):
+        if size == 2:
+            raise RuntimeError("something else")
+        return StepCost(1.0, 100.0, 1.0, 500.0)
+
+    monkeypatch.setattr(module, "measure_step", measure)
+    with pytest.raises(RuntimeError, match="something else"):
+        choice_for()
+
+
+def test_a_device_without_room_for_a_second_image_or_for_the_first(costs):
+    costs[0].update({1: (1.0, 500), 2: None})
+    assert choice_for().chosen.batch_size == 1
+    costs[0][1] = None
+    with pytest.raises(torch.OutOfMemoryError):
+        choice_for()
+
+
+@pytest.mark.parametrize(("device", "times"), [("cuda", 1), ("cpu", 0)])
+def test_a_gpu_gets_back_what_a_measurement_took(monkeypatch, costs, device, times):
+    costs[0].update({1: (1.0, 500), 2: None})
+    emptied, began_anew = [], []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("emptied"))
+    monkeypatch.setattr(module, "reset_peak_memory", began_anew.append)
+    choice_for(device=device)
+    assert len(emptied) == times
+    assert began_anew == [torch.device(device)]
+
+
+def test_what_does_not_fit_is_not_chosen():
+    slow = StepCost(10.0, 10.0, 1.0, 900.0)
+    for cost in (slow, None):
+        choice = BatchSizeChoice([Candidate(1, cost, 900.0), Candidate(2, None, 910.0)], 800.0, None)
+        assert choice.chosen.batch_size == 1
