@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import doctest
 import importlib
 import importlib.abc
@@ -19,15 +18,16 @@ import importlib.machinery
 import importlib.util
 import os
 import random
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent))
+from forked import run_forked
 
 ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = Path(__file__).with_name("mutants_that_may_survive.txt")
@@ -243,33 +243,17 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def survives(mutant: Mutant) -> bool:
     """Run the tests of a mutant in a process of its own; a test that does not end notices as well."""
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        with open(os.devnull, "w") as nothing:  # noqa: PTH123 - a descriptor is needed
-            os.dup2(nothing.fileno(), 1)
-            os.dup2(nothing.fileno(), 2)
-        code = 1
-        try:
-            import pytest
 
-            sys.meta_path.insert(0, _Finder(mutant))
-            options = ["-x", "-q", "-p", "no:cacheprovider"]
-            code = int(pytest.main([*options, *(str(ROOT / path) for path in TARGETS[mutant.module])]))
-            examples = importlib.import_module("gn_transfer." + mutant.module.removesuffix(".py").replace("/", "."))
-            code = code or doctest.testmod(examples).failed
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status) == 0
-        time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
+    def tests() -> int:
+        import pytest
+
+        sys.meta_path.insert(0, _Finder(mutant))
+        options = ["-x", "-q", "-p", "no:cacheprovider"]
+        code = int(pytest.main([*options, *(str(ROOT / path) for path in TARGETS[mutant.module])]))
+        examples = importlib.import_module("gn_transfer." + mutant.module.removesuffix(".py").replace("/", "."))
+        return code or doctest.testmod(examples).failed
+
+    return run_forked(tests, TIMEOUT_SECONDS) == 0
 
 
 def allowed_survivors() -> set[tuple[str, str, str]]:

@@ -186,7 +186,7 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
         ConfigError: A folder cannot be read: it must not be left out in silence.
     """
-    found = [entry.path for entry in _entries(folder, hidden=False) if _ignored(entry) is None and entry.is_file()]
+    found = [entry.path for entry in _entries(folder, hidden=False) if _ignored(entry) is None]
     return [Path(path) for path in sorted(found, key=_parts)]
 
 
@@ -205,9 +205,9 @@ def count_files(layout: Layout) -> FileCount:
         shown = "/".join(parts)
         parent = entry.path[: -len(entry.name) - 1]
         if any(map(_is_hidden, parts)):
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 counted.ignored["hidden"].append(shown)
-        elif entry.is_dir():  # a link to one: others were walked through
+        elif _is_folder(entry):  # a link to one: others were walked through
             if parent in class_roots:
                 counted.used += len(image_files(Path(entry.path)))
             else:
@@ -225,7 +225,7 @@ def count_files(layout: Layout) -> FileCount:
 
 def describe_ignored(folder: Path) -> str:
     """Say how many files below a folder are no images of ours, by reason; empty where there are none."""
-    files = (entry for entry in _entries(folder) if not entry.is_dir())
+    files = (entry for entry in _entries(folder) if not _is_folder(entry))
     skip = len(str(folder).rstrip(os.sep)) + 1
     reasons = Counter(
         "hidden" if any(map(_is_hidden, _parts(entry.path[skip:]))) else _ignored(entry) for entry in files
@@ -235,7 +235,7 @@ def describe_ignored(folder: Path) -> str:
 
 def subfolders(root: Path) -> list[Path]:
     """List the folders in a folder, sorted; hidden ones and those of operating systems are left out."""
-    names = [entry.name for entry in _scan(root) if not _is_hidden(entry.name) and entry.is_dir()]
+    names = [entry.name for entry in _scan(root) if not _is_hidden(entry.name) and _is_folder(entry)]
     return [root / name for name in sorted(names)]
 
 
@@ -267,11 +267,21 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or a link to one; a link in a circle is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def _ignored(entry: os.DirEntry[str]) -> str | None:
-    """Why a file that is not hidden is no image of ours, or None."""
+    """Why something that is not hidden is no image of ours, or None."""
     suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 - texts are faster
     if entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110
         return "broken link"
+    if not entry.is_file():
+        return "pipe or device"  # reading it may never end; or a link to a folder, which is not shown
     if suffix in SUFFIXES:
         return None
     if suffix in OPTIONAL_SUFFIXES:

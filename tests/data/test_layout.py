@@ -129,13 +129,18 @@ def test_every_file_is_accounted_for(tmp_path):
     os.link(tmp_path / "train" / "cat" / "0.png", tmp_path / "train" / "cat" / "hard.png")
     (tmp_path / "train" / "cat" / "link.png").symlink_to(outside / "more" / "0.png")
     (tmp_path / "train" / "cat" / "broken.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "train" / "cat" / "circle.png").symlink_to("circle.png")
+    (tmp_path / "train" / "circle").symlink_to("circle")
+    (tmp_path / "train" / "cat" / "device.png").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "train" / "cat" / "pipe.png")
     data = Folder(tmp_path, img_size=8)
     counted = data.count_files()
     used = {image.path for image in [*data.list_fit().train, *data.list_test()]}
     assert counted.used == len(used) == 24
     assert {reason: len(files) for reason, files in counted.ignored.items()} == {
         "hidden": 3,
-        "broken link": 1,
+        "broken link": 3,
+        "pipe or device": 2,
         "link to a folder, not followed": 1,
         "beside the class folders": 1,
         "in extra/, which is no split": 1,
@@ -144,7 +149,7 @@ def test_every_file_is_accounted_for(tmp_path):
         "not an image (.mp4)": 1,
         "not an image (no ending)": 1,
     }
-    assert "24 used, 11 ignored: 1 beside the class folders, 1 broken link" in counted.describe()
+    assert "24 used, 15 ignored: 1 beside the class folders, 3 broken link" in counted.describe()
 
 
 @pytest.mark.parametrize("suffix", [".avif", ".heic"])
