@@ -118,6 +118,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # who reads our output has seen enough
         return 0
+    except RuntimeError as error:
+        if not str(error).startswith("Symlink loop"):  # what Python before 3.13 makes of a link in a circle
+            raise
+        print(f"gn-transfer: error: {printable(str(error))}; remove it.", file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno is None or error.strerror is None:
             raise

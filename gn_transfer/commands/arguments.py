@@ -86,7 +86,7 @@ class Arguments:
         try:
             content = read_checkpoint(self.checkpoint)
         except ConfigError as error:
-            before = self.checkpoint.with_name(PREVIOUS)
+            before = self.checkpoint.parent / PREVIOUS
             if self.command != "fit" or self.checkpoint.name != LAST or not before.is_file():
                 raise
             content = read_checkpoint(before)

@@ -17,6 +17,7 @@ from PIL import Image
 
 import gn_transfer
 from gn_transfer import load_bundle
+from gn_transfer.__main__ import main
 from gn_transfer.config import ConfigError
 from gn_transfer.data.decode import BadImageError
 from gn_transfer.files import sha256
@@ -167,6 +168,14 @@ def test_a_file_that_no_export_writes(bundle_dir, seal, name):
     seal(bundle_dir, files={GRAPH: sha256(bundle_dir / GRAPH), name: sha256(bundle_dir / name)})
     with pytest.raises(ConfigError, match=f"names the file '{name}', which no export writes; refused"):
         load_bundle(bundle_dir)
+
+
+def test_a_link_in_a_circle(bundle_dir, capsys):
+    (bundle_dir / GRAPH).unlink()
+    (bundle_dir / GRAPH).symlink_to(GRAPH)
+    for words in (["predict", str(bundle_dir), "x.jpg"], ["report", str(bundle_dir / GRAPH)]):
+        assert main(words) == 2
+        assert str(bundle_dir) in capsys.readouterr().err
 
 
 def test_a_link_that_climbs_out(bundle_dir):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gn_transfer.__main__ import main
 from gn_transfer.config import ConfigError
 from gn_transfer.training.checkpoint import CHECKPOINT_VERSION, check_classes, read_checkpoint
 from gn_transfer.training.checkpoint_callbacks import AtomicCheckpointIO, write_checkpoint
@@ -183,3 +184,8 @@ def test_a_description_holds_values_of_its_kinds(tmp_path, key, value):
     torch.save(checkpoint(None, **{key: value}), tmp_path / "x.ckpt")
     with pytest.raises(ConfigError, match=f"{key} missing or of a wrong type"):
         read_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_no_checkpoint_at_all(capsys):
+    assert main(["fit", "--ckpt_path", ""]) == 2
+    assert "no such file" in capsys.readouterr().err
