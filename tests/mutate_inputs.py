@@ -144,7 +144,8 @@ def change_leaf(content: Any, rng: random.Random) -> str:
     kind = rng.choice(["set", "set", "set", "delete", "add", "wrap"])
     if kind == "set":
         part[key] = copy.deepcopy(rng.choice(PLAIN))
-    elif kind == "delete":
+        return f"{key!s:.40} = {part[key]!r:.40}"
+    if kind == "delete":
         del part[key]
     elif kind == "add" and isinstance(part, dict):
         part[rng.choice(["x", "class_path", "", "model", "0", "\0"])] = copy.deepcopy(rng.choice(PLAIN))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from gn_transfer.backbones.create import Backbone, create_backbone, default_chan
 from gn_transfer.backbones.fitting import ProgressBar, no_progress
 from gn_transfer.backbones.transfer import BN_FAMILY, FITTED, Conversion, TransferReport
 from gn_transfer.config import DecoderName, Norm
-from gn_transfer.layers import default_groups
+from gn_transfer.layers import default_groups, group_counts
 
 _ANY_CLASSES = 2  # of a head that a decoder replaces
 
@@ -137,10 +138,15 @@ def rebuild_backbone(config: ModelConfig, stored: Mapping[str, Any], report: Map
 
     Returns:
         The model, freshly initialized and ready for ``load_state_dict``.
+
+    Raises:
+        KeyError: A norm without a number of groups.
     """
     groups: Mapping[str, int] = stored.get("groups") or {}
     prefix = "encoder.model." if config.decoder else ""
     of_encoder = {name.removeprefix(prefix): number for name, number in groups.items() if name.startswith(prefix)}
+    if config.decoder and of_encoder:  # norms behind the last feature map are removed, whatever their groups
+        of_encoder = defaultdict(lambda: 1, of_encoder)
     model = rebuild(
         stored["architecture"],
         norm=config.norm,
@@ -159,7 +165,10 @@ def rebuild_backbone(config: ModelConfig, stored: Mapping[str, Any], report: Map
     of_decoder = {
         name.removeprefix("decoder."): number for name, number in groups.items() if name.startswith("decoder.")
     }
-    return _with_decoder(built, config, stored["num_classes"], of_decoder or config.num_groups)
+    built = _with_decoder(built, config, stored["num_classes"], of_decoder or config.num_groups)
+    if of_encoder and (missing := group_counts(built.model).keys() - groups.keys()):
+        raise KeyError(f"groups of {min(missing)}")
+    return built
 
 
 def _with_decoder(

@@ -267,9 +267,12 @@ def _groups_of(
         if norm == "in":
             return channels
         if isinstance(num_groups, Mapping):
-            if name not in num_groups:
-                raise ConfigError(f"num_groups names no groups for {name}; give those of every norm, or one number.")
-            return group_count(channels, num_groups=num_groups[name], layer=name)
+            try:
+                return group_count(channels, num_groups=num_groups[name], layer=name)
+            except KeyError:
+                raise ConfigError(
+                    f"num_groups names no groups for {name}; give those of every norm, or one number."
+                ) from None
         if num_groups is None and group_size is None:
             if isinstance(old, nn.GroupNorm) and not _is_limit(old):
                 return old.num_groups

@@ -6,10 +6,10 @@ from torch import nn
 
 from gn_transfer.backbones import parameter_depths
 from gn_transfer.backbones.create import check_input, create_backbone
-from gn_transfer.backbones.model_config import ModelConfig, build_backbone
+from gn_transfer.backbones.model_config import ModelConfig, build_backbone, rebuild_backbone
 from gn_transfer.backbones.segmentation import Encoder
 from gn_transfer.config import ConfigError
-from gn_transfer.layers import FrozenBatchNorm2d, GroupNorm, StdConv2d
+from gn_transfer.layers import FrozenBatchNorm2d, GroupNorm, StdConv2d, group_counts
 
 DECODERS = ("unet", "fpn", "deeplabv3plus", "upernet")
 
@@ -108,3 +108,20 @@ def test_weights_go_to_the_encoder_and_depths_end_with_the_decoder():
     deepest = {name for name, depth in depths.items() if depth == max(depths.values())}
     assert deepest == {name for name in depths if name.startswith("decoder.")}
     assert min(depths.values()) == 0
+
+
+@pytest.mark.parametrize("backbone", ["resnetv2_18", "tf_efficientnet_lite0", "ghostnet_050", "rexnet_100"])
+def test_a_model_is_rebuilt_from_its_description(backbone):
+    """EfficientNet and others have a norm behind the last feature map, which a segmentation does not keep."""
+    config = ModelConfig(backbone, "gn", decoder="unet")
+    first = build_backbone(config, 3)
+    groups = group_counts(first.model)
+    stored = {"architecture": backbone, "groups": groups, "head": first.head, "num_classes": 3}
+    stored |= {"mean": [0.5] * 3, "std": [0.5] * 3}
+    again = rebuild_backbone(config, stored, first.report.as_dict()).model
+    again.load_state_dict(first.model.state_dict())
+    assert group_counts(again) == groups
+    for name in (next(iter(groups)), [*groups][-1]):  # of the encoder, of the decoder
+        fewer = {each: number for each, number in groups.items() if each != name}
+        with pytest.raises((KeyError, ConfigError), match="groups"):
+            rebuild_backbone(config, {**stored, "groups": fewer}, first.report.as_dict())
