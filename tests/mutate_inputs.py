@@ -96,8 +96,8 @@ def prepare(root: Path) -> None:
     shutil.copy(f"runs/{RUN}/config.yaml", "own.yaml")
 
 
-def options_of(command: Sequence[str], help_text: str) -> list[str]:
-    """List the options of a command that take a value, by its help."""
+def options_of(help_text: str) -> list[str]:
+    """List the options that take a value, by the help of their command."""
     found = re.findall(r"(--[a-z][\w.]*)[ =][A-Z{\[<\"']", help_text)
     return sorted({option for option in found if option not in ("--port", "--host", "--push_to_hub")}) or ["--config"]
 
@@ -329,7 +329,7 @@ def try_input(number: int, seed: int, original: Path, options: dict[str, list[st
 
             os.chdir(root)
             resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30, 8 * 2**30))
-            os.environ.update(HOME=folder, XDG_CACHE_HOME=f"{folder}/cache", HF_HUB_OFFLINE="1")
+            os.environ.update(HOME=folder, XDG_CACHE_HOME=f"{folder}/cache")
             return main(case.words)
 
         code = run_forked(command, TIMEOUT_SECONDS, output)
@@ -356,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
     parser.add_argument("--accepted", action="store_true", help="print what ended with 0, to be read")
     chosen = parser.parse_args(arguments)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     import lightning.pytorch  # what every command needs is imported once, before the processes fork
     import onnxruntime
     import timm
@@ -381,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, words in COMMANDS.items():
             verb = words[:2] if name.startswith("data ") else words[:1]
             run_forked(lambda verb=verb: gn_transfer.__main__.main([*verb, "--help"]), 60, text)  # type: ignore[misc]
-            options[name] = options_of(verb, text.read_text())
+            options[name] = options_of(text.read_text())
         ends: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
         slowest, faults = 0.0, 0
         with ThreadPoolExecutor(chosen.workers) as pool:
