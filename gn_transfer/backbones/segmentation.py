@@ -30,6 +30,8 @@ from gn_transfer.layers import convert_norm, fitting_group_count, is_norm
 _UNET_CHANNELS = (256, 128, 64, 32, 16)
 _CHANNELS = 256  # of the other decoders, as in their papers
 _FPN_CHANNELS = 128
+_MIXED: dict[DecoderName, tuple[int, ...]] = {"unet": (1, 2, 3, 4), "fpn": (2, 3, 4)}
+"""Maps that a decoder concatenates with the enlarged last map, or adds to it, without a norm. The others have one."""
 _PROBE = 128  # side of the image that finds what an encoder uses
 
 
@@ -42,6 +44,9 @@ class Encoder(nn.Module):
 
     Attributes:
         channels: Channels of the image and of each map; 0 where the model has no map of stride 2.
+        pre_activation: Whether all maps but the last are sums that no norm has seen: the norms of such a model stand
+            before its convolutions, and one behind the last block. With standardized weights the values of these maps
+            are tens of times those of the last.
 
     Raises:
         ConfigError: The model does not give such maps.
@@ -65,6 +70,7 @@ class Encoder(nn.Module):
             )
         self.indices = kept
         self._lacks_stride_2 = strides[kept[0]] == 4
+        self.pre_activation = isinstance(getattr(model, "norm", None), nn.Module)
         maps = [int(info[index]["num_chs"]) for index in kept]
         self.channels = [in_chans, *([0] if self._lacks_stride_2 else []), *maps]
         self.model = model
@@ -89,9 +95,12 @@ class Decoder(nn.Module):
         name: Which decoder.
         channels: Of the encoder's feature maps; see :attr:`Encoder.channels`.
         num_classes: Classes of a pixel.
+        pre_activation: See :attr:`Encoder.pre_activation`. A U-Net and an FPN then begin with a norm for each of these
+            maps. Without it the last map, which tells most about the classes, is lost among the large values of the
+            others.
     """
 
-    def __init__(self, name: DecoderName, channels: list[int], num_classes: int) -> None:
+    def __init__(self, name: DecoderName, channels: list[int], num_classes: int, pre_activation: bool = False) -> None:
         super().__init__()
         if name == "unet":
             self.body: nn.Module = UnetDecoder(channels, _UNET_CHANNELS)
@@ -113,6 +122,8 @@ class Decoder(nn.Module):
                 aspp_dropout=0.5,
             )
             width = _CHANNELS
+        mixed = _MIXED.get(name, ()) if pre_activation else ()
+        self.map_norms = nn.ModuleDict({str(index): nn.BatchNorm2d(channels[index]) for index in mixed})
         kernel = 1 if name == "deeplabv3plus" else 3
         self.classifier = nn.Conv2d(width, num_classes, kernel, padding=kernel // 2)
         initialize_decoder(self.body)
@@ -120,7 +131,10 @@ class Decoder(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Compute logits, shape ``(B, num_classes, H, W)``, from the encoder's maps."""
-        logits: Tensor = self.classifier(self.body(list(maps)))
+        maps = list(maps)
+        for index, norm in self.map_norms.items():
+            maps[int(index)] = norm(maps[int(index)])
+        logits: Tensor = self.classifier(self.body(maps))
         if logits.shape[2:] == maps[0].shape[2:]:
             return logits
         return F.interpolate(logits, size=maps[0].shape[2:], mode="bilinear", align_corners=False)
@@ -159,7 +173,7 @@ class SegmentationModel(nn.Module):
                 "to freeze; choose gn, or bn with a larger data.batch_size."
             )
         self.encoder = encoder
-        self.decoder = Decoder(decoder, encoder.channels, num_classes)
+        self.decoder = Decoder(decoder, encoder.channels, num_classes, encoder.pre_activation)
         groups = num_groups if group_size is None else None
         if isinstance(groups, int):
             named = self.decoder.named_modules()
