@@ -126,6 +126,7 @@ def fit_norms(
 def _digest(model: nn.Module, images: TrainingImages, head: str, settings: Sequence[object]) -> str:
     """Fingerprint all that a conversion depends on, the rounding of this machine's threads included."""
     said = [settings, list(images.mean), list(images.std), torch.__version__, torch.get_num_threads(), _VERSION]
+    said.append(repr(model))  # strides and dilation, which no tensor shows
     digest = hashlib.sha256(json.dumps(said).encode())
     digest.update(images.pixels.numpy().tobytes())
     for name, tensor in _without_head(model, head).items():

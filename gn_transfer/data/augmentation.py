@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -34,7 +35,13 @@ RATIO = (3 / 4, 4 / 3)
 """Smallest and largest width / height of a random crop."""
 
 _MIN_CROP_SCALE: dict[Recipe, float] = {"crop_flip": 0.35, "strong": 0.25}
-_FORBIDDEN = {"Lambda", "ReplayCompose"}  # they carry code, or state of other images
+_FORBIDDEN = {
+    *("Lambda", "ReplayCompose"),  # they carry code, or state of other images
+    *("FDA", "HistogramMatching", "PixelDistributionAdaptation", "TemplateTransform", "TextImage"),  # read other files
+}
+_MOST_PIXELS = 4096
+"""Largest side, padding or crop in pixels that the file of a pipeline may ask for."""
+_IN_PIXELS = re.compile("height|width|size|padding|px|divisor|scale_limit")
 
 
 class SeededPipeline:
@@ -121,8 +128,10 @@ class Augmentation(SeededPipeline):
         self.min_crop_scale = min_crop_scale
         self.resolution = recipe_resolution("strong" if pipeline is not None else recipe, img_size, min_crop_scale)
         super().__init__(recipe_pipeline(recipe, img_size, min_crop_scale) if pipeline is None else pipeline)
-        if pipeline is not None:
-            self._check_output()
+        self._is_own = pipeline is not None
+        if self._is_own:
+            side = self.resolution.side
+            self(np.full((side, side + side // 2, 3), 128, np.uint8), seed=0)
 
     def __call__(self, image_HWC: Pixels, seed: int) -> Pixels:
         """Augment one image.
@@ -133,23 +142,24 @@ class Augmentation(SeededPipeline):
 
         Returns:
             Pixels, shape ``(img_size, img_size, 3)``.
-        """
-        return self.run(seed, image=image_HWC)["image"]
 
-    def _check_output(self) -> None:
-        side = self.resolution.side
+        Raises:
+            ConfigError: A pipeline of the user that fails, or gives something else.
+        """
+        if not self._is_own:
+            return self.run(seed, image=image_HWC)["image"]
+        height, width = image_HWC.shape[:2]
         try:
-            result = self(np.full((side, side + side // 2, 3), 128, np.uint8), seed=0)
+            result = self.run(seed, image=image_HWC)["image"]
         except Exception as error:  # transforms raise what they like
-            raise ConfigError(
-                f"data.augmentation fails on an image of {side + side // 2} x {side} pixels ({error})."
-            ) from error
+            raise ConfigError(f"data.augmentation fails on an image of {width} x {height} pixels ({error}).") from error
         if result.shape != (self.img_size, self.img_size, 3) or result.dtype != np.uint8:
             raise ConfigError(
                 f"data.augmentation gives pixels of shape {result.shape} and type {result.dtype}; let it end with "
                 f"uint8 images of {self.img_size} x {self.img_size} pixels (data.img_size), for example by a "
                 "RandomResizedCrop. The model normalizes them, so leave Normalize and ToTensorV2 out."
             )
+        return result
 
 
 def recipe_pipeline(recipe: Recipe, img_size: int, min_crop_scale: float | None = None) -> A.Compose | None:
@@ -235,6 +245,8 @@ def read_pipeline(path: Path) -> Any:
                 f"data.augmentation={path} names {name}, which is not an allowed transform of albumentations "
                 f"{A.__version__}; {near if near.startswith('did') else 'use its own transforms'}."
             )
+    if large := next(_large_sizes(content), None):
+        raise ConfigError(f"data.augmentation={path} asks for {large}; at most {_MOST_PIXELS} pixels are taken.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # albumentations only warns of arguments that it does not know
@@ -268,6 +280,18 @@ def _class_names(content: Any) -> Iterator[str]:
     elif isinstance(content, list):
         for value in content:
             yield from _class_names(value)
+
+
+def _large_sizes(content: Any, key: str = "") -> Iterator[str]:
+    """Describe sizes in pixels that would fill the memory, at any depth."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from _large_sizes(value, str(name))
+    elif isinstance(content, list):
+        for value in content:
+            yield from _large_sizes(value, key)
+    elif isinstance(content, int | float) and abs(content) > _MOST_PIXELS and _IN_PIXELS.search(key):
+        yield f"{key} {content:g}"
 
 
 def _resize(img_size: int) -> A.Resize:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gn_transfer.config import ConfigError
 from gn_transfer.data.augmentation import Augmentation
 from gn_transfer.data.cache_store import PixelStore
 from gn_transfer.data.decode import BadImageError, check_image, decode_image
@@ -133,7 +134,7 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             Images uint8 ``(B, channels, img_size, img_size)``, contiguous, and targets int64 ``(B,)``.
 
         Raises:
-            BadImageError: A file cannot be decoded.
+            BadImageError: A file cannot be decoded, or the user's pipeline fails on it.
         """
         images = torch.empty((len(keys), self.channels, self.img_size, self.img_size), dtype=torch.uint8)
         targets = torch.empty(len(keys), dtype=torch.int64)
@@ -141,7 +142,10 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             epoch, index = (0, key) if isinstance(key, int) else key
             pixels_HWC = self._decoded(self, index)
             if self.augmentation is not None:
-                pixels_HWC = self.augmentation(pixels_HWC, sample_seed(self.seed, epoch, index))
+                try:
+                    pixels_HWC = self.augmentation(pixels_HWC, sample_seed(self.seed, epoch, index))
+                except ConfigError as error:  # of a pipeline of the user
+                    raise BadImageError(self.root / self.images[index].path, str(error)) from error
             if self.channels == 1:
                 cv2.cvtColor(pixels_HWC, cv2.COLOR_RGB2GRAY, image_CHW[0])
             else:

@@ -279,6 +279,7 @@ def describe_file(path: str | os.PathLike[str]) -> FileKind:
     if promised is not None and promised != kind:
         warnings.append(f"a {kind} by content")
     if kind == "JPEG":
+        _check_scans(data, path)
         try:
             simplejpeg.decode_jpeg(data, "CMYK" if mode == "CMYK" else "RGB", strict=True)
         except ValueError as error:
@@ -330,10 +331,14 @@ def _whole_jpeg_header(data: bytes, path: str | os.PathLike[str]) -> JpegHeader:
         raise BadImageError(path, f"corrupt JPEG: {len(data):,} bytes, but no pixel data behind its header")
     if not data.endswith(_JPEG_END) and data.find(_JPEG_END, header.scan_start) < 0:
         raise BadImageError(path, f"truncated JPEG: {len(data):,} bytes without an end marker")
-    if data.count(_JPEG_SCAN) > _MOST_SCANS:
-        raise BadImageError(path, f"a JPEG of more than {_MOST_SCANS} scans, which would take minutes")
+    _check_scans(data, path)
     _check_size(header.width, header.height, path)
     return header
+
+
+def _check_scans(data: bytes, path: str | os.PathLike[str]) -> None:
+    if data.count(_JPEG_SCAN) > _MOST_SCANS:
+        raise BadImageError(path, f"a JPEG of more than {_MOST_SCANS} scans, which would take minutes")
 
 
 def _decode_jpeg(data: bytes, header: JpegHeader, divisor: int) -> npt.NDArray[np.uint8] | None:

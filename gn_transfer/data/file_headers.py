@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 _IMAGE_BRANDS = {b"avif", b"avis", b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
 _STANDALONE_MARKERS = {0x01, *range(0xD0, 0xD8)}  # TEM and RSTn carry no length
+_NO_SEGMENTS = {0x00, 0xD8, 0xD9}  # a stuffed byte, and the two ends of an image
 _FRAME_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOFn; the three others are DHT, JPG and DAC
 
 
@@ -72,6 +73,8 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
         if marker in _STANDALONE_MARKERS:
             position += 2
             continue
+        if marker in _NO_SEGMENTS:  # decoders read on behind it, and would find another frame
+            return None
         length = int.from_bytes(data[position + 2 : position + 4], "big")
         if marker in _FRAME_MARKERS and position + 10 <= len(data):
             height = int.from_bytes(data[position + 5 : position + 7], "big")

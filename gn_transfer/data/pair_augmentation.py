@@ -39,8 +39,10 @@ class PairAugmentation(SeededPipeline):
         self.recipe = recipe
         self.img_size = img_size
         super().__init__(pair_pipeline(recipe, img_size) if pipeline is None else pipeline)
-        if pipeline is not None:
-            self._check_output()
+        self._is_own = pipeline is not None
+        if self._is_own:
+            for height, width in ((img_size, img_size + img_size // 2), (img_size - img_size // 4, img_size // 2)):
+                self(np.full((height, width, 3), 128, np.uint8), np.ones((height, width), np.uint8), seed=0)
 
     def __call__(self, image_HWC: Pixels, mask_HW: Pixels, seed: int) -> tuple[Pixels, Pixels]:
         """Augment one pair.
@@ -52,32 +54,35 @@ class PairAugmentation(SeededPipeline):
 
         Returns:
             Both with sides of ``img_size``.
-        """
-        results = self.run(seed, image=image_HWC, mask=mask_HW)
-        return results["image"], results["mask"]
 
-    def _check_output(self) -> None:
-        side = self.img_size
-        for height, width in ((side, side + side // 2), (side - side // 4, side // 2)):  # smaller ones come, too
-            image_HWC, mask_HW = np.full((height, width, 3), 128, np.uint8), np.ones((height, width), np.uint8)
-            try:
-                image, mask = self(image_HWC, mask_HW, seed=0)
-            except Exception as error:  # transforms raise what they like
-                raise ConfigError(
-                    f"data.augmentation fails on an image of {width} x {height} pixels ({error}). Where images may be "
-                    f"smaller than the crop, pad them first: PadIfNeeded with fill_mask={IGNORED}."
-                ) from error
-            if image.shape != (side, side, 3) or mask.shape != (side, side) or image.dtype != np.uint8:
-                raise ConfigError(
-                    f"data.augmentation gives an image of shape {image.shape} and a mask of shape {mask.shape}; let it "
-                    f"end with {side} x {side} pixels (data.img_size), for example by a RandomCrop. The model "
-                    "normalizes them, so leave Normalize and ToTensorV2 out."
-                )
-            if strange := sorted(set(np.unique(mask).tolist()) - {1, IGNORED}):
-                raise ConfigError(
-                    f"data.augmentation puts the value {strange[0]} into a mask that holds only 1: pixels beside the "
-                    f"image must not count, so give its transforms fill_mask={IGNORED} and no smoothing of masks."
-                )
+        Raises:
+            ConfigError: A pipeline of the user that fails, gives other sizes, or puts values into the mask that it
+                does not hold.
+        """
+        if not self._is_own:
+            results = self.run(seed, image=image_HWC, mask=mask_HW)
+            return results["image"], results["mask"]
+        height, width = mask_HW.shape
+        try:
+            results = self.run(seed, image=image_HWC, mask=mask_HW)
+        except Exception as error:  # transforms raise what they like
+            raise ConfigError(
+                f"data.augmentation fails on an image of {width} x {height} pixels ({error}). Where images may be "
+                f"smaller than the crop, pad them first: PadIfNeeded with fill_mask={IGNORED}."
+            ) from error
+        image, mask, side = results["image"], results["mask"], self.img_size
+        if image.shape != (side, side, 3) or mask.shape != (side, side) or image.dtype != np.uint8:
+            raise ConfigError(
+                f"data.augmentation gives an image of shape {image.shape} and a mask of shape {mask.shape}; let it "
+                f"end with uint8 images of {side} x {side} pixels (data.img_size), for example by a RandomCrop. The "
+                "model normalizes them, so leave Normalize and ToTensorV2 out."
+            )
+        if strange := sorted(set(np.unique(mask).tolist()) - {*np.unique(mask_HW).tolist(), IGNORED}):
+            raise ConfigError(
+                f"data.augmentation puts the value {strange[0]} into a mask that does not hold it: pixels beside the "
+                f"image must not count, so give its transforms fill_mask={IGNORED} and no smoothing of masks."
+            )
+        return image, mask
 
 
 def pair_pipeline(recipe: Recipe, img_size: int) -> A.Compose:

@@ -107,7 +107,10 @@ class SegmentationDataset(ImageDataset):
             raise with_remedy(BadImageError(path, "a mask of another size than its image"))
         if self._augment is None:
             return pixels_HWC, mask_HW
-        return self._augment(pixels_HWC, mask_HW, sample_seed(self.seed, epoch, index))
+        try:
+            return self._augment(pixels_HWC, mask_HW, sample_seed(self.seed, epoch, index))
+        except ConfigError as error:  # of a pipeline of the user
+            raise BadImageError(self.root / self.images[index].path, str(error)) from error
 
 
 class SegmentationDataModule(ImageDataModule):

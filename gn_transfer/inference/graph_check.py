@@ -13,8 +13,9 @@ from gn_transfer.config import ConfigError, shortened
 
 # Fields by number: of ModelProto, GraphProto, FunctionProto, NodeProto, AttributeProto, TensorProto, SparseTensorProto.
 _GRAPH_OF_MODEL, _FUNCTION_OF_MODEL = 7, 25
+_OTHERS_OF_MODEL = frozenset({1, 2, 3, 4, 5, 6, 8, 14})  # versions, names, texts, operator sets
 _NODE_OF_GRAPH, _TENSOR_OF_GRAPH, _SPARSE_OF_GRAPH = 1, 5, 15
-_NODE_OF_FUNCTION = 7
+_NODE_OF_FUNCTION, _DEFAULT_OF_FUNCTION = 7, 11
 _OPERATOR, _ATTRIBUTE_OF_NODE = 4, 5
 _TENSORS_OF_ATTRIBUTE, _GRAPHS_OF_ATTRIBUTE, _SPARSE_OF_ATTRIBUTE = (5, 10), (6, 11), (22, 23)
 _EXTERNAL, _PLACE = 13, 14
@@ -53,6 +54,10 @@ def _problems_of_model(data: memoryview) -> Iterator[str]:
             for inner, node in _fields(content):
                 if inner == _NODE_OF_FUNCTION:
                     yield from _problems_of_node(node, 0)
+                elif inner == _DEFAULT_OF_FUNCTION:
+                    yield from _problems_of_attribute(node, 0)
+        elif number not in _OTHERS_OF_MODEL:
+            yield f"holds a field of the number {number}"
 
 
 def _problems_of_graph(data: memoryview, depth: int) -> Iterator[str]:
@@ -72,13 +77,17 @@ def _problems_of_node(data: memoryview, depth: int) -> Iterator[str]:
         if number == _OPERATOR and (name := bytes(content).decode("utf-8", "replace")) in _NEVER_ENDING:
             yield f"holds the operator {shortened(name)}"
         elif number == _ATTRIBUTE_OF_NODE:
-            for inner, value in _fields(content):
-                if inner in _TENSORS_OF_ATTRIBUTE:
-                    yield from _problems_of_tensor(value)
-                elif inner in _GRAPHS_OF_ATTRIBUTE:
-                    yield from _problems_of_graph(value, depth + 1)
-                elif inner in _SPARSE_OF_ATTRIBUTE:
-                    yield from _problems_of_sparse(value)
+            yield from _problems_of_attribute(content, depth)
+
+
+def _problems_of_attribute(data: memoryview, depth: int) -> Iterator[str]:
+    for number, content in _fields(data):
+        if number in _TENSORS_OF_ATTRIBUTE:
+            yield from _problems_of_tensor(content)
+        elif number in _GRAPHS_OF_ATTRIBUTE:
+            yield from _problems_of_graph(content, depth + 1)
+        elif number in _SPARSE_OF_ATTRIBUTE:
+            yield from _problems_of_sparse(content)
 
 
 def _problems_of_sparse(data: memoryview) -> Iterator[str]:
@@ -101,6 +110,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
     place = 0
     while place < len(data):
         key, place = _varint(data, place)
+        if key >= 2**32:  # other readers keep 32 bits of it, and would see another field
+            raise ValueError(f"a field of the key {key}")
         kind = key & 7
         if kind == _VARINT:
             begin = place

@@ -202,7 +202,7 @@ def rebuild_task(kind: type[Task], content: Mapping[str, Any], path: Path) -> Ta
         task.restore(stored)
         task.build(stored["classes"])
         task.load_state_dict(content["state_dict"])
-    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+    except (ConfigError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
             f"{path} does not fit this gn-transfer ({error}); use the version that wrote it, "
             f"{stored.get('written_by', 'see its run.log')}."

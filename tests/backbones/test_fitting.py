@@ -58,11 +58,11 @@ def test_the_second_conversion_is_the_first(tmp_path, computed, conversion):
     ]
 
 
-def test_another_image_group_or_conversion_is_converted_anew(tmp_path, computed):
-    for options in ({}, {"seed": 1}, {"num_groups": 8}, {"conversion": "distilled"}):
+def test_another_image_group_conversion_or_stride_is_converted_anew(tmp_path, computed):
+    for options in ({}, {"seed": 1}, {"num_groups": 8}, {"conversion": "distilled"}, {"output_stride": 16}):
         convert(tmp_path, **options)
-    assert len(computed) == 4
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(computed) == 5
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_a_damaged_file_is_replaced(tmp_path, computed):

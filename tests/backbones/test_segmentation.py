@@ -47,30 +47,39 @@ def test_the_maps_are_those_of_the_model_before_its_head():
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("norm", ["gn_ws", "bn"])
-def test_the_last_map_of_a_pre_activation_encoder_matters_to_a_new_decoder(norm, decoder):
-    """The maps before it are sums without a norm; under gn_ws their values are 10 to 200 times those of the last."""
+@pytest.mark.parametrize(
+    ("backbone", "norm", "pretrained"),
+    [
+        ("resnetv2_18", "gn_ws", "auto"),
+        ("resnetv2_18", "bn", "auto"),
+        ("tf_efficientnet_lite0", "bn", "auto"),
+        ("densenet121", "gn_ws", None),
+    ],
+)
+def test_the_last_map_matters_to_a_new_decoder(backbone, norm, pretrained, decoder):
+    """The maps before it may be sums that no norm has seen, with values up to 200 times those of the last."""
+    if backbone == "densenet121" and decoder == "deeplabv3plus":
+        pytest.skip("has no output stride of 16")
     torch.manual_seed(0)
-    model = built(norm=norm, decoder=decoder, decoder_norm="gn", pretrained="auto").eval()
+    model = built(backbone, norm, decoder=decoder, decoder_norm="gn", pretrained=pretrained).eval()
     maps = model.encoder(torch.rand(1, 3, 128, 128) * 2 - 1)
     logits = model.decoder(maps)
     without = model.decoder([*maps[:-1], torch.zeros_like(maps[-1])])
-    assert (without - logits).std() > 0.2 * logits.std()
+    assert (without - logits).std() > 0.1 * logits.std()
 
 
 @pytest.mark.parametrize(
     ("backbone", "decoder", "expected"),
     [
         ("resnetv2_18", "unet", ["1", "2", "3", "4"]),
-        ("resnetv2_18", "fpn", ["2", "3", "4"]),
-        ("resnetv2_18", "deeplabv3plus", []),
-        ("resnetv2_18", "upernet", []),
-        ("resnet18", "unet", []),
-        ("tf_efficientnet_lite0", "fpn", []),
+        ("tf_efficientnet_lite0", "fpn", ["2", "3", "4"]),
+        ("resnet18", "deeplabv3plus", []),
+        ("resnet18", "upernet", []),
+        ("starnet_s1", "unet", ["2", "3", "4"]),  # its first map has stride 4
     ],
 )
-def test_only_maps_that_no_norm_has_seen_get_one(backbone, decoder, expected):
-    assert list(built(backbone, decoder=decoder).decoder.map_norms) == expected
+def test_maps_that_a_decoder_mixes_get_norms(backbone, decoder, expected):
+    assert list(built(backbone, "bn", decoder=decoder).decoder.map_norms) == expected
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import yaml
 from gn_transfer.config import ConfigError
 from gn_transfer.data import Folder
 from gn_transfer.data.augmentation import Augmentation, Recipe, read_pipeline, recipe_pipeline, recipe_resolution
+from gn_transfer.data.decode import BadImageError
 from gn_transfer.data.describe import describe_data
 from gn_transfer.data.preprocess import preprocess_image
 from gn_transfer.data.resolution import Resolution
@@ -209,3 +210,48 @@ def test_a_pipeline_whose_images_have_another_size(tmp_path: Path) -> None:
     pipeline = read_pipeline(save(tmp_path / "large.yaml", [A.RandomCrop(999, 999)]))
     with pytest.raises(ConfigError, match=r"data\.augmentation fails on an image of"):
         Augmentation("none", 32, pipeline=pipeline)
+
+
+@pytest.mark.parametrize(
+    ("transforms", "message"),
+    [
+        ([A.RandomResizedCrop((32, 32)), A.ToFloat(max_value=255.0, p=0.3)], "type float32"),
+        (
+            [A.OneOf([A.RandomResizedCrop((32, 32), p=0.9), A.RandomResizedCrop((24, 24), p=0.1)], p=1.0)],
+            r"shape \(24, 24, 3\)",
+        ),
+    ],
+    ids=["type", "size"],
+)
+def test_a_pipeline_that_only_sometimes_gives_something_else(
+    tmp_path: Path, folder_root: Path, transforms: list[Any], message: str
+) -> None:
+    """The first image of it fits, so that nothing is found before the training."""
+    path = save(tmp_path / "mine.yaml", transforms)
+    data = Folder(folder_root, img_size=32, augmentation=path)
+    data.setup("fit")
+    dataset = data.train_dataset
+    keys = [(epoch, index) for epoch in range(4) for index in range(len(dataset.images))]
+    with pytest.raises(BadImageError, match=rf"{folder_root.name}/.*: data\.augmentation gives pixels of .*{message}"):
+        dataset.batch(keys)
+
+
+@pytest.mark.parametrize(
+    ("transform", "name"),
+    [(A.PadIfNeeded(8000, 8000), "min_height 8000"), (A.RandomScale((0, 5000)), "scale_limit 500")],
+    ids=["padding", "scale"],
+)
+def test_sizes_that_would_fill_the_memory(tmp_path: Path, transform: Any, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"asks for {name}.*; at most 4096 pixels"):
+        read_pipeline(save(tmp_path / "large.yaml", [transform]))
+
+
+def test_transforms_that_read_other_files_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "bad.yaml", [A.HorizontalFlip()])
+    for name in ("FDA", "HistogramMatching", "PixelDistributionAdaptation", "TextImage"):
+        assert hasattr(A, name)
+        content = yaml.safe_load(path.read_text())
+        content["transform"]["transforms"][0] = {"__class_fullname__": name, "reference_images": ["/x.png"], "p": 1.0}
+        (tmp_path / "reads.yaml").write_text(yaml.safe_dump(content))
+        with pytest.raises(ConfigError, match=f"names {name}, which is not an allowed transform"):
+            read_pipeline(tmp_path / "reads.yaml")

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data import decode
-from gn_transfer.data.decode import BadImageError, check_image, decode_image
+from gn_transfer.data.decode import BadImageError, check_image, decode_image, describe_file
 from gn_transfer.data.file_headers import read_jpeg_header
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -148,6 +148,26 @@ def test_a_jpeg_of_thousands_of_scans_is_not_decoded(tmp_path: Path, gradient: I
     assert data.count(b"\xff\xda") < 20
     with pytest.raises(BadImageError, match="more than 100 scans"):
         decode_image(data[:last] + data[last:-2] * 101 + b"\xff\xd9")
+
+    path = tmp_path / "scans.jpg"
+    path.write_bytes(data[:last] + data[last:-2] * 101 + b"\xff\xd9")
+    with pytest.raises(BadImageError, match="more than 100 scans"):
+        describe_file(path)
+
+
+@pytest.mark.parametrize("marker", [b"\xff\x00", b"\xff\xd8", b"\xff\xd9"])
+def test_a_frame_behind_what_is_no_segment_does_not_hide_the_real_one(gradient: Image.Image, marker: bytes) -> None:
+    """Decoders read on behind such a marker; a reader that skips its length would see the size of another frame."""
+    data = encode(gradient, "JPEG")
+    frame = data.index(b"\xff\xc0")
+    small = data[frame : frame + 5] + b"\x00\x02\x00\x02" + data[frame + 9 : frame + 19]
+    comment = b"\xff\xfe" + (len(small) + 2).to_bytes(2, "big")
+    hidden = data[2 : data.index(b"\xff\xda")] + comment
+    changed = b"\xff\xd8" + marker + (len(hidden) + 2).to_bytes(2, "big") + hidden + small + data[2 + len(hidden) - 4 :]
+    assert read_jpeg_header(data) is not None
+    assert read_jpeg_header(changed) is None
+    with pytest.raises(BadImageError, match="corrupt JPEG"):
+        decode_image(changed)
 
 
 @pytest.mark.parametrize("content", [b"P1\n2 2\n0 1 1 0\n", b"P3\n1 1\n255\n1 2 3\n"])

@@ -418,8 +418,17 @@ def test_pipelines_of_ones_own(folder, tmp_path):
     good = pipeline_file(tmp_path / "a.yaml", A.PadIfNeeded(**pad, fill_mask=IGNORED), A.RandomCrop(32, 32))
     assert set_up(folder, augmentation=good).train_dataset.batch([0])[0].shape == (1, 3, 32, 32)
     counting = pipeline_file(tmp_path / "b.yaml", A.PadIfNeeded(**pad), A.RandomCrop(32, 32))
-    with pytest.raises(ConfigError, match=r"puts the value 0 into a mask that holds only 1: .*fill_mask=255"):
+    with pytest.raises(ConfigError, match=r"puts the value 0 into a mask that does not hold it: .*fill_mask=255"):
         set_up(folder, augmentation=counting)
+    rarely = pipeline_file(
+        tmp_path / "d.yaml",
+        A.PadIfNeeded(**pad, fill_mask=IGNORED),
+        A.RandomCrop(32, 32),
+        A.Rotate((30, 40), fill_mask=200, p=0.2),
+    )
+    dataset = set_up(folder, augmentation=rarely).train_dataset
+    with pytest.raises(BadImageError, match=r"images/.*: data\.augmentation puts the value 200 into a mask"):
+        dataset.batch([(epoch, 0) for epoch in range(40)])
     too_small = pipeline_file(tmp_path / "c.yaml", A.RandomCrop(32, 32))
     with pytest.raises(ConfigError, match=r"fails on an image of 16 x 24 .*PadIfNeeded"):
         set_up(folder, augmentation=too_small)

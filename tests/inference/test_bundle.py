@@ -279,7 +279,8 @@ def test_values_in_another_file_are_refused_however_they_are_written(tmp_path):
         (tmp_path / "x.onnx").write_bytes(bytes([7 << 3 | 2, len(content)]) + content)
         with pytest.raises(ConfigError, match="keeps values in another file, which no export does; refused"):
             check_graph(tmp_path / "x.onnx")
-    for content in (b"not a graph", b"\x3a\xff\x01", b"\x3a" + b"\xff" * 12):
+    hidden = b"\xba\x80\x80\x80\x10"  # the key of a graph in 33 bits, of which other readers keep 32
+    for content in (b"not a graph", b"\x3a\xff\x01", b"\x3a" + b"\xff" * 12, hidden + bytes([len(tensor)]) + tensor):
         (tmp_path / "x.onnx").write_bytes(content)
         with pytest.raises(ConfigError, match="is no graph of ONNX"):
             check_graph(tmp_path / "x.onnx")
@@ -299,6 +300,22 @@ def test_functions_and_numbers_of_a_fixed_size_are_read(tmp_path):
         (tmp_path / "x.onnx").write_bytes(bytes([7 << 3 | 2, len(graph)]) + graph)
         with pytest.raises(ConfigError, match="keeps values in another file"):
             check_graph(tmp_path / "x.onnx")
+
+
+def test_defaults_of_functions_are_read_and_other_parts_of_a_model_are_refused(tmp_path):
+    def field(number, content):
+        key = number << 3 | 2
+        return bytes([key & 0x7F | 0x80, key >> 7] if key > 0x7F else [key]) + bytes([len(content)]) + content
+
+    loop = field(6, field(1, field(4, b"Loop")))  # an attribute with a graph with a node
+    (tmp_path / "x.onnx").write_bytes(field(25, field(11, loop)))
+    with pytest.raises(ConfigError, match="holds the operator 'Loop'"):
+        check_graph(tmp_path / "x.onnx")
+    (tmp_path / "x.onnx").write_bytes(field(20, field(1, b"")))  # TrainingInfoProto
+    with pytest.raises(ConfigError, match="holds a field of the number 20, which no export does"):
+        check_graph(tmp_path / "x.onnx")
+    (tmp_path / "x.onnx").write_bytes(field(2, b"pytorch") + field(25, b"") + field(7, b""))
+    check_graph(tmp_path / "x.onnx")
 
 
 @pytest.mark.parametrize("inside", [False, True])
