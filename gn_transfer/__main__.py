@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno is None or error.strerror is None:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        print(f"gn-transfer: error: {place}{error.strerror}.", file=sys.stderr)
+        print(f"gn-transfer: error: {printable(place)}{error.strerror}.", file=sys.stderr)
         return 2
     finally:
         _flush()

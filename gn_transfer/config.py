@@ -48,6 +48,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
+def markdown_text(text: str) -> str:
+    """Write a name of someone else for a line or a cell of Markdown: no markup, link, image or further cell.
+
+    Example:
+        >>> markdown_text("a|b ![x](http://y) <img>")
+        'a\\|b ![x]\\(http://y) &lt;img>'
+    """
+    return " ".join(text.split()).replace("<", "&lt;").replace("|", "\\|").replace("](", "]\\(")
+
+
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:
     """Name the allowed values, the likeliest first.
 

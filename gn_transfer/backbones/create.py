@@ -31,7 +31,7 @@ from gn_transfer.backbones.transfer import (
     notes_on,
     transfer,
 )
-from gn_transfer.backbones.weights import Weights, read_weights
+from gn_transfer.backbones.weights import Weights, read_weights, refuse_bomb
 from gn_transfer.config import ConfigError, DecoderName, Norm, shortened
 from gn_transfer.layers import convert_norm, default_groups, is_norm
 
@@ -296,6 +296,8 @@ def _per_channel(values: Sequence[float], in_chans: int) -> tuple[float, ...]:
 def _read_npz(weights: Weights) -> Mapping[str, Tensor]:
     base, arguments = ALIASES.get(weights.architecture, (weights.architecture, {}))
     overlay = {"file": str(weights.file), "custom_load": True}
+    assert weights.file is not None
+    refuse_bomb(weights.file)
     try:
         model = timm.create_model(base, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
     except Exception as error:  # numpy, zipfile and timm have their own errors for a corrupt file

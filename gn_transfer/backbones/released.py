@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from gn_transfer.config import ConfigError, Norm
-from gn_transfer.files import partial_of, sha256, write_json
+from gn_transfer.files import parse_json, partial_of, read_text, sha256, write_json
 
 FOLDER = "checkpoints"
 """Where released weights lie: inside the package of a wheel, beside it in a source checkout."""
@@ -218,10 +218,8 @@ def _folders() -> list[Path]:
 
 def _read_card(path: Path) -> Card:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        parts = {"norm": TrainedNorm, "preprocessing": Preprocessing, "training": Training}
-        return Card(**{key: parts[key](**value) if key in parts else value for key, value in content.items()})
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
+        return TypeAdapter(Card).validate_python(parse_json(read_text(path)))
+    except (OSError, ValueError) as error:  # also of another kind than its fields are
         raise ConfigError(
             f"{path} is not a model card ({type(error).__name__}: {error}); install gn-transfer again."
         ) from error

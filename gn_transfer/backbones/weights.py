@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -250,6 +251,7 @@ def _of_channels(values: Any) -> tuple[float, ...]:
 
 
 def _load(path: Path) -> Any:
+    refuse_bomb(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -266,6 +268,25 @@ def _load(path: Path) -> Any:
         ) from error
 
 
+def refuse_bomb(path: Path) -> None:
+    """Refuse a small archive of weights that would fill the memory.
+
+    Args:
+        path: The file, of any kind.
+
+    Raises:
+        ConfigError: It is an archive whose content is far larger than itself; weights hardly shrink.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    except (OSError, zipfile.BadZipFile):  # of another kind, or for its reader to refuse
+        return
+    if size > _MOST_COMPRESSED * path.stat().st_size:
+        raise ConfigError(f"model.pretrained={path} is compressed to less than a tenth, as no weights are; refused.")
+
+
+_MOST_COMPRESSED = 10
 _ALLOWED = "Allowed are .safetensors, .pth/.bin/.ckpt holding plain tensors, and BiT .npz files; fetch the file again."
 
 

@@ -139,7 +139,9 @@ class Arguments:
             yield [self.command, *self._default_data(), *self.argv]
             return
         assert self.checkpoint is not None
-        config, left_out = config_of_checkpoint(self.stored["config"], self.checkpoint)
+        config, left_out = config_of_checkpoint(
+            self.stored["config"], self.checkpoint, root_is_typed=bool(self._values_of("--data.root"))
+        )
         if left_out and self.command == "fit":
             self.notes.append(
                 f"not taken from the checkpoint: {', '.join(left_out)}; where they are wanted, give them again"

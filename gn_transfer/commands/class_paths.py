@@ -23,6 +23,7 @@ import jsonargparse._typehints as typehints
 from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA
 from gn_transfer.config import ConfigError, shortened
 from gn_transfer.data import ImageDataModule
+from gn_transfer.data.datamodule import check_named_root
 from gn_transfer.yaml_files import parse_yaml, read_yaml
 
 OF_LIGHTNING = {
@@ -55,9 +56,10 @@ _OBJECTS = ("callbacks", "logger", "strategy", "plugins", "profiler", "accelerat
 _FROM_CHECKPOINT = (
     *("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "limit_train_batches", "limit_val_batches"),
     *("limit_test_batches", "overfit_batches", "val_check_interval", "check_val_every_n_epoch", "log_every_n_steps"),
-    *("num_sanity_val_steps", "deterministic", "benchmark", "accelerator", "devices", "num_nodes", "strategy"),
-    *("enable_progress_bar", "logger", "profiler"),
+    *("num_sanity_val_steps", "deterministic", "benchmark", "accelerator", "enable_progress_bar"),
 )
+_ONE_PROCESS = {"devices": (1, "1", "auto"), "num_nodes": (1,), "strategy": ("auto",), "logger": (True, False)}
+"""Values that start no other process and no logger by name, and are taken from a checkpoint as well."""
 
 
 def read_config(path: Path, *, allow_class_path: bool = False) -> dict[str, Any]:
@@ -176,18 +178,22 @@ def _may_be_imported(name: str, typed: Collection[str]) -> bool:
     return name in ALLOWED or name in _BASES or name in typed or (short in typed and module in sys.modules)
 
 
-def config_of_checkpoint(stored: Mapping[str, Any], checkpoint: Path) -> tuple[dict[str, Any], list[str]]:
+def config_of_checkpoint(
+    stored: Mapping[str, Any], checkpoint: Path, *, root_is_typed: bool = False
+) -> tuple[dict[str, Any], list[str]]:
     """Take the values that describe model, data and recipe from a checkpoint.
 
     Args:
         stored: Its configuration.
         checkpoint: Its path, for messages.
+        root_is_typed: Whether the user says where the images lie.
 
     Returns:
         The configuration, and the keys that were left out although they were set.
 
     Raises:
-        ConfigError: It names a class, or holds something else than values by key.
+        ConfigError: It names a class, or holds something else than values by key; or images would be written
+            elsewhere than below the working folder.
     """
     groups = {group: stored[group] for group in _GROUPS if group in stored}
     if bad := [group for group, values in groups.items() if not isinstance(values, Mapping)]:
@@ -197,12 +203,19 @@ def config_of_checkpoint(stored: Mapping[str, Any], checkpoint: Path) -> tuple[d
     for group, values in groups.items():
         if group == "trainer":
             taken[group] = {key: values[key] for key in _FROM_CHECKPOINT if key in values and _is_plain(values[key])}
-            left_out = [f"trainer.{key}" for key in _OBJECTS if values.get(key) and key not in taken[group]]
+            taken[group] |= {
+                key: values[key] for key, harmless in _ONE_PROCESS.items() if key in values and values[key] in harmless
+            }
+            wanted = [key for key in (*_OBJECTS, *_ONE_PROCESS) if values.get(key) and key not in taken[group]]
+            left_out = [f"trainer.{key}" for key in dict.fromkeys(wanted)]
         elif group == "data":
             kind, arguments = values.get("class_path"), values.get("init_args")
             if kind not in _DATA_NAMES or not isinstance(arguments, Mapping):
                 raise ConfigError(f"{checkpoint} names {kind!r} for its data, which is no data module; refused.")
             taken[group] = {"class_path": kind, "init_args": _plain_values(arguments, group, checkpoint)}
+            named = next(module for module in DATA if module.__name__ == str(kind).rpartition(".")[2])
+            if not root_is_typed:
+                check_named_root(named, arguments.get("root"))
         else:
             taken[group] = _plain_values(values, group, checkpoint)
     for key in ("cache_dir", "download"):  # where files are written is for this call to say

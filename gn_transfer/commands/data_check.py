@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -64,7 +65,8 @@ def check(data: ImageDataModule, task: TransferTask, options: argparse.Namespace
     if options.format == "json":
         found = {**report.as_dict(), **({} if masks is None else masks.as_dict())}
         labels = {"likely_wrong_labels": [asdict(one) for one in wrong]}
-        print(json.dumps({**found, **labels, "notes": notes}, indent=2, ensure_ascii=False))
+        text = json.dumps({**found, **labels, "notes": notes}, indent=2, ensure_ascii=False)
+        print(re.sub("[\x7f-\x9f]", lambda control: f"\\u{ord(control[0]):04x}", text))  # a terminal would obey them
     else:
         console = get_console()
         console.print(_table(rows), width=None if console.is_terminal else 400, crop=False)

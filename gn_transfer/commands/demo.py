@@ -112,7 +112,7 @@ def _validation_images(bundle: Bundle, root: str) -> list[Path]:
         from gn_transfer.inference.export_source import evenly_spaced, run_data
     except ModuleNotFoundError as error:
         raise ConfigError(f"--data.root needs {error.name}, which trained the bundle; leave it out.") from error
-    data = run_data(bundle.metadata["provenance"]["config"], bundle.classes, root)
+    data = run_data(bundle.metadata.get("provenance", {}).get("config"), bundle.classes, root)
     return evenly_spaced(data.val_dataset, _EXAMPLES)
 
 

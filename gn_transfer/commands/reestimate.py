@@ -10,7 +10,7 @@ import torch
 from gn_transfer.commands.evaluate import load_run
 from gn_transfer.commands.parsing import Parser
 from gn_transfer.commands.training_cli import parsed
-from gn_transfer.config import ConfigError
+from gn_transfer.config import ConfigError, printable
 from gn_transfer.layers import reestimate_statistics
 from gn_transfer.layers.batch_norm import batch_norms
 from gn_transfer.training.batch_norm_statistics import FROZEN_STATISTICS_BATCH
@@ -57,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     print(f"statistics of {layers} batch norms, re-estimated on {len(images):,} training images in batches of {size}")
     for name, value in before.items():
         print(f"{name:<20} {value:.4f} before, {after[name]:.4f} after")
-    print(f"checkpoint {output}")
+    print(f"checkpoint {printable(str(output))}")
     return 0
 
 

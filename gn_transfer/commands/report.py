@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gn_transfer.commands.parsing import Parser
+from gn_transfer.config import printable
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -26,8 +27,9 @@ def run(arguments: Sequence[str]) -> int:
 
     folder = choose_run_folder(options.run)
     if folder != options.run:
-        print(f"run        {folder}")
-    print(f"page       {write_page(folder, options.output or folder / 'report.html')}")
+        print(f"run        {printable(str(folder))}")
+    page = write_page(folder, options.output or folder / "report.html")
+    print(f"page       {printable(str(page))}")
     return 0
 
 

@@ -73,7 +73,7 @@ def incomparable(runs: Sequence[Run], metric: str) -> list[str]:
         One sentence per reason; empty where there is none. Steps of unequal size may end up to one optimizer step
         apart.
     """
-    reasons = _differences(runs, "img_size", lambda run: run.settings["img_size"])
+    reasons = _differences(runs, "img_size", lambda run: run.settings.get("img_size"))
     reasons += _differences(runs, "the length of the short side", _short_side)
     samples = [run.metrics["samples_seen"] for run in runs]
     if max(samples) - min(samples) > max(run.metrics["effective_batch_size"] for run in runs):

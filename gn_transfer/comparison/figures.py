@@ -15,6 +15,7 @@ from gn_transfer.comparison.comparison import Comparison, Group
 from gn_transfer.comparison.grouping import label, shown
 from gn_transfer.comparison.images import ClassDifference
 from gn_transfer.comparison.importance import INTERACTIONS, REST, Importance
+from gn_transfer.report.figures import MOST_POINTS
 from gn_transfer.report.runs import MAIN_METRICS, Setting
 from gn_transfer.report.svg import COLORS, INK, STYLE, PageFigure, as_svg, hover, on_lines
 
@@ -244,7 +245,8 @@ def _curves(comparison: Comparison) -> Figure | None:
         said = str(group.runs[0].settings["norm"]) if many else group.label
         alpha = 0.55 if many else 1.0
         axes.plot(samples, values.mean(axis=0), color=color, linestyle=dashes, alpha=alpha, label=said)
-        for seen, value in zip(samples, values.mean(axis=0), strict=True):
+        points = list(zip(samples, values.mean(axis=0), strict=True))
+        for seen, value in points[:: 1 + len(points) // MOST_POINTS]:
             [point] = axes.plot([seen], [value], "o", color=color, alpha=alpha, markersize=3.5)
             hover(point, f"{group.label}, {seen:,.0f} images: {value:.1f} %")
         if not many and len(runs) > 1:
@@ -340,7 +342,8 @@ def _series(group: Group) -> str:
 def _batch_size(group: Group) -> float:
     run = group.runs[0]
     size = run.settings["batch_size"]
-    return float(run.metrics["micro_batch_size"] if size == "auto" else size or 0)
+    size = run.metrics.get("micro_batch_size") if size == "auto" else size
+    return float(size) if isinstance(size, int) else 0.0
 
 
 def _norm_color(group: Group) -> str:

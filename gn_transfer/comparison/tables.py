@@ -15,6 +15,7 @@ from rich.text import Text
 from gn_transfer.comparison.answer import answer
 from gn_transfer.comparison.comparison import Comparison, Contrast, Group
 from gn_transfer.comparison.grouping import label, shown
+from gn_transfer.config import markdown_text
 from gn_transfer.report.runs import PREDICTIONS, Run, Setting
 
 Row: TypeAlias = dict[str, str]
@@ -176,14 +177,18 @@ def _contrast_record(contrast: Contrast) -> dict[str, Any]:
 
 def markdown(comparison: Comparison) -> str:
     """Write the comparison as Markdown, ready to be pasted."""
-    parts = [f"# {_plain(comparison.title)}", "\n".join(answer(comparison)), markdown_table(group_rows(comparison))]
+    parts = [
+        f"# {markdown_text(comparison.title)}",
+        "\n".join(answer(comparison)),
+        markdown_table(group_rows(comparison)),
+    ]
     if comparison.contrasts:
         parts += [markdown_table(contrast_rows(comparison)), contrast_note(comparison)]
     for heading, rows in group_count_tables(comparison):
         parts += [f"{heading}:", markdown_table(rows)]
-    parts += ["\n".join(f"- {_plain(line)}" for line in comparison.remarks())]
+    parts += ["\n".join(f"- {markdown_text(line)}" for line in comparison.remarks())]
     if comparison.problems:
-        listed = "\n".join(f"- `{problem.folder}`: {_plain(problem.reason)}" for problem in comparison.problems)
+        listed = "\n".join(f"- `{problem.folder}`: {markdown_text(problem.reason)}" for problem in comparison.problems)
         parts += [f"Left out:\n\n{listed}"]
     return "\n\n".join(parts) + "\n"
 
@@ -198,11 +203,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
         | bn | 8 |
     """
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join("| " + " | ".join(_plain(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).replace("<", "&lt;")
+    return "\n".join("| " + " | ".join(markdown_text(cell) for cell in line) + " |" for line in lines)
 
 
 def _percent(fraction: float) -> str:

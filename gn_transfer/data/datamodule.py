@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import lightning
 import torch
@@ -42,6 +42,23 @@ class ListedImages(NamedTuple):
     classes: list[str]
     train: list[LabeledImage]
     val: list[LabeledImage] | None
+
+
+def check_named_root(kind: type[ImageDataModule], root: object) -> None:
+    """Refuse that images are written where a file from outside says: anywhere but below the working folder.
+
+    Args:
+        kind: The data module.
+        root: What the file says for ``data.root``.
+
+    Raises:
+        ConfigError: The data module would write its images elsewhere.
+    """
+    if not kind.WRITTEN or not isinstance(root, str):
+        return
+    inside = Path(os.path.realpath(root)).is_relative_to(os.path.realpath("."))
+    if not inside and not any((Path(root) / folder).exists() for folder in kind.WRITTEN):
+        raise ConfigError(f"{kind.__name__} would write its images into {root}; give --data.root PATH to choose where.")
 
 
 class ImageDataModule(lightning.LightningDataModule, ABC):
@@ -89,6 +106,9 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         bad_images: Path and reason of each image that was left out.
         decoded_cache: The cache of decoded images.
     """
+
+    WRITTEN: ClassVar[tuple[str, ...]] = ()
+    """Folders below ``root`` that are written on first use; one of them."""
 
     classes: list[str]
     train_dataset: ImageDataset

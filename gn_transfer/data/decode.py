@@ -19,7 +19,7 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 from gn_transfer.config import ConfigError
-from gn_transfer.data.file_headers import JpegHeader, jpeg_reduction, read_jpeg_header, video_kind
+from gn_transfer.data.file_headers import SUFFIX_FORMATS, JpegHeader, jpeg_reduction, read_jpeg_header, video_kind
 
 _READS_HEIF = importlib.util.find_spec("pillow_heif") is not None
 _READS_AVIF = bool(features.check("avif"))
@@ -48,16 +48,6 @@ _JPEG_END = b"\xff\xd9"
 _JPEG_SCAN = b"\xff\xda"
 _MOST_SCANS = 100  # progressive files have some ten
 _PNG = b"\x89PNG\r\n\x1a\n"
-_SUFFIX_FORMATS = {
-    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
-    ".png": "PNG",
-    ".gif": "GIF",
-    ".bmp": "BMP",
-    ".webp": "WEBP",
-    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
-    **dict.fromkeys((".heic", ".heif"), "HEIF"),
-    ".avif": "AVIF",
-}
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "MPO", "AVIF", "HEIF")
 """Pillow's readers that may look at a file: none that starts a program, as that of EPS does."""
 _OPENCV_FLAGS = {
@@ -275,7 +265,7 @@ def describe_file(path: str | os.PathLike[str]) -> FileKind:
         kind, mode = str(image.format), image.mode
     kind = "JPEG" if kind == "MPO" else kind  # a JPEG with further images behind it
     warnings = []
-    promised = _SUFFIX_FORMATS.get(Path(path).suffix.lower())
+    promised = SUFFIX_FORMATS.get(Path(path).suffix.lower())
     if promised is not None and promised != kind:
         warnings.append(f"a {kind} by content")
     if kind == "JPEG":

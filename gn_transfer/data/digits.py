@@ -40,6 +40,8 @@ class Digits(Folder):
         **options: Those of :class:`gn_transfer.data.ImageDataModule`.
     """
 
+    WRITTEN = ("sklearn", "mnist")
+
     def __init__(
         self,
         root: Path | str = "data_digits",

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+SUFFIX_FORMATS = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    ".png": "PNG",
+    ".gif": "GIF",
+    ".bmp": "BMP",
+    ".webp": "WEBP",
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **dict.fromkeys((".heic", ".heif"), "HEIF"),
+    ".avif": "AVIF",
+}
+"""Pillow's name of the format that a file name promises."""
+
 _IMAGE_BRANDS = {b"avif", b"avis", b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
 _STANDALONE_MARKERS = {0x01, *range(0xD0, 0xD8)}  # TEM and RSTn carry no length
 _NO_SEGMENTS = {0x00, 0xD8, 0xD9}  # a stuffed byte, and the two ends of an image

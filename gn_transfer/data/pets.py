@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import tempfile
@@ -13,8 +14,10 @@ from typing import Any, NamedTuple
 from gn_transfer.config import ConfigError
 from gn_transfer.data.datamodule import ImageDataModule, ListedImages
 from gn_transfer.data.dataset import LabeledImage
+from gn_transfer.files import read_text
 
 FOLDER = "oxford-iiit-pet"
+_NUMBER = re.compile(r"[0-9]{1,9}")
 """Name of the data set's folder, as torchvision gives it."""
 
 _PROBE_SECONDS = 6.0
@@ -107,15 +110,15 @@ def read_annotations(path: Path) -> list[Annotation]:
         ConfigError: The file is missing or empty, or a line is not of that form.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}).") from error
     annotations = []
     for number, line in enumerate(lines, 1):
         fields = line.partition("#")[0].split()
         if not fields:
             continue
-        if len(fields) < 2 or not fields[1].isdigit() or "_" not in fields[0] or "/" in fields[0]:
+        if len(fields) < 2 or not _NUMBER.fullmatch(fields[1]) or "_" not in fields[0] or "/" in fields[0]:
             raise ConfigError(f"{path}:{number}: {line!r} is not a line 'image_id class_id species breed_id'.")
         annotations.append(Annotation(fields[0], int(fields[1])))
     if not annotations:

@@ -9,7 +9,7 @@ from gn_transfer.config import ConfigError
 from gn_transfer.data.datamodule import ListedImages
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.data.masks import MaskValues
-from gn_transfer.data.pets import Pets
+from gn_transfer.data.pets import FOLDER, Pets
 from gn_transfer.data.sample import write_sample
 from gn_transfer.data.segmentation import SegmentationDataModule
 
@@ -79,6 +79,7 @@ class SegmentationSample(PetsSegmentation):
     """
 
     NOT_OPTIONS = SegmentationDataModule.NOT_OPTIONS | {"download"}
+    WRITTEN = (FOLDER,)
 
     def __init__(
         self,

@@ -44,6 +44,8 @@ class Sample(Pets):
     NOT_OPTIONS = frozenset({"download"})
     """Arguments of the base that are not for the user to set."""
 
+    WRITTEN = (FOLDER,)
+
     def __init__(self, root: Path | str = "data_sample", **options: Any) -> None:
         super().__init__(root, download=False, **options)
 

@@ -9,6 +9,7 @@ from typing import Any
 from gn_transfer.config import ConfigError
 from gn_transfer.data.datamodule import ImageDataModule, ListedImages
 from gn_transfer.data.dataset import LabeledImage
+from gn_transfer.files import read_text
 
 FOLDER = "tiny-imagenet-200"
 """Name of the data set's folder inside its archive."""
@@ -129,6 +130,6 @@ def class_names(wnids: list[str], words: Path) -> list[str]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}).") from error

@@ -16,12 +16,12 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from gn_transfer.config import ConfigError
+from gn_transfer.config import ConfigError, shortened
 from gn_transfer.files import parse_json, read_text, sha256, write_json
 
 FORMAT = "gn_transfer bundle"
@@ -41,6 +41,8 @@ for _task in _REQUIRED.values():
     _task |= {"classes": (list,), "norm": (str,), "backbone": (str,), "weights": (str,), "files": (dict,)}
 
 _LARGEST_SIDES = {"img_size": 4096, "short_side": 16_384, "tile_size": 16_384}  # pixels
+_MOST_CLASSES = 255  # of a mask of 8 bits, in which one value does not count
+_LONGEST_NAME = 100
 _SUFFIXES = (".onnx", ".safetensors", ".json", ".md")
 
 
@@ -81,8 +83,11 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     _check_values(path, metadata, _REQUIRED[task])
     files = metadata["files"]
     for name in files:
-        if name in ("", ".", "..") or "/" in name or "\\" in name or ":" in name:
-            raise ConfigError(f"{path} names the file {name!r}, which is not a plain name inside the bundle; refused.")
+        plain = name.isprintable() and len(name) <= _LONGEST_NAME
+        if not plain or name in ("", ".", "..") or "/" in name or "\\" in name or ":" in name:
+            raise ConfigError(
+                f"{path} names the file {shortened(name)}, which is not a plain name inside the bundle; refused."
+            )
         if not name.endswith(_SUFFIXES):
             raise ConfigError(f"{path} names the file {name!r}, which no export writes; refused.")
         if Path(os.path.realpath(folder / name)).parent != Path(os.path.realpath(folder)):  # resolve() fails in circles
@@ -102,8 +107,9 @@ def _check_values(path: Path, metadata: Mapping[str, Any], required: Mapping[str
     if not wrong:
         names, files = metadata["classes"], metadata["files"]
         wrong += [key for key in ("norm", "backbone", "weights") if not metadata[key].isprintable()]
-        if not names or not all(isinstance(name, str) and name.isprintable() for name in names):
+        if not all(isinstance(name, str) and name.isprintable() for name in names) or not _are_classes(names, metadata):
             wrong.append("classes")
+        wrong += [key for key in ("versions", "provenance") if not isinstance(metadata.get(key, {}), dict)]
         if GRAPH not in files:
             raise ConfigError(f"{path} names no {GRAPH}; export the checkpoint again.")
         if not _is_sound(metadata.get("confidence", {})):
@@ -122,6 +128,11 @@ def _check_values(path: Path, metadata: Mapping[str, Any], required: Mapping[str
             wrong.append("quantization")
     if wrong:
         raise ConfigError(f"{path} is corrupt: no export writes such {', '.join(wrong)}; export the checkpoint again.")
+
+
+def _are_classes(names: Sequence[str], metadata: Mapping[str, Any]) -> bool:
+    """Say whether every class has a name of its own, and its number fits into a mask."""
+    return 0 < len(set(names)) == len(names) and (metadata.get("task") != "segmentation" or len(names) <= _MOST_CLASSES)
 
 
 def _is_parity(parity: Any) -> bool:

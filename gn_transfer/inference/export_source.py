@@ -10,7 +10,7 @@ import numpy as np
 
 from gn_transfer import data as data_modules
 from gn_transfer.config import ConfigError
-from gn_transfer.data.datamodule import ImageDataModule
+from gn_transfer.data.datamodule import ImageDataModule, check_named_root
 from gn_transfer.data.dataset import ImageDataset
 from gn_transfer.files import parse_json, read_json, read_text
 from gn_transfer.inference.bundle_files import FORMAT, METADATA
@@ -117,13 +117,11 @@ def check_output(output: Path, checkpoint: Path) -> None:
         )
 
 
-def run_data(
-    config: Mapping[str, Any], classes: Sequence[str], root: str | None, stage: str = "validate"
-) -> ImageDataModule:
+def run_data(config: object, classes: Sequence[str], root: str | None, stage: str = "validate") -> ImageDataModule:
     """Set up the images of a run as the run had them.
 
     Args:
-        config: The run's configuration.
+        config: The run's configuration, from a checkpoint or a bundle.
         classes: The checkpoint's classes.
         root: Where the images lie; None takes the configuration's path.
         stage: ``validate``, or ``fit`` for the training images too.
@@ -134,19 +132,24 @@ def run_data(
     Raises:
         ConfigError: The images are gone, have other classes, or come from a data module that is not ours.
     """
-    class_path, arguments = config["data"]["class_path"], dict(config["data"]["init_args"])
+    config = config if isinstance(config, Mapping) else {}
+    named = config.get("data")
+    class_path, arguments = (named.get("class_path"), named.get("init_args")) if isinstance(named, Mapping) else (0, 0)
+    if not isinstance(class_path, str) or not isinstance(arguments, Mapping):
+        raise ConfigError("the run's configuration names no data, so it was not written by gn-transfer fit.")
     package, _, name = class_path.rpartition(".")
     kind = getattr(data_modules, name, None) if name in data_modules.__all__ else None
     if package not in ("", "gn_transfer", "gn_transfer.data") or not (
         isinstance(kind, type) and issubclass(kind, ImageDataModule)
     ):
         raise ConfigError(f"the run was trained on {class_path}, and only data modules of gn_transfer are run.")
-    arguments["seed"] = config["seed_everything"]
+    arguments = {key: value for key, value in arguments.items() if key not in ("cache_dir", "download")}
+    arguments["seed"] = config.get("seed_everything", 0)
     if root is not None:
         arguments["root"] = root
-    if "download" in arguments:
-        arguments["download"] = False
     try:
+        if root is None:
+            check_named_root(kind, arguments.get("root"))
         data: ImageDataModule = kind(**arguments)
         data.prepare_data()
         data.setup(stage)
@@ -154,6 +157,8 @@ def run_data(
         raise ConfigError(
             f"the run's images cannot be used: {error} Give --data.root PATH, where they lie now."
         ) from error
+    except (TypeError, ValueError, AttributeError) as error:  # values of a kind that no run has
+        raise ConfigError(f"the run's configuration of its data does not fit this gn-transfer: {error}.") from error
     check_classes(classes, data.classes)
     return data
 

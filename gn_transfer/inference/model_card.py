@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gn_transfer.backbones.pretrained import ALIASES
+from gn_transfer.config import markdown_text
 from gn_transfer.inference.bundle import validation_metric
 from gn_transfer.inference.confidence import Temperature, Threshold
 from gn_transfer.report.calibration import wilson_interval
@@ -129,7 +130,7 @@ def model_card(metadata: Mapping[str, Any]) -> str:
         backbone=metadata["backbone"],
         norm=metadata["norm"],
         count=len(classes),
-        classes=", ".join(classes),
+        classes=markdown_text(", ".join(classes)),
         weights=metadata["weights"],
         transfer=start,
         **{key: origin[key] for key in ("run", "checkpoint", "epoch", "optimizer_steps")},
@@ -159,7 +160,8 @@ def _of_confidence(confidence: Mapping[str, Any] | None) -> str:
 def _of_classification(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Write what a card says of a classification alone."""
     confused, size = metadata["validation"]["confused"], metadata["img_size"]
-    rows = [f"| {pair['true']} | {pair['predicted']} | {pair['count']} |" for pair in confused]
+    pairs = [(markdown_text(pair["true"]), markdown_text(pair["predicted"]), pair["count"]) for pair in confused]
+    rows = [f"| {true} | {predicted} | {count} |" for true, predicted, count in pairs]
     table = "\n".join(["Most confused in validation:\n", "| true | seen as | images |", "|---|---|---|", *rows])
     return {
         "sizes": f"Images of {size} x {size} pixels",
@@ -174,9 +176,10 @@ def _of_classification(metadata: Mapping[str, Any]) -> dict[str, str]:
 def _of_segmentation(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Write what a card says of a segmentation alone."""
     architecture, short_side, tile = metadata["architecture"], metadata["short_side"], metadata["tile_size"]
+    by_class = {markdown_text(name): found for name, found in metadata["validation"]["by_class"].items()}
     rows = [
         f"| {name} | {'-' if found['iou'] is None else format(found['iou'], '.4f')} | {found['count']:,} |"
-        for name, found in metadata["validation"]["by_class"].items()
+        for name, found in by_class.items()
     ]
     table = ["Intersection over union in validation, by class:\n", "| class | IoU | labeled pixels |", "|---|---|---|"]
     reduced = f", reduce its short side to {short_side} pixels if it is longer (OpenCV's `INTER_AREA`)"

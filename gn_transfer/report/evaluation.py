@@ -105,9 +105,13 @@ def _mistaken(predictions: Predictions) -> Counter[tuple[str, str]]:
 
 
 def mistakes(predictions: Predictions) -> list[Mistake]:
-    """List the images that were given a wrong class, the least probable target (the highest loss) first."""
+    """List the images that were given a wrong class, the least probable target (the highest loss) first.
+
+    Empty where the probabilities were not stored.
+    """
     of_target, of_predicted = predictions.prob_target, predictions.prob_predicted
-    assert of_target is not None
+    if of_target is None:
+        return []
     wrong = [
         Mistake(
             path,

@@ -76,7 +76,7 @@ def create_figures(
 
 
 _LARGEST_VALUE = 1e100  # of what can be drawn
-_MOST_POINTS = 300  # of a curve; its line has all
+MOST_POINTS = 300  # of a curve; its line has all
 
 
 def _metric(epochs: Sequence[dict[str, float]], best_epoch: int | None, metric: str) -> Figure:
@@ -113,7 +113,7 @@ def _curve(
 ) -> None:
     points = [(row["epoch"], row[name]) for row in epochs if abs(row.get(name, math.nan)) < _LARGEST_VALUE]
     axes.plot([epoch for epoch, _ in points], [scale * value for _, value in points], color=color, label=said)
-    for epoch, value in points[:: 1 + len(points) // _MOST_POINTS]:
+    for epoch, value in points[:: 1 + len(points) // MOST_POINTS]:
         [point] = axes.plot([epoch], [scale * value], "o", color=color, markersize=4.5)
         hover(point, f"epoch {epoch:g}: {said} {written(value)}")
 

@@ -43,10 +43,15 @@ def save_page(output: Path, html: str) -> Path:
     if output.is_dir():
         raise ConfigError(f"--output {output} is a folder; name a file, such as {output / 'report.html'}.")
     try:
-        if output.exists() and _GENERATOR not in output.read_text(encoding="utf-8", errors="replace")[:999]:
+        if output.exists() and not (output.is_file() and _is_page(output)):  # reading a pipe would never end
             raise ConfigError(f"--output {output} exists and is no page of gn-transfer; name another file.")
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, html)
     except OSError as error:
         raise ConfigError(f"--output {output} cannot be written ({error.strerror}); name another file.") from error
     return output
+
+
+def _is_page(file: Path) -> bool:
+    with file.open(encoding="utf-8", errors="replace") as page:
+        return _GENERATOR in page.read(999)

@@ -108,10 +108,10 @@ class Predictions(SplitPredictions):
 
     def by_class(self, among: Set[str]) -> dict[str, float]:
         """Compute the accuracy on the images of every class; see the base class."""
-        targets = np.array(
-            [name if path in among else None for path, name in zip(self.paths, self.targets, strict=True)]
-        )
-        return {name: float(self.correct[targets == name].mean()) for name in sorted(set(targets) - {None})}
+        inside = [path in among for path in self.paths]
+        names, places = np.unique(np.array(self.targets)[inside], return_inverse=True)
+        right = np.bincount(places, self.correct[inside]) / np.bincount(places)
+        return dict(zip(names.tolist(), right.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,10 @@ def _of_images(rows: Iterator[list[str]], width: int) -> Predictions:
     # Sorted: BN evaluated with batch statistics sees its images in an order of its own.
     table = sorted([*map(sys.intern, row[:3]), *row[3:width]] for row in rows)
     paths, targets, predicted, *probs = map(list, zip(*table, strict=True))
-    return Predictions(paths, targets, predicted, *(np.array(column, dtype=np.float64) for column in probs))
+    columns = [np.array(column, dtype=np.float64) for column in probs]
+    if not all(((column >= 0) & (column <= 1)).all() for column in columns):  # also for what is no number
+        raise ValueError("no probabilities")
+    return Predictions(paths, targets, predicted, *columns)
 
 
 def _of_pixels(columns: Sequence[str], rows: Iterator[list[str]]) -> PixelPredictions:

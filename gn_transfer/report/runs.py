@@ -80,7 +80,10 @@ class Run:
             found = [{name: float(value or "nan") for name, value in row.items()} for row in rows]
         except (OSError, ValueError, TypeError, csv.Error):
             return []
-        return found if all(abs(row.get("epoch", math.nan)) < _LARGEST for row in found) else []
+        counts = [
+            row.get(name, missing) for row in found for name, missing in (("epoch", math.nan), ("samples_seen", 0))
+        ]
+        return found if all(abs(count) < _LARGEST for count in counts) else []
 
     @property
     def main_metric(self) -> str:
@@ -255,6 +258,12 @@ def read_run(folder: Path, *, unfinished: bool = False) -> Run:
         raise UnusableRunError(
             f"config.yaml is not one of gn-transfer fit ({error} is missing or misplaced)"
         ) from error
+    sizes = {"img_size": settings.get("img_size"), "batch_size": settings.get("batch_size")}
+    if sizes["batch_size"] == "auto":
+        sizes["batch_size"] = metrics.get("micro_batch_size")
+    for name, value in sizes.items():
+        if value not in (None, "null") and not (isinstance(value, int) and 0 <= value < _LARGEST):
+            raise UnusableRunError(f"config.yaml has {name} {printable(str(value))[:40]}, not a whole number")
     notes = read_json(folder / "transfer_report.json").get("notes")
     notes = [printable(str(note)) for note in notes] if isinstance(notes, list) else []
     return Run(folder, metrics, settings, seed, tuple(notes), str(metrics.get("data_root") or ""))

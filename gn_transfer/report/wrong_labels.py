@@ -89,8 +89,9 @@ def _doubts(predictions: Predictions) -> Iterator[tuple[str, str, str, float, fl
     """Give path, label, predicted class and both probabilities of the images that count as of another class."""
     assert predictions.prob_target is not None
     assert predictions.prob_predicted is not None
-    targets = np.array(predictions.targets)
-    usual = {name: float(predictions.prob_target[targets == name].mean()) for name in set(predictions.targets)}
+    names, places = np.unique(predictions.targets, return_inverse=True)
+    means = np.bincount(places, predictions.prob_target) / np.bincount(places)
+    usual = dict(zip(names.tolist(), means.tolist(), strict=True))
     rows = zip(
         predictions.paths,
         predictions.targets,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,7 +17,13 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
-from gn_transfer.config import ConfigError
+from gn_transfer.config import ConfigError, shortened
+
+_COMPUTES = {
+    "table": re.compile(r"\b(AS|DEFAULT|VIRTUAL)\b|\bCHECK\s*\([^()]*\b(?!IN\b)\w+\s*\(", re.IGNORECASE),
+    "index": re.compile(r'\((?![\w", ]*\)\s*$)'),
+}
+"""What the SQL of a table or an index holds, if opening the database can compute something."""
 
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 120
@@ -139,11 +146,12 @@ class Database:
             tables = sqlalchemy.inspect(engine).get_table_names()
             if self._file is not None:
                 with engine.connect() as connection:
-                    kinds = sqlalchemy.text("SELECT name FROM sqlite_master WHERE type IN ('view', 'trigger')")
-                    if found := connection.execute(kinds).scalars().first():
+                    made = connection.execute(sqlalchemy.text("SELECT type, name, sql FROM sqlite_master")).all()
+                for kind, name, sql in made:
+                    if kind not in ("table", "index") or _COMPUTES[kind].search(sql or ""):
                         raise ConfigError(
-                            f"--storage {self.shown} holds the view or trigger {found}, which Optuna does not make; "
-                            "name another database."
+                            f"--storage {self.shown} holds the {kind} {shortened(name)}, which computes something, and "
+                            "Optuna makes no such thing; name another database."
                         )
         finally:
             engine.dispose()

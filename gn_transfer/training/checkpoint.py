@@ -51,6 +51,7 @@ class _Description(BaseModel):
     classes: Annotated[list[str], Field(min_length=1)]
     architecture: _Architecture
     transfer_report: dict[str, str | list[str] | dict[str, float]]
+    config: dict[str, Any] = {}
     split: dict[str, dict[str, int]] = {}
     batch_size: Annotated[int, Field(ge=1)] = 1
 

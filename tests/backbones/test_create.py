@@ -1,6 +1,7 @@
 import json
 import time
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -92,6 +93,14 @@ def test_a_tensor_of_another_shape_under_the_right_name(tmp_path):
     save_file(state, tmp_path / "odd.safetensors")
     with pytest.raises(ConfigError, match=r"1 of \d+ tensors .* layer1\.0\.conv1\.weight \(64, 64, 3, 3\)"):
         small("bn", pretrained=str(tmp_path / "odd.safetensors"))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".npz"])
+def test_a_small_archive_of_much_is_not_read(tmp_path, suffix):
+    with zipfile.ZipFile(tmp_path / f"bomb{suffix}", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(2**24))
+    with pytest.raises(ConfigError, match="compressed to less than a tenth, as no weights are; refused"):
+        small("bn", pretrained=str(tmp_path / f"bomb{suffix}"))
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".npz"])

@@ -126,8 +126,20 @@ def test_where_they_are_not_installed_the_message_says_so(tmp_path, monkeypatch)
         create_backbone("resnetv2_18", norm="gn_ws", num_classes=5, pretrained="auto")
 
 
-def test_a_corrupt_card(folder):
-    (folder / "resnetv2_18.bn.tinyimagenet.json").write_text('{"name": "x"}')
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda card: {"name": "x"},
+        lambda card: {**card, "training": {**card["training"], "samples_seen": "many"}},
+        lambda card: {**card, "preprocessing": {**card["preprocessing"], "mean": 1}},
+        lambda card: {**card, "norm": 5},
+        lambda card: json.loads("[" * 900 + "]" * 900),
+    ],
+    ids=["parts", "samples", "mean", "norm", "nested"],
+)
+def test_a_corrupt_card(folder, change):
+    path = folder / "resnetv2_18.bn.tinyimagenet.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(ConfigError, match="is not a model card"):
         find_card("resnetv2_18.bn.tinyimagenet")
 

@@ -98,7 +98,8 @@ def test_a_checkpoint_runs_no_code(trained: Path, tmp_path: Path, monkeypatch, c
         (lambda stored: stored["config"]["data"]["init_args"].update(root={"class_path": "os.system"}), "data.root"),
         (lambda stored: stored["config"].update(model=5), "holds no keys for model"),
         (lambda stored: stored["config"]["model"].update(norm=[{"class_path": "x"}]), "model.norm"),
-        (lambda stored: stored.update(config=None), "stores no configuration"),
+        (lambda stored: stored.update(config=None), "config missing or of a wrong type"),
+        (lambda stored: stored.pop("config"), "stores no configuration"),
         (lambda stored: stored.update(classes=["a", 5]), "classes missing or of a wrong type"),
         (lambda stored: stored.update(classes=[]), "classes missing or of a wrong type"),
         (lambda stored: stored.update(architecture="resnet"), "architecture missing or of a wrong type"),
@@ -197,6 +198,30 @@ def test_values_of_a_checkpoint_that_are_taken(tmp_path):
         "trainer": {"max_epochs": 3, "logger": False},
     }
     assert left_out == ["trainer.plugins"]
+
+
+def test_a_checkpoint_starts_no_processes_and_no_logger_by_name(tmp_path):
+    one = {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": True, "accelerator": "cpu"}
+    many = {"devices": 500, "num_nodes": 2, "strategy": "ddp", "logger": "WandbLogger", "accelerator": "cpu"}
+    assert config_of_checkpoint({"trainer": one}, tmp_path) == ({"trainer": one}, [])
+    taken, left_out = config_of_checkpoint({"trainer": many}, tmp_path)
+    assert taken == {"trainer": {"accelerator": "cpu"}}
+    assert set(left_out) == {f"trainer.{key}" for key in ("devices", "num_nodes", "strategy", "logger")}
+
+
+@pytest.mark.parametrize("kind", ["Sample", "gn_transfer.data.Digits", "SegmentationSample"])
+def test_a_checkpoint_does_not_say_where_images_are_written(tmp_path, monkeypatch, kind):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    stored = {"data": {"class_path": kind, "init_args": {"root": "../elsewhere"}}}
+    with pytest.raises(ConfigError, match=r"would write its images into \.\./elsewhere; give --data\.root PATH"):
+        config_of_checkpoint(stored, tmp_path)
+    assert config_of_checkpoint(stored, tmp_path, root_is_typed=True)[0] == stored
+    for folder in ("oxford-iiit-pet", "sklearn"):  # they are there already
+        (tmp_path / "elsewhere" / folder).mkdir(parents=True)
+    assert config_of_checkpoint(stored, tmp_path)[0] == stored
+    stored["data"]["init_args"]["root"] = "below"
+    assert config_of_checkpoint(stored, tmp_path)[0] == stored
 
 
 @pytest.mark.parametrize(

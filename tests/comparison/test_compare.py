@@ -289,11 +289,14 @@ def test_what_cannot_be_used_is_named_and_the_rest_compared(tmp_path, capsys):
     (fabricate(runs, "gn", 16, 0) / "config.yaml").write_text("model: [")
     (fabricate(runs, "gn", 16, 1) / "config.yaml").write_text("model: {}")
     (fabricate(runs, "gn", 16, 2) / "metrics.json").unlink()
+    fabricate(runs, "gn", "auto", 0)  # taken, although it does not say which size was chosen
+    fabricate(runs, "gn", "many", 0)
+    said += ["config.yaml has batch_size many, not a whole number"]
     said += ["config.yaml cannot be read", "config.yaml is not one of gn-transfer fit", "it has no metrics.json"]
     assert main(["compare", str(runs), "--output", str(tmp_path / "report")]) == 3
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
-    assert f"{len(said)} of {len(said) + 4} runs left out" in captured.err
+    assert f"{len(said)} of {len(said) + 5} runs left out" in captured.err
     page = (tmp_path / "report" / "index.html").read_text()
     for message in said:
         assert message in captured.err
@@ -324,6 +327,25 @@ def test_corrupt_curves_and_predictions_only_leave_out_what_needs_them(tmp_path)
     write_report(report, tmp_path / "report")
     assert {path.stem for path in (tmp_path / "report" / "figures").iterdir()} == {"groups", "parallel"}
     assert any("4 of 4 runs hold no predictions per image" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("seen", ["1e308", "-1e308", "nan"])
+def test_curves_over_numbers_that_nothing_can_draw_are_left_out(tmp_path, seen):
+    runs = two_norms(tmp_path / "runs", seeds=2)
+    for folder in runs.iterdir():
+        (folder / "epochs.csv").write_text(f"epoch,samples_seen,val/acc1\n0,0,0.5\n1,{seen},0.5\n")
+    write_report(compare([runs]), tmp_path / "report")
+    assert "curves" not in {path.stem for path in (tmp_path / "report" / "figures").iterdir()}
+
+
+def test_a_long_curve_has_a_bounded_number_of_points(tmp_path):
+    runs = two_norms(tmp_path / "runs", seeds=2)
+    rows = "".join(f"{epoch},{epoch},0.5\n" for epoch in range(5000))
+    for folder in runs.iterdir():
+        (folder / "epochs.csv").write_text(f"epoch,samples_seen,val/acc1\n{rows}")
+    write_report(compare([runs]), tmp_path / "report")
+    [curves] = (path for path in (tmp_path / "report" / "figures").iterdir() if path.stem == "curves")
+    assert curves.read_text().count("images: 50.0 %") <= 2 * 300
 
 
 def test_bad_arguments(tmp_path, capsys):

@@ -70,6 +70,7 @@ def test_missing_root_names_path_and_remedy(tmp_path: Path) -> None:
         ("Abyssinian_1 one 1 1", r"trainval\.txt:1: 'Abyssinian_1 one 1 1' is not a line 'image_id class_id"),
         ("# header\nAbyssinian", r"trainval\.txt:2: 'Abyssinian'"),
         ("../../secret_1 1 1 1", "is not a line"),
+        ("Abyssinian_1 \u00b2 1 1", "is not a line"),
         ("Abyssinian_1 1 1 1", r"trainval\.txt: only one class \(Abyssinian\)"),
         ("Abyssinian_1 1 1 1\nBengal_1 1 1 1", r"Bengal_1 has class id 1, which is Abyssinian"),
     ],

@@ -154,7 +154,9 @@ def test_a_missing_file(bundle_dir, name):
         load_bundle(bundle_dir)
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/file", "..\\secret", "..", "C:x", ""])
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "sub/file", "..\\secret", "..", "C:x", "", "a\0.json", "a" * 300 + ".md"]
+)
 def test_a_path_that_climbs_out(bundle_dir, seal, name):
     (bundle_dir.parent / "secret").write_text("secret")
     seal(bundle_dir, files={GRAPH: sha256(bundle_dir / GRAPH), name: sha256(bundle_dir.parent / "secret")})
@@ -230,6 +232,9 @@ def test_metadata_that_lacks_something(bundle_dir, seal):
         ({"classes": "rgb"}, "no export writes such classes"),
         ({"classes": ["red", 5, "blue"]}, "no export writes such classes"),
         ({"classes": ["red", "\x1b[31mgreen", "blue"]}, "no export writes such classes"),
+        ({"classes": ["red", "red", "blue"]}, "no export writes such classes"),
+        ({"versions": [1]}, "no export writes such versions"),
+        ({"provenance": []}, "no export writes such provenance"),
         ({"classes": ["red", "green"]}, "the graph knows 3 classes and bundle.json names 2"),
         ({"img_size": "8"}, "no export writes such img_size"),
         ({"img_size": -8}, "no export writes such sizes in pixels"),

@@ -343,6 +343,40 @@ def test_images_that_were_moved(folder_root, tmp_path):
         run_data(config, ["apple", "plum"], str(folder_root))
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "names no data"),
+        ([], "names no data"),
+        ({}, "names no data"),
+        ({"data": 5}, "names no data"),
+        ({"data": {"class_path": 5, "init_args": {}}}, "names no data"),
+        ({"data": {"class_path": "Folder", "init_args": {"root": "x", "unknown": 1}}}, "does not fit this gn-"),
+        (
+            {"data": {"class_path": "Folder", "init_args": {"root": "x", "img_size": "y"}}},
+            "does not fit this gn-transf",
+        ),
+    ],
+)
+def test_configurations_of_data_that_no_run_has(config, message):
+    with pytest.raises(ConfigError, match=message):
+        run_data(config, ["a"], None)
+
+
+def test_a_checkpoint_does_not_say_where_images_are_written(folder_root, tmp_path, monkeypatch):
+    config = {"data": {"class_path": "Digits", "init_args": {"root": str(tmp_path / "elsewhere"), "val_fraction": 0.2}}}
+    monkeypatch.chdir(folder_root)
+    with pytest.raises(ConfigError, match=r"Digits would write its images into .*elsewhere; give --data.root PATH"):
+        run_data(config, ["0"], None)
+    arguments = {"root": str(folder_root), "img_size": 32, "val_fraction": 0.25}
+    arguments |= {"cache": "disk", "cache_dir": str(tmp_path / "elsewhere"), "download": True}
+    config = {"data": {"class_path": "Folder", "init_args": arguments}}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    next(iter(run_data(config, ["apple", "pear"], None).val_dataloader()))
+    assert (tmp_path / "cache").exists()
+    assert not (tmp_path / "elsewhere").exists()
+
+
 @pytest.mark.parametrize("class_path", ["os.system", "mine.Folder", "gn_transfer.data.decode_image", "Nothing"])
 def test_data_modules_that_are_not_ours(class_path):
     config = {"seed_everything": 0, "data": {"class_path": class_path, "init_args": {}}}

@@ -134,3 +134,10 @@ def test_probabilities_are_in_every_line_or_nothing_is_read(tmp_path):
 def test_images_say_their_iou(tmp_path):
     found = read(tmp_path, PIXELS.replace("6,8,7", "7,8,7"))
     assert list(found.opinions()) == [("a.png", "", 0.5, "IoU 50 %"), ("b.png", "", 0.5625, "IoU 56 %")]
+
+
+@pytest.mark.parametrize("prob", ["nan", "inf", "-0.1", "1.5"])
+def test_what_is_no_probability_is_corrupt(tmp_path, prob):
+    text = IMAGES.replace("0.25", prob)
+    assert read(tmp_path, text, probabilities=True) is None
+    assert read(tmp_path, text) is not None

@@ -184,6 +184,32 @@ def test_a_link_beside_the_page_is_not_written_through(tmp_path):
     assert not (folder / "report.html").is_symlink()
 
 
+def test_a_pipe_in_the_place_of_the_page_is_not_read(tmp_path, capsys):
+    run = fabricate(tmp_path)
+    os.mkfifo(run / "report.html")
+    assert main(["report", str(run)]) == 2
+    assert "exists and is no page of gn-transfer" in capsys.readouterr().err
+
+
+def test_names_do_not_reach_the_terminal_as_commands(tmp_path, capsys):
+    evil = "x\x1b]0;owned\x07"
+    run = fabricate(tmp_path)
+    run.rename(tmp_path / evil)
+    assert main(["report", str(tmp_path)]) == 0
+    too_long = tmp_path / evil / ("y\x1b[2J" * 60)
+    assert main(["report", str(tmp_path / evil), "--output", str(too_long)]) == 2
+    captured = capsys.readouterr()
+    assert "x\\x1b]0;owned\\x07" in captured.out
+    assert "\x1b" not in captured.out + captured.err
+
+
+def test_predictions_without_probabilities_have_no_list_of_mistakes(tmp_path):
+    run = fabricate(tmp_path)
+    rows = [line.split(",")[:3] for line in (run / "predictions_best_val.csv").read_text().splitlines()]
+    (run / "predictions_best_val.csv").write_text("\n".join(map(",".join, rows)) + "\n")
+    assert main(["report", str(run)]) == 0
+
+
 def test_images_that_are_gone_leave_their_place(tmp_path):
     page = page_of(fabricate(tmp_path, data_root=str(tmp_path / "gone")))
     assert "not found" in page

@@ -189,18 +189,20 @@ def test_files_that_are_no_database_of_ours(study, tmp_path):
         open_store(url, study)
 
 
-@pytest.mark.parametrize("kind", ["view", "trigger"])
+@pytest.mark.parametrize("kind", ["view", "trigger", "table", "index"])
 def test_a_database_that_computes_is_refused(study, tmp_path, kind):
     url = f"sqlite:///{tmp_path / 'study.db'}"
     open_store(url, study).close()
     statement = {
         "view": "create view endless as with recursive n as (select 1 union all select 1 from n) select * from n",
         "trigger": "create trigger endless after insert on trials begin delete from studies; end",
+        "table": "create table endless (a, b as (hex(zeroblob(100000000))))",
+        "index": "create index endless on studies (hex(zeroblob(100000000)))",
     }[kind]
     with sqlite3.connect(tmp_path / "study.db") as connection:
         connection.execute(statement)
     connection.close()
-    with pytest.raises(ConfigError, match="holds the view or trigger endless"):
+    with pytest.raises(ConfigError, match=f"holds the {kind} 'endless', which computes something"):
         open_store(url, study)
 
 
