@@ -59,7 +59,7 @@ _FROM_CHECKPOINT = (
     *("num_sanity_val_steps", "deterministic", "benchmark", "accelerator", "enable_progress_bar"),
 )
 _ONE_PROCESS = {"devices": (1, "1", "auto"), "num_nodes": (1,), "strategy": ("auto",), "logger": (True, False)}
-"""Values that start no other process and no logger by name, and are taken from a checkpoint as well."""
+"""Values that start no other process and no logger by name. Of a checkpoint with another one, the first is taken."""
 
 
 def read_config(path: Path, *, allow_class_path: bool = False) -> dict[str, Any]:
@@ -203,11 +203,12 @@ def config_of_checkpoint(
     for group, values in groups.items():
         if group == "trainer":
             taken[group] = {key: values[key] for key in _FROM_CHECKPOINT if key in values and _is_plain(values[key])}
-            taken[group] |= {
-                key: values[key] for key, harmless in _ONE_PROCESS.items() if key in values and values[key] in harmless
-            }
-            wanted = [key for key in (*_OBJECTS, *_ONE_PROCESS) if values.get(key) and key not in taken[group]]
-            left_out = [f"trainer.{key}" for key in dict.fromkeys(wanted)]
+            wanted = [key for key in _OBJECTS if values.get(key) and key not in (*taken[group], *_ONE_PROCESS)]
+            for key, harmless in _ONE_PROCESS.items():
+                if values.get(key) is not None:
+                    taken[group][key] = values[key] if values[key] in harmless else harmless[0]
+                    wanted += [] if values[key] in harmless else [key]
+            left_out = [f"trainer.{key}" for key in wanted]
         elif group == "data":
             kind, arguments = values.get("class_path"), values.get("init_args")
             if kind not in _DATA_NAMES or not isinstance(arguments, Mapping):

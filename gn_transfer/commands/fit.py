@@ -97,7 +97,8 @@ def fit(
         if facts and "study" in facts:
             log.print(f"stopped    continue with the command that runs the study {facts['study']}")
         elif saved.is_file():
-            log.print(f"stopped    continue with: gn-transfer fit --ckpt_path {shlex.quote(str(saved))}")
+            words = ["gn-transfer", "fit", "--ckpt_path", str(saved), *_words_of_processes(cli, trainer)]
+            log.print(f"stopped    continue with: {shlex.join(words)}")
         raise
     finally:
         log.close()
@@ -289,6 +290,14 @@ def summary(cli: TrainingCLI, trainer: Trainer, run: RunFolder) -> list[str]:
 def _continues(cli: TrainingCLI, run: RunFolder) -> bool:
     checkpoint = cli.arguments.checkpoint
     return checkpoint is not None and checkpoint.resolve().parent == run.checkpoints.resolve()
+
+
+def _words_of_processes(cli: TrainingCLI, trainer: Trainer) -> list[str]:
+    """Say on how many processes a training runs: nothing starts several because a checkpoint says so."""
+    if trainer.world_size == 1:
+        return []
+    values = {"devices": trainer.num_devices, "num_nodes": trainer.num_nodes, "strategy": cli.section.trainer.strategy}
+    return [word for key, value in values.items() for word in (f"--trainer.{key}", str(value))]
 
 
 def _other_norm(task: TransferTask) -> str:

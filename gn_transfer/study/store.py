@@ -11,13 +11,15 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from gn_transfer.config import ConfigError
 from gn_transfer.study.database import HEARTBEAT_SECONDS, Database
@@ -172,7 +174,8 @@ class Store:
 
         def beat() -> None:
             while not done.wait(HEARTBEAT_SECONDS):
-                self._storage.record_heartbeat(claim.trial_id)
+                with suppress(StorageInternalError, SQLAlchemyError):  # the next one comes before the trial is missed
+                    self._storage.record_heartbeat(claim.trial_id)
 
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
         thread.start()
@@ -295,9 +298,10 @@ def _me() -> dict[str, Any]:
 
 
 def _host() -> str:
-    """Name this machine, and where process numbers are shared with no other container, this container."""
+    """Name this machine as long as it runs, and where process numbers are its own, this container."""
     try:
-        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()} {boot}"
     except OSError:
         return socket.gethostname()
 

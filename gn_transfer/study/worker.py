@@ -23,7 +23,7 @@ import torch
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.workers import choose_num_workers
-from gn_transfer.files import read_json, refuse_link
+from gn_transfer.files import going_on_without, read_json, refuse_link, remove_leftovers
 from gn_transfer.study.definition import Study
 from gn_transfer.study.planning import Outcome, plan_trials
 from gn_transfer.study.store import Store
@@ -192,6 +192,12 @@ def _thin_out(study: Study, trial: Trial, run: RunFolder) -> None:
     if trial.stage == "select" or (study.keep == "none" and study.test == "never"):
         shutil.rmtree(run.checkpoints, ignore_errors=True)
         return
+    with going_on_without("checkpoints without the optimizer"):
+        _thin_checkpoints(study, run)
+
+
+def _thin_checkpoints(study: Study, run: RunFolder) -> None:
+    remove_leftovers(run.checkpoints)
     for path in run.checkpoints.glob("*.ckpt"):
         if path.stem != ("best" if study.test == "best" else "last"):
             path.unlink()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
@@ -65,6 +66,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def __init__(self) -> None:
         self.problems: dict[Path, str] = {}
+        self._last_is_corrupt = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Save a checkpoint, or note why that failed.
@@ -75,7 +77,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             storage_options: Not used; the signature is Lightning's.
         """
         try:
-            write_checkpoint(checkpoint, Path(path), keep_previous=Path(path).name == LAST)
+            is_last = Path(path).name == LAST
+            write_checkpoint(checkpoint, Path(path), keep_previous=is_last and not self._last_is_corrupt)
+            self._last_is_corrupt = self._last_is_corrupt and not is_last
             self.problems.pop(Path(path), None)
         except OSError as error:  # on one process of several: an exception here would leave the others waiting
             self.problems[Path(path)] = error.strerror or str(error)
@@ -84,6 +88,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Load a local checkpoint; see :func:`read_checkpoint`."""
+        self._last_is_corrupt = Path(path).name == PREVIOUS  # so it must not take the place of this one
         return read_checkpoint(path)
 
 
@@ -117,13 +122,17 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
 
+SAME_REQUEST_SECONDS = 5.0
+"""Within that time, signals of two kinds ask for one and the same thing."""
+
+
 class LastCheckpoint(Checkpoint):
     """Keep ``last.ckpt``: at every epoch's end, every few minutes inside an epoch, and when the run is asked to stop.
 
     A checkpoint stands between two accumulation steps. It holds the number of micro-batches of the epoch that are
     done, so that a resumed run sees the images that it would have seen. SIGINT (Ctrl-C), SIGTERM, and SIGUSR1, which
     SLURM sends ahead of a time limit, finish the accumulation step or the validation, save, and stop the run; a second
-    one stops at once.
+    one stops at once. Signals of two kinds at the same time are one request: who stops a service tells all processes.
 
     Args:
         every_minutes: Time between two checkpoints inside an epoch. 0 saves after every accumulation step.
@@ -142,6 +151,9 @@ class LastCheckpoint(Checkpoint):
         self.directory: Path | None = None
         self.every_minutes = every_minutes
         self.stop_requested = False
+        self._request: tuple[int, float] = (0, 0.0)
+        self._retried = False
+        self._resumed_at = 0  # batches of the epoch
         self.say: Callable[[str], None] = print
         self.training_began = False
         self.saved: Path | None = None
@@ -155,7 +167,10 @@ class LastCheckpoint(Checkpoint):
         Lightning 2.6 takes the epoch for unfinished where that is set: the run would have an epoch of no batches, and
         end too early.
         """
-        self.training_began = self.out_of_memory = False  # a training may begin again with the same callback
+        self.training_began = self.out_of_memory = self._retried = False  # a training may begin again with this
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False  # its signal is ours, and a checkpoint of its own would start other runs
         trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -165,13 +180,26 @@ class LastCheckpoint(Checkpoint):
             remove_leftovers(self.directory)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle the signals: the first finishes what is at hand, saves and stops; the second stops at once."""
+        """Handle the signals: the first finishes what is at hand, saves and stops; the second stops at once.
+
+        Raises:
+            ConfigError: The checkpoint stands behind the end of the epochs of this call.
+        """
         self.training_began = True
+        if self._resumed_at and self._resumed_at > trainer.num_training_batches:
+            raise ConfigError(
+                f"the checkpoint stands behind batch {self._resumed_at:,} of its epoch, and here an epoch has "
+                f"{trainer.num_training_batches:,}. trainer.limit_train_batches counts batches of "
+                f"{_batch_size(trainer)}: give a higher one, or the data.batch_size of the run."
+            )
 
         def request_stop(number: int, frame: FrameType | None) -> None:
-            if self.stop_requested or trainer.state.fn != "fit":
+            first, when = self._request
+            again = self.stop_requested and (number == first or time.monotonic() - when > SAME_REQUEST_SECONDS)
+            if again or trainer.state.fn != "fit":
                 raise KeyboardInterrupt
-            self.stop_requested = True
+            if not self.stop_requested:
+                self.stop_requested, self._request = True, (number, time.monotonic())
 
         names = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows lacks the last
         for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
@@ -185,7 +213,8 @@ class LastCheckpoint(Checkpoint):
         step_ended = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not step_ended or batch_idx + 1 >= trainer.num_training_batches:
             return
-        due = self.stop_requested or time.monotonic() - self._saved_at >= 60.0 * self.every_minutes
+        is_time = time.monotonic() - self._saved_at >= 60.0 * self.every_minutes
+        due = self.stop_requested or (is_time and not _is_validated(trainer, batch_idx))
         if _any_process(trainer, due):  # each has a clock of its own, and saving is done by all
             self._save(trainer, pl_module)
             if _any_process(trainer, self.stop_requested):
@@ -204,14 +233,19 @@ class LastCheckpoint(Checkpoint):
             ConfigError: The last weights of the run are not on the disk.
         """
         self._restore_handlers()
-        if _any_process(trainer, bool(_problems(trainer))):  # only the first writes, and knows of them
-            self._save(trainer, pl_module)
+        self.retry(trainer, pl_module)
         if trainer.is_global_zero and (found := _problems(trainer)):
             path, reason = next(iter(found.items()))
             raise ConfigError(
                 f"the training ended, but {path} could not be written ({reason}). Free some room; the same run with "
                 "--ckpt_path last goes on from the newest checkpoint that was written."
             )
+
+    def retry(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Try once more to write what could not be written; before an average takes the place of the weights."""
+        retried, self._retried = self._retried, True
+        if not retried and _any_process(trainer, bool(_problems(trainer))):  # only the first writes, and knows of them
+            self._save(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore the handlers of the signals, and save the optimizer steps before one that found no memory."""
@@ -239,6 +273,10 @@ class LastCheckpoint(Checkpoint):
         batches: Any = loop.epoch_loop.batch_progress.current
         epochs: Any = loop.epoch_progress.current
         done, epoch = _whole_steps(trainer), epochs.processed
+        if done < trainer.num_training_batches and epochs.processed == epochs.ready:  # max_steps ended it inside
+            for part in ("current", "total"):
+                checkpoint["loops"]["fit_loop"]["epoch_progress"][part]["processed"] -= 1
+            epoch -= 1
         if batches.ready != batches.processed:  # saved inside an accumulation step, which is forgotten
             place_loops(checkpoint["loops"], done)
             checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # added on a restart
@@ -278,6 +316,7 @@ class LastCheckpoint(Checkpoint):
         if position["batch"] and size != stored_size:
             position["batch"] = position["batch"] * stored_size // size  # whole steps, so nothing is left over
             place_loops(checkpoint["loops"], position["batch"])
+        self._resumed_at = position["batch"]
         trainer.datamodule.train_sampler.resume_at(**position)  # type: ignore[attr-defined]
         torch.set_rng_state(state)
         device, cuda_state = trainer.strategy.root_device, stored.get("cuda_rng_state")
@@ -303,6 +342,18 @@ class LastCheckpoint(Checkpoint):
             for check in (c for c in trainer.callbacks if isinstance(c, DivergenceCheck)):  # type: ignore[attr-defined]
                 check.last_good = str(path)
         return written
+
+
+def _is_validated(trainer: Trainer, batch_idx: int) -> bool:
+    """Say whether a validation follows this step inside the epoch, which a run that goes on from here would lack.
+
+    False where one follows every step: there would be no place to save at.
+    """
+    every: Any = trainer.val_check_batch
+    if not isinstance(every, int) or every <= trainer.accumulate_grad_batches:
+        return False
+    done = trainer.fit_loop.epoch_loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
+    return (done + 1) % every == 0
 
 
 def place_loops(loops: dict[str, Any], batches: int) -> None:

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from gn_transfer.config import ConfigError
+from gn_transfer.training.checkpoint_callbacks import LastCheckpoint
 
 AS_TRAINED = "as trained"
 """Description of weights that are no average."""
@@ -70,6 +71,13 @@ class ExponentialMovingAverage(WeightAveraging):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*overrides the configure_model")
             super().setup(trainer, pl_module, stage)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the module have the average, once the weights as trained are on the disk."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LastCheckpoint):
+                callback.retry(trainer, pl_module)
+        super().on_train_end(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the average as the weights, the weights as trained beside it."""

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from gn_transfer.config import shortened
-from gn_transfer.files import going_on_without, write_csv, write_json
+from gn_transfer.files import going_on_without, read_json, write_csv, write_json
 from gn_transfer.training.predictions import ImagePredictions
 from gn_transfer.training.progress import find_throughput, peak_memory_mib
 
@@ -42,6 +42,7 @@ class RunRecord(Callback):
         self.best_metrics: dict[str, float] = {}
         self.wall_time_s = 0.0
         self._started = time.monotonic()
+        self._began = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -49,6 +50,7 @@ class RunRecord(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave a record of a run that does not reach its first validation."""
+        self._began = True
         self._write(trainer, pl_module, "running", trainer.current_epoch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -79,6 +81,16 @@ class RunRecord(Callback):
         """Mark the run as finished, or as a trial of a batch or two."""
         status: Status = "fast_dev_run" if trainer.fast_dev_run else "finished"  # type: ignore[attr-defined]
         self._write(trainer, pl_module, status, trainer.current_epoch)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring a run to its end that was stopped behind its last step, before its record said so.
+
+        Where nothing is left to train, Lightning calls no ``on_train_end``.
+        """
+        if self._began or trainer.global_step == 0 or read_json(self.path).get("status") == "finished":
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            callback.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Mark the run as interrupted or failed."""

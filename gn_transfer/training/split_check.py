@@ -38,8 +38,8 @@ def check_split(run_config: Mapping[str, Any], data: ImageDataModule, stage: str
         What to say about it, none where all is as it was.
 
     Raises:
-        ConfigError: Images of training in the validation or test split, images of validation in the test split, or
-            another validation split of the same images.
+        ConfigError: Images of training in the validation or test split, images of validation in the test split,
+            another validation split of the same images, or a resumed run with other training images.
     """
     stored: Split | None = run_config.get("split")
     if not stored or "train" not in stored or "val" not in stored:
@@ -57,6 +57,8 @@ def check_split(run_config: Mapping[str, Any], data: ImageDataModule, stage: str
     if stage == "test":
         return known_images(data, part, _root_of(run_config, data), stored["train"])
     if validated == len(here) == len(stored["val"]):
+        if stage == "fit":
+            _check_training_images(stored["train"], file_identities(Path(data.root), data.split()["train"]), why)
         return []
     if validated or stage == "fit":
         raise ConfigError(
@@ -65,6 +67,16 @@ def check_split(run_config: Mapping[str, Any], data: ImageDataModule, stage: str
         )
     found = known_images(data, part, _root_of(run_config, data), stored["train"])
     return found or ["other images than the run was validated on; none of them was trained on"]
+
+
+def _check_training_images(stored: Mapping[str, int], here: Mapping[str, int], why: str) -> None:
+    same = len(here.items() & stored.items())
+    if not same == len(here) == len(stored):
+        raise ConfigError(
+            f"the training images are other ones than those of the run: {len(here):,} here and {len(stored):,} there, "
+            f"{same:,} of them the same. {why} To train on other images, start a new run with "
+            "model.pretrained=CHECKPOINT."
+        )
 
 
 def check_own_splits(data: ImageDataModule) -> list[str]:

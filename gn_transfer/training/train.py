@@ -28,7 +28,7 @@ from gn_transfer.config import ConfigError
 from gn_transfer.data import ImageDataModule
 from gn_transfer.data.describe import test_images
 from gn_transfer.data.splits import split_digest
-from gn_transfer.files import read_json, write_json
+from gn_transfer.files import read_json, remove_leftovers, write_json, write_text
 from gn_transfer.layers import group_counts
 from gn_transfer.training.accumulation import GradientAccumulation
 from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
@@ -179,11 +179,14 @@ def train(
     trainer.callbacks.append(record)  # type: ignore[attr-defined]
     own_log = RunLog() if log is None else None
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ValidationFigures):  # in every process: what draws it gathers from all
+            callback.path = run.logs / "worst_images.jpg"
         if getattr(callback, "say", None) is print:
             callback.say = (log or own_log).print  # type: ignore[union-attr]
     if trainer.is_global_zero:
         run.logs.mkdir(parents=True, exist_ok=True)
-        (run.logs / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+        remove_leftovers(run.logs)
+        write_text(run.logs / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         held_back = {"test": [image.path for image in found]} if (found := test_images(data)) else {}
         write_json(run.logs / "split.json", {**data.split(), **held_back})
         write_json(run.logs / "transfer_report.json", task.report.as_dict())
@@ -192,8 +195,6 @@ def train(
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, TrainingImages):
                 callback.path = run.logs / "training_images.jpg"
-            if isinstance(callback, ValidationFigures):
-                callback.path = run.logs / "worst_images.jpg"
         (log or own_log).attach(run.logs / "run.log")  # type: ignore[union-attr]
     if loggers is not None:
         tensorboard = RunLogger(run, hparams)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -9,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from gn_transfer.__main__ import main
+from gn_transfer.training.checkpoint import read_checkpoint
 
 OPTIONS = {
     "data.img_size": "64",
@@ -92,8 +95,18 @@ def test_a_crashed_run_continues_exactly(folder_root, tmp_path, monkeypatch, nor
     from gn_transfer.training.checkpoint_callbacks import LastCheckpoint
 
     monkeypatch.chdir(broken)
+    with crashing(monkeypatch, LastCheckpoint, hook, after), pytest.raises(CrashError):
+        main(["fit", *arguments(folder_root, norm), *more])
+    assert main(["fit", *arguments(folder_root, norm), *more, "--ckpt_path", "last"]) == 0
+    assert_same(weights(whole, norm), weights(broken, norm))
+    assert_same_records(whole, broken)
+
+
+@contextmanager
+def crashing(monkeypatch, kind, hook, after=1):
+    """Crash at a call of a hook of a callback."""
     calls = 0
-    own = getattr(LastCheckpoint, hook)
+    own = getattr(kind, hook)
 
     def crash_at(self, *args, **kwargs):
         nonlocal calls
@@ -103,12 +116,130 @@ def test_a_crashed_run_continues_exactly(folder_root, tmp_path, monkeypatch, nor
         return own(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LastCheckpoint, hook, crash_at)
-        with pytest.raises(CrashError):
-            main(["fit", *arguments(folder_root, norm), *more])
-    assert main(["fit", *arguments(folder_root, norm), *more, "--ckpt_path", "last"]) == 0
-    assert_same(weights(whole, norm), weights(broken, norm))
-    assert_same_records(whole, broken)
+        patch.setattr(kind, hook, crash_at)
+        yield
+
+
+def epochs_and_status(folder):
+    [run] = folder.glob("runs/default/*")
+    rows = list(csv.DictReader((run / "epochs.csv").read_text().splitlines()))
+    return [int(row["epoch"]) for row in rows], json.loads((run / "metrics.json").read_text())["status"]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("more", [[], ["--ema.decay", "0.9"]], ids=["plain", "ema"])
+def test_a_run_that_stopped_behind_its_last_step_comes_to_its_end(folder_root, tmp_path, monkeypatch, more):
+    """Nothing is left to train, and Lightning calls no on_train_end."""
+    from gn_transfer.training.record import RunRecord
+
+    words = ["fit", *arguments(folder_root, "gn_ws"), *more]
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    assert main(words) == 0
+    monkeypatch.chdir(tmp_path / "broken")
+    with crashing(monkeypatch, RunRecord, "on_train_end"), pytest.raises(CrashError):
+        main(words)
+    assert epochs_and_status(tmp_path / "broken") == ([1, 2, 3], "failed")
+    assert main([*words, "--ckpt_path", "last"]) == 0
+    assert_same(weights(tmp_path / "whole", "gn_ws"), weights(tmp_path / "broken", "gn_ws"))
+    assert_same_records(tmp_path / "whole", tmp_path / "broken")
+    before = next(tmp_path.glob("broken/runs/default/*/metrics.json")).read_text()
+    assert main([*words, "--ckpt_path", "last"]) == 0  # and stays as it is
+    assert next(tmp_path.glob("broken/runs/default/*/metrics.json")).read_text() == before
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("crash", [None, "on_train_end"])
+def test_a_run_stops_early_and_does_not_go_on_afterwards(folder_root, tmp_path, monkeypatch, crash):
+    from gn_transfer.training.record import RunRecord
+
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", *arguments(folder_root, "gn_ws"), "--optimizer.lr", "1e-12", "--trainer.max_epochs", "6"]
+    words += ["--early_stopping.patience", "2"]
+    if crash is None:
+        assert main(words) == 0
+    else:
+        with crashing(monkeypatch, RunRecord, crash), pytest.raises(CrashError):
+            main(words)
+        assert main([*words, "--ckpt_path", "last"]) == 0
+    assert epochs_and_status(tmp_path) == ([1, 2, 3], "finished")  # the first is the best
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("minutes", ["0", "60"])
+def test_a_run_that_max_steps_stopped_inside_an_epoch_goes_on_in_it(folder_root, tmp_path, monkeypatch, minutes):
+    schedule = ["--optimizer.schedule", "constant", "--optimizer.warmup_fraction", "0"]
+    words = ["fit", *arguments(folder_root, "gn_ws"), *schedule, "--checkpoint.every_minutes", minutes]
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    assert main(words) == 0
+    monkeypatch.chdir(tmp_path / "broken")
+    assert main([*words, "--trainer.max_steps", "4"]) == 0  # an epoch has three
+    assert main([*words, "--trainer.max_steps", "-1", "--ckpt_path", "last"]) == 0
+    assert_same(weights(tmp_path / "whole", "gn_ws"), weights(tmp_path / "broken", "gn_ws"))
+    assert epochs_and_status(tmp_path / "broken") == epochs_and_status(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_no_checkpoint_stands_between_a_step_and_its_validation(folder_root, tmp_path, monkeypatch):
+    from gn_transfer.training.checkpoint_callbacks import LastCheckpoint
+
+    words = ["fit", *arguments(folder_root, "gn_ws"), "--accumulation.effective_batch_size", "1"]
+    words += ["--trainer.val_check_interval", "4", "--trainer.max_epochs", "2", "--regularization.mixup", "0"]
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    assert main(words) == 0
+    monkeypatch.chdir(tmp_path / "broken")
+    with crashing(monkeypatch, LastCheckpoint, "on_validation_start"), pytest.raises(CrashError):
+        main(words)
+    assert main([*words, "--ckpt_path", "last"]) == 0
+    assert_same(weights(tmp_path / "whole", "gn_ws"), weights(tmp_path / "broken", "gn_ws"))
+    assert_same_records(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_place_behind_the_end_of_the_epochs_is_refused(folder_root, tmp_path, monkeypatch, capsys):
+    from gn_transfer.training.checkpoint_callbacks import LastCheckpoint
+
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", *arguments(folder_root, "gn_ws"), "--trainer.limit_train_batches", "4"]
+    words += ["--accumulation.effective_batch_size", "2"]
+    with crashing(monkeypatch, LastCheckpoint, "on_train_batch_end", 3), pytest.raises(CrashError):
+        main([*words, "--data.batch_size", "2"])
+    more = ["--data.batch_size", "1", "--trainer.limit_train_batches", "1", "--ckpt_path", "last"]
+    assert main([*words, *more]) == 2
+    assert "stands behind batch 4 of its epoch, and here an epoch has 1. trainer.limit" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_average_does_not_take_the_place_of_weights_that_were_not_written(folder_root, tmp_path, monkeypatch):
+    """The disk is full at the end of the last epoch, and has room again at the end of the training."""
+    from gn_transfer.training import checkpoint_callbacks
+
+    words = ["fit", *arguments(folder_root, "gn_ws"), "--ema.decay", "0.9", "--checkpoint.every_minutes", "60"]
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    assert main(words) == 0
+    monkeypatch.chdir(tmp_path / "broken")
+    own, calls = checkpoint_callbacks.write_checkpoint, []
+
+    def full(content, path, **options):
+        calls.append(path.name)
+        if path.name == "last.ckpt" and calls.count("last.ckpt") == 3:
+            raise OSError(28, "No space left on device", str(path))
+        own(content, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_callbacks, "write_checkpoint", full)
+        assert main(words) == 0
+    assert calls.count("last.ckpt") == 4
+    assert_same(weights(tmp_path / "whole", "gn_ws"), weights(tmp_path / "broken", "gn_ws"))
+    one, two = (next(tmp_path.glob(f"{name}/checkpoints/default/*/last.ckpt")) for name in ("whole", "broken"))
+    one, two = (torch.load(path, weights_only=True)["current_model_state"] for path in (one, two))
+    assert_same(one, two)
 
 
 @pytest.mark.slow
@@ -170,6 +301,27 @@ def test_a_run_whose_last_checkpoint_is_corrupt_goes_on_with_the_one_before(fold
     assert len(list(broken.glob("runs/default/*"))) == 1
     assert_same(weights(whole, "gn_ws"), weights(broken, "gn_ws"))
     assert {path.name for path in last.parent.iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
+    read_checkpoint(last)
+    read_checkpoint(last.with_name("previous.ckpt"))  # the corrupt file has not taken its place
+
+
+def test_signals_of_two_kinds_at_the_same_time_are_one_request(monkeypatch):
+    from types import SimpleNamespace
+
+    from gn_transfer.training import checkpoint_callbacks
+
+    callback = checkpoint_callbacks.LastCheckpoint()
+    trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"), world_size=1)
+    callback.on_train_start(trainer, None)
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert callback.stop_requested
+        monkeypatch.setattr(checkpoint_callbacks, "SAME_REQUEST_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        callback.on_exception(trainer, None, KeyboardInterrupt())
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])

@@ -161,3 +161,18 @@ def test_near_duplicates_are_those_of_training_images(tmp_path, monkeypatch):
         monkeypatch.setattr("gn_transfer.training.split_check.group_duplicates", lambda *_, groups=groups: groups)
         assert _near_duplicates(data, "val", tmp_path, ["a", "b"]) == found
     assert _near_duplicates(data, "val", tmp_path / "elsewhere", ["a", "b"]) == {}
+
+
+def test_a_run_goes_on_with_its_own_training_images_only(trained, capsys):
+    """The validation images are the same: they have a folder of their own."""
+    write_images("own/train", seed=0, side=20)
+    write_images("own/val", seed=1, side=20)
+    words = ["fit", "--data", "Folder", "--data.root", "own", "--data.img_size", "16", "--data.cache", "none"]
+    words += ["--model.backbone", "resnetv2_18", "--trainer.max_epochs", "1", "--name", "own"]
+    assert main(words) == 0
+    Image.new("RGB", (20, 20), "red").save("own/train/cat/new.png")
+    error = refusal(capsys, *words, "--trainer.max_epochs", "2", "--ckpt_path", "last")
+    assert "the training images are other ones than those of the run: 21 here and 20 there, 20 of them" in error
+    assert "start a new run with model.pretrained=CHECKPOINT" in error
+    Path("own/train/cat/new.png").unlink()
+    assert main([*words, "--trainer.max_epochs", "2", "--ckpt_path", "last"]) == 0
