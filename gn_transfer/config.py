@@ -53,7 +53,7 @@ def markdown_text(text: str) -> str:
 
     Example:
         >>> markdown_text("a|b ![x](http://y) <img>")
-        'a\\|b ![x]\\(http://y) &lt;img>'
+        'a\\\\|b ![x]\\\\(http://y) &lt;img>'
     """
     return " ".join(text.split()).replace("<", "&lt;").replace("|", "\\|").replace("](", "]\\(")
 

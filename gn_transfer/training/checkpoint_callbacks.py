@@ -243,8 +243,8 @@ class LastCheckpoint(Checkpoint):
 
     def retry(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Try once more to write what could not be written; before an average takes the place of the weights."""
-        retried, self._retried = self._retried, True
-        if not retried and _any_process(trainer, bool(_problems(trainer))):  # only the first writes, and knows of them
+        if not self._retried and _any_process(trainer, bool(_problems(trainer))):  # only the first knows of them
+            self._retried = True
             self._save(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -37,10 +37,11 @@ def stand_in(done: int = 0, ready: int | None = None, *, device: str = "cpu", **
         **{"world_size": 1, "accumulate_grad_batches": 4, "num_training_batches": 9, "callbacks": []},
         "optimizers": [],
         "datamodule": SimpleNamespace(batch_size=2),
+        **{"val_check_batch": float("inf"), "check_val_every_n_epoch": 1},
         "strategy": SimpleNamespace(root_device=torch.device(device), checkpoint_io=AtomicCheckpointIO()),
         "fit_loop": SimpleNamespace(
             epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=batches)),
-            epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=1, started=2)),
+            epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=1, started=2, ready=2)),
         ),
     }
     return SimpleNamespace(**{**values, **changes})
@@ -271,10 +272,12 @@ def test_the_end_of_a_training_tries_again_what_could_not_be_written(tmp_path: P
     problems[tmp_path / "last.ckpt"] = "No space left on device"
     with pytest.raises(ConfigError, match=r"last\.ckpt could not be written \(No space left on device\)"):
         callback.on_train_end(trainer, None)  # type: ignore[arg-type]
+    assert tries == ["tried"]
+    callback.retry(trainer, None)  # type: ignore[arg-type]
+    assert tries == ["tried"]  # by now, an average may have taken the place of the weights
     trainer.is_global_zero = False  # the other processes leave it to the first
     callback.on_train_end(trainer, None)  # type: ignore[arg-type]
-    assert tries == ["tried", "tried"]
-    trainer.is_global_zero = True
+    trainer.is_global_zero, callback = True, LastCheckpoint()
     callback._save = lambda trainer, module: problems.clear()  # type: ignore[assignment,method-assign]
     callback.on_train_end(trainer, None)  # type: ignore[arg-type]
 
@@ -403,3 +406,40 @@ def test_another_error_of_torchs_writer_is_no_full_disk(tmp_path: Path, monkeypa
     with pytest.raises(RuntimeError, match="something else"):
         write_checkpoint({}, tmp_path / "last.ckpt")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("every", "batch", "changes", "saved"),
+    [
+        (4, 3, {}, False),  # the validation behind the fourth micro-batch would be lost
+        (4, 1, {}, True),
+        (4, 5, {}, True),
+        (2, 1, {}, True),  # every step is validated: there is no other place
+        (float("inf"), 3, {}, True),
+        (4, 1, {"check_val_every_n_epoch": None}, False),  # counted over epochs: this is the twelfth
+    ],
+)
+def test_no_timed_save_stands_in_front_of_a_validation(every: float, batch: int, changes: Any, saved: bool) -> None:
+    trainer, callback, saves = (
+        stand_in(batch + 1, val_check_batch=every, accumulate_grad_batches=2, **changes),
+        LastCheckpoint(0),
+        [],
+    )
+    trainer.fit_loop.epoch_loop.total_batch_idx = 11
+    callback._save = lambda trainer, module: saves.append("saved")  # type: ignore[assignment,method-assign,func-returns-value]
+    callback.on_train_batch_end(trainer, None, None, None, batch)  # type: ignore[arg-type]
+    assert bool(saves) == saved
+    callback.stop_requested = True
+    with pytest.raises(KeyboardInterrupt):
+        callback.on_train_batch_end(trainer, None, None, None, batch)  # type: ignore[arg-type]
+
+
+def test_a_run_that_was_ended_inside_an_epoch_is_saved_inside_it() -> None:
+    """Lightning counts the epoch as done, where max_steps or a stop ends it early."""
+    trainer = stand_in(4)
+    trainer.fit_loop.epoch_progress.current.processed = 2
+    content = {"loops": loops(4)}
+    content["loops"]["fit_loop"]["epoch_progress"] = {"current": {"processed": 2}, "total": {"processed": 2}}
+    LastCheckpoint().on_save_checkpoint(trainer, None, content)  # type: ignore[arg-type]
+    assert content["gn_transfer"]["position"] == {"epoch": 1, "batch": 4}
+    assert content["loops"]["fit_loop"]["epoch_progress"] == {"current": {"processed": 1}, "total": {"processed": 1}}
