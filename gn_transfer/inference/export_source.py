@@ -134,7 +134,9 @@ def run_data(config: object, classes: Sequence[str], root: str | None, stage: st
     """
     config = config if isinstance(config, Mapping) else {}
     named = config.get("data")
-    class_path, arguments = (named.get("class_path"), named.get("init_args")) if isinstance(named, Mapping) else (0, 0)
+    class_path, arguments = (
+        (named.get("class_path"), named.get("init_args")) if isinstance(named, Mapping) else (None,) * 2
+    )
     if not isinstance(class_path, str) or not isinstance(arguments, Mapping):
         raise ConfigError("the run's configuration names no data, so it was not written by gn-transfer fit.")
     package, _, name = class_path.rpartition(".")

@@ -120,6 +120,15 @@ def crashing(monkeypatch, kind, hook, after=1):
         yield
 
 
+def run_whole(root, monkeypatch, words):
+    """Run a command to its end in one folder, and go to another one for the run that is broken."""
+    for name in ("whole", "broken"):
+        (root / name).mkdir()
+    monkeypatch.chdir(root / "whole")
+    assert main(words) == 0
+    monkeypatch.chdir(root / "broken")
+
+
 def epochs_and_status(folder):
     [run] = folder.glob("runs/default/*")
     rows = list(csv.DictReader((run / "epochs.csv").read_text().splitlines()))
@@ -133,11 +142,7 @@ def test_a_run_that_stopped_behind_its_last_step_comes_to_its_end(folder_root, t
     from gn_transfer.training.record import RunRecord
 
     words = ["fit", *arguments(folder_root, "gn_ws"), *more]
-    for name in ("whole", "broken"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / "whole")
-    assert main(words) == 0
-    monkeypatch.chdir(tmp_path / "broken")
+    run_whole(tmp_path, monkeypatch, words)
     with crashing(monkeypatch, RunRecord, "on_train_end"), pytest.raises(CrashError):
         main(words)
     assert epochs_and_status(tmp_path / "broken") == ([1, 2, 3], "failed")
@@ -171,11 +176,7 @@ def test_a_run_stops_early_and_does_not_go_on_afterwards(folder_root, tmp_path, 
 def test_a_run_that_max_steps_stopped_inside_an_epoch_goes_on_in_it(folder_root, tmp_path, monkeypatch, minutes):
     schedule = ["--optimizer.schedule", "constant", "--optimizer.warmup_fraction", "0"]
     words = ["fit", *arguments(folder_root, "gn_ws"), *schedule, "--checkpoint.every_minutes", minutes]
-    for name in ("whole", "broken"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / "whole")
-    assert main(words) == 0
-    monkeypatch.chdir(tmp_path / "broken")
+    run_whole(tmp_path, monkeypatch, words)
     assert main([*words, "--trainer.max_steps", "4"]) == 0  # an epoch has three
     assert main([*words, "--trainer.max_steps", "-1", "--ckpt_path", "last"]) == 0
     assert_same(weights(tmp_path / "whole", "gn_ws"), weights(tmp_path / "broken", "gn_ws"))
@@ -188,11 +189,7 @@ def test_no_checkpoint_stands_between_a_step_and_its_validation(folder_root, tmp
 
     words = ["fit", *arguments(folder_root, "gn_ws"), "--accumulation.effective_batch_size", "1"]
     words += ["--trainer.val_check_interval", "4", "--trainer.max_epochs", "2", "--regularization.mixup", "0"]
-    for name in ("whole", "broken"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / "whole")
-    assert main(words) == 0
-    monkeypatch.chdir(tmp_path / "broken")
+    run_whole(tmp_path, monkeypatch, words)
     with crashing(monkeypatch, LastCheckpoint, "on_validation_start"), pytest.raises(CrashError):
         main(words)
     assert main([*words, "--ckpt_path", "last"]) == 0
@@ -219,11 +216,7 @@ def test_the_average_does_not_take_the_place_of_weights_that_were_not_written(fo
     from gn_transfer.training import checkpoint_callbacks
 
     words = ["fit", *arguments(folder_root, "gn_ws"), "--ema.decay", "0.9", "--checkpoint.every_minutes", "60"]
-    for name in ("whole", "broken"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / "whole")
-    assert main(words) == 0
-    monkeypatch.chdir(tmp_path / "broken")
+    run_whole(tmp_path, monkeypatch, words)
     own, calls = checkpoint_callbacks.write_checkpoint, []
 
     def full(content, path, **options):
