@@ -18,6 +18,9 @@ from gn_transfer.inference.image_source import Pixels
 from gn_transfer.inference.onnx_graph import quiet
 
 _LAYERS = ("Conv", "Gemm", "MatMul")
+_OF_STATISTICS = ("LayerNormalization", "Sqrt")
+"""Operators of norms that compute statistics of what they see."""
+
 _IMAGES_OF_AN_ATTEMPT = 32
 _WORTH_KEEPING = 0.9
 """A layer stays in float where that lowers the error of the logits below this share of it."""
@@ -86,7 +89,8 @@ def quantize_graph(graph: Path, target: Path, images: Sequence[Pixels]) -> Quant
         quant_pre_process(str(graph), str(prepared), skip_symbolic_shape=True)
         nodes = onnx.load(prepared).graph.node
         layers = [node.name for node in nodes if node.op_type in _LAYERS]
-        kinds = list(_LAYERS) if any(node.op_type == "LayerNormalization" for node in nodes) else None
+        computes_statistics = any(node.op_type in _OF_STATISTICS for node in nodes)
+        kinds = list(_LAYERS) if computes_statistics else None
         some = images[:: max(1, len(images) // _IMAGES_OF_AN_ATTEMPT)]
         expected = _logits(graph, some)
 

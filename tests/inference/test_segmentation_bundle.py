@@ -19,7 +19,9 @@ from gn_transfer import ModelConfig, TransferSegmenter, load_bundle
 from gn_transfer.__main__ import main
 from gn_transfer.config import ConfigError
 from gn_transfer.inference.bundle_files import METADATA, metadata_sha256
+from gn_transfer.inference.onnx_graph import export_graph, plain
 from gn_transfer.inference.onnx_segmentation import _ExportedPooling, for_any_size, write_segmentation_onnx
+from gn_transfer.layers import GroupNorm
 
 CHECKPOINT = Path("checkpoints/segmentation_folder/gn_ws-bs1-seed0/best.ckpt")
 
@@ -229,6 +231,16 @@ def test_every_decoder_leaves(tmp_path, decoder, backbone, norm):
 def test_adaptive_pooling_as_products(length, bins):
     maps = torch.randn(2, 3, length, length + 2)
     assert _ExportedPooling(bins)(maps) == pytest.approx(nn.AdaptiveAvgPool2d(bins)(maps), abs=1e-5)
+
+
+def test_a_norm_of_a_large_group_loses_no_digits():
+    """onnxruntime adds up in float32, value after value: over 600,000 values at once, four digits would be lost."""
+    torch.manual_seed(0)
+    model = nn.Sequential(GroupNorm(96, 4)).eval()
+    maps = 3 * torch.randn(1, 96, 128, 192) + 2
+    graph = export_graph(plain(model), torch.zeros(2, 96, 128, 192), {0: torch.export.Dim("batch")}, "maps", ["normal"])
+    [normal] = onnxruntime.InferenceSession(graph.SerializeToString()).run(["normal"], {"maps": maps.numpy()})
+    assert np.abs(normal - nn.functional.group_norm(maps.double(), 4).numpy()).max() < 5e-6
 
 
 def test_padding_of_any_size():
