@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
-from gn_transfer.config import ConfigError
+from gn_transfer.config import STRIDE, ConfigError
 from gn_transfer.report.runs import runs_on_images
 
 TEST_FRACTION = 0.2
@@ -21,6 +23,7 @@ _OF_THE_PACKAGE = (
     *("--model.backbone", "tf_efficientnet_lite0", "--model.norm", "bn_frozen", "--data.img_size", "224"),
     *("--optimizer.lr", "0.0003", "--optimizer.head_lr", "0.003"),
 )
+_MEASURED = 200  # images whose size is read
 _OXFORD = Path("annotations", "trainval.txt")
 
 
@@ -83,9 +86,25 @@ def _pairs(path: Path, hub_answers: bool | None) -> Recognized:
     if "224" in weights:
         weights[weights.index("224")] = "256"
     why = why.replace("224 px", "256 px")
+    found = image_files(splits["train"].images)[:_MEASURED]
+    if (side := _middle_side(found)) < (64 if "64" in weights else 256):
+        crop = max(64, side // STRIDE * STRIDE)
+        weights += ["--data.img_size", str(crop)]  # the last one counts
+        remarks.append(f"crops of {crop} px, since the short side of half of the images is at most {side} px")
     epochs = min(30, max(3, round(_SAMPLES / max(images, 1))))
     options += [*weights, "--trainer.max_epochs", str(epochs)]
     return Recognized(options, [*remarks, why, f"{epochs} epochs for about {images:,} images, effective batch 8"])
+
+
+def _middle_side(images: Sequence[Path]) -> int:
+    """Give the median of the short sides of images, in pixels; a large number where none can be read."""
+    from gn_transfer.data.decode import BadImageError, read_size
+
+    sides = []
+    for image in images:
+        with suppress(BadImageError):
+            sides.append(min(read_size(image)))
+    return int(median(sides)) if sides else 2**15
 
 
 def _folder(path: Path, hub_answers: bool | None) -> Recognized:

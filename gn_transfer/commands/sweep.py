@@ -66,8 +66,10 @@ def run(arguments: Sequence[str]) -> int:
     url = options.storage or f"sqlite:///{folder / 'study.db'}"
     if options.dry_run:
         known_before = (folder / "study.db").is_file() if options.storage is None else may_exist(options.storage)
-        ended = ended_trials(url, study, foreseen.trials) if known_before else set()
-        print_plan(console, study, foreseen.trials, options.workers, ended)
+        outcomes = outcomes_so_far(url, study, foreseen.trials) if known_before else {}
+        planned = foresee(study, outcomes)
+        ended = {trial.name for trial in planned.trials if trial.name in outcomes and outcomes[trial.name].ended}
+        print_plan(console, study, planned.trials, options.workers, ended)
         return 0
     store = Store(url, study.name)
     if not store.knows_study() and (found := next(folder.glob("*/metrics.json"), None)):
@@ -86,8 +88,8 @@ def run(arguments: Sequence[str]) -> int:
     return _conclude(console, context, planned, outcomes)
 
 
-def ended_trials(url: str, study: Study, trials: Sequence[Trial]) -> set[str]:
-    """Name the trials of a study that have ended already.
+def outcomes_so_far(url: str, study: Study, trials: Sequence[Trial]) -> dict[str, Outcome]:
+    """Read what became of the trials of a study.
 
     Raises:
         ConfigError: The study was begun with other settings, or a trial was.
@@ -95,10 +97,10 @@ def ended_trials(url: str, study: Study, trials: Sequence[Trial]) -> set[str]:
     store = Store(url, study.name)
     try:
         if not store.knows_study():
-            return set()
+            return {}
         store.begin(study.shared_settings())
         store.check(trials)
-        return {name for name, outcome in store.outcomes().items() if outcome.ended}
+        return store.outcomes()
     finally:
         store.close()
 
@@ -165,13 +167,18 @@ def _conclude(console: Console, context: StudyContext, planned: Planned, outcome
     """Write the report over the final runs, and list what failed."""
     study = context.study
     folder = context.root / "runs" / study.name
-    runs = [
-        folder / trial.name
-        for trial in planned.trials
-        if trial.stage == "final" and outcomes[trial.name].state == "complete" and (folder / trial.name).is_dir()
-    ]
+    finals = [folder / t.name for t in planned.trials if t.stage == "final" and outcomes[t.name].state == "complete"]
+    runs = [run for run in finals if run.is_dir()]
+    known = {trial.name for trial in planned.trials}
     notes = [*study.notes, *map(str, planned.choices)]
-    write_json(folder / STUDY, {"title": study.title, "notes": notes})
+    if opened := [name for name, outcome in outcomes.items() if name not in known and tested(name, outcome)]:
+        notes.append(
+            f"The test images had been opened for {len(opened)} other runs before these were chosen ({opened[0]}), so "
+            "the figures on test may be too high."
+        )
+    write_json(folder / STUDY, {"title": study.title, "notes": notes, "final_runs": [run.name for run in finals]})
+    unusable = [(run, "its folder is not on this machine") for run in finals if run not in runs]
+    reported = not finals
     if runs:
         try:
             report = write_report(runs, folder / "report", study.baseline, study.title, notes)
@@ -183,6 +190,10 @@ def _conclude(console: Console, context: StudyContext, planned: Planned, outcome
             width = console.width if console.is_terminal else None
             console.print(as_text(report, width), soft_wrap=True, markup=False)
             console.print(f"report     {folder / 'report'}", soft_wrap=True)
+            unusable += [(problem.folder, problem.reason) for problem in report.problems]
+            reported = True
+    for run, reason in unusable:
+        console.print(f"left out   {run}: {reason}", soft_wrap=True, markup=False)
     failed = [trial for trial in planned.trials if outcomes[trial.name].state == "failed"]
     for trial in failed:
         console.print(f"failed     {trial.name}: {outcomes[trial.name].reason}", markup=False)
@@ -190,7 +201,12 @@ def _conclude(console: Console, context: StudyContext, planned: Planned, outcome
         console.print(f"failed     {problem}", markup=False)
     if failed:
         console.print("--retry_failed runs failed trials again")
-    return 3 if failed or planned.problems else 0
+    return 3 if failed or planned.problems or unusable or not reported else 0
+
+
+def tested(name: str, outcome: Outcome) -> bool:
+    """Say whether a trial has opened the test images."""
+    return name.startswith("test-") and outcome.state == "complete"
 
 
 def write_report(

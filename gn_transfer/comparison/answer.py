@@ -26,11 +26,11 @@ def answer(comparison: Comparison) -> list[str]:
         return [f"{best.label} reaches {_reached(best)} ({comparison.metric}, {_seeds(best.n)})."]
     lines = [f"Best: {best.label} with {_reached(best)} ({comparison.metric}, {_seeds(best.n)})."]
     second = comparison.runner_up
-    if second is not None and second.high >= 0:
+    if second is not None and not (second.is_clear and second.difference < 0):
         lines = [
-            f"No clear winner: {best.label} with {_reached(best)} is {-100 * second.difference:.1f} points above "
-            f"{second.group.label} with {_reached(second.group)} (95 % interval {-100 * second.high:+.1f} to "
-            f"{-100 * second.low:+.1f}; {comparison.metric}, {_seeds(best.n)})."
+            f"No clear winner: {best.label} with {_reached(best)} against {second.group.label} with "
+            f"{_reached(second.group)} ({_points(-second.difference)} points, {_of_difference(second, -1)}; "
+            f"{comparison.metric}, {_seeds(second.test.pairs)})."
         ]
     lines += _no_better_than_guessing(comparison, groups)
     contrasts = sorted(comparison.contrasts, key=lambda contrast: -abs(contrast.difference))
@@ -71,9 +71,9 @@ def _sentence(contrast: Contrast) -> str:
     direction = (
         f"{points:.1f} points {'above' if contrast.difference > 0 else 'below'}" if points >= 0.05 else "level with"
     )
-    interval = f"95 % interval {100 * contrast.low:+.1f} to {100 * contrast.high:+.1f}"
+    interval = _of_difference(contrast)
     test = "" if contrast.test.smallest_p > 0.05 else f", p {contrast.test.p:.2g}, after Holm {contrast.p_holm:.2g}"
-    shown = "" if contrast.low > 0 or contrast.high < 0 else " This is no clear difference."
+    shown = "" if contrast.is_clear else " This is no clear difference."
     seeds = contrast.seeds
     ours, theirs = (100 * sum(group.by_seed[seed] for seed in seeds) / len(seeds) for group in contrast.sides)
     fewer = len(seeds) < max(group.n for group in contrast.sides)
@@ -82,6 +82,18 @@ def _sentence(contrast: Contrast) -> str:
         f"{contrast.group.label} is {direction} {contrast.against}: "
         f"{ours:.1f} % against {theirs:.1f} %{over} ({interval}{test}).{shown}"
     )
+
+
+def _of_difference(contrast: Contrast, sign: int = 1) -> str:
+    """Say the interval of a difference, or with the other sign."""
+    if contrast.low is None or contrast.high is None:
+        return "no interval from a single pair without predictions"
+    low, high = sorted((sign * contrast.low, sign * contrast.high))
+    return f"95 % interval {_points(low)} to {_points(high)}"
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference + 0.0:+.1f}"
 
 
 def _reached(group: Group) -> str:

@@ -75,6 +75,9 @@ def incomparable(runs: Sequence[Run], metric: str) -> list[str]:
     """
     reasons = _differences(runs, "img_size", lambda run: run.settings.get("img_size"))
     reasons += _differences(runs, "the length of the short side", _short_side)
+    reasons += _differences(runs, "the number of classes", lambda run: run.metrics.get("classes"))
+    for name in ("border", "ignore_index"):  # which pixels of a segmentation count
+        reasons += _differences(runs, name, lambda run, name=name: run.settings.get(name))  # type: ignore[misc]
     samples = [run.metrics["samples_seen"] for run in runs]
     if max(samples) - min(samples) > max(run.metrics["effective_batch_size"] for run in runs):
         reasons += _differences(runs, "samples_seen", lambda run: run.metrics["samples_seen"])
@@ -121,6 +124,7 @@ def confounds(grouping: Grouping, without_predictions: Sequence[str]) -> list[st
         *_weights(grouping),
         *dict.fromkeys(f"{note}." for run in runs for note in run.notes),
         *_tied(grouping),
+        *_folders(runs),
         *_training_images(runs),
         *_unequal_samples(runs),
         *_environments(runs),
@@ -169,6 +173,12 @@ def _tied(grouping: Grouping) -> Iterable[str]:
             for value, labels in values.items()
         ]
         yield f"{name} differs too: {'; '.join(said)}."
+
+
+def _folders(runs: Sequence[Run]) -> Iterable[str]:
+    folders = sorted({run.data_root for run in runs})
+    if len(folders) > 1:
+        yield f"The images lay in different folders: {_some(folders)}. Make sure that they are the same."
 
 
 def _training_images(runs: Sequence[Run]) -> Iterable[str]:

@@ -20,7 +20,7 @@ from gn_transfer.comparison.statistics import (
 )
 from gn_transfer.config import ConfigError
 from gn_transfer.report.predictions import RESAMPLES, SplitPredictions, weight_blocks
-from gn_transfer.report.runs import Problem, Run, Setting, find_run_folders, read_runs, short_name
+from gn_transfer.report.runs import Problem, Run, Setting, final_runs, find_run_folders, read_runs, short_name
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Contrast:
         group: The group.
         baseline: What it is measured against.
         difference: Mean difference of the metric over the seeds that both have.
-        low: Lower end of its 95 % interval.
+        low: Lower end of its 95 % interval; None for one pair of runs without predictions, of which none can be known.
         high: Upper end.
         test: The paired test.
         p_holm: Its p-value after Holm's correction over all contrasts of the report.
@@ -83,8 +83,8 @@ class Contrast:
     group: Group
     baseline: Group
     difference: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     test: PairedTest
     p_holm: float
 
@@ -97,6 +97,11 @@ class Contrast:
     def seeds(self) -> list[int]:
         """The seeds that both have."""
         return [seed for seed in self.group.by_seed if seed in self.baseline.by_seed]
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval is on one side of 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
     @property
     def against(self) -> str:
@@ -208,11 +213,11 @@ def compare(
         baseline = {"norm": "bn"}
     pairs = find_baselines(grouping, baseline) if baseline else {}
     sides = [(groups[one], groups[other]) for one, other in pairs.items()]
-    contrasts = _contrasts(sides, resampled)
+    contrasts = _contrasts(sides, resampled, predictions)
     least = min((contrast.test.smallest_p for contrast in contrasts), default=1.0)
     without = [run.name for run in runs if run.folder not in predictions]
     best, *others = sorted(groups.values(), key=lambda group: -group.mean)
-    runner_up = _contrasts([(others[0], best)], resampled) if others else []
+    runner_up = _contrasts([(others[0], best)], resampled, predictions) if others else []
     return Comparison(
         title=title,
         metric=metric,
@@ -236,11 +241,17 @@ def compare(
 
 
 def _without_trials(runs: list[Run]) -> tuple[list[Run], list[str]]:
-    """Leave the runs out on which a study made its choices: they are not to be counted among those they chose."""
+    """Leave the runs out on which a study made its choices, and those that it no longer counts since it chose again."""
     kept = [run for run in runs if run.metrics.get("stage") != "select"]
-    if not kept or len(kept) == len(runs):
+    if not kept:
         return runs, []
-    return kept, [f"{len(runs) - len(kept)} runs on which a study made its choices are left out."]
+    chosen = [run for run in kept if run.metrics.get("stage") != "final" or run.folder.name in final_runs(run.folder)]
+    notes = []
+    if len(kept) < len(runs):
+        notes = [f"{len(runs) - len(kept)} runs on which a study made its choices are left out."]
+    if chosen and len(chosen) < len(kept):
+        notes += [f"{len(kept) - len(chosen)} runs with values that their study no longer chooses are left out."]
+    return chosen or kept, notes
 
 
 def _without_contrast(
@@ -311,7 +322,9 @@ def _summarize(
     return Group(settings, grouping.label_settings(key), grouping.label(key), runs, by_seed, *ends)
 
 
-def _contrasts(pairs: Sequence[tuple[Group, Group]], resampled: Mapping[Path, Array]) -> list[Contrast]:
+def _contrasts(
+    pairs: Sequence[tuple[Group, Group]], resampled: Mapping[Path, Array], predictions: Mapping[Path, SplitPredictions]
+) -> list[Contrast]:
     found = []
     for group, baseline in pairs:
         seeds = [seed for seed in group.by_seed if seed in baseline.by_seed]
@@ -319,7 +332,11 @@ def _contrasts(pairs: Sequence[tuple[Group, Group]], resampled: Mapping[Path, Ar
             continue
         differences = [group.by_seed[seed] - baseline.by_seed[seed] for seed in seeds]
         ours, theirs = _by_seed(group.runs, resampled), _by_seed(baseline.runs, resampled)
+        low: float | None
+        high: float | None
         low, high = interval([ours[seed] - theirs[seed] for seed in seeds])
+        if len(seeds) == 1 and not any(run.folder in predictions for side in (group, baseline) for run in side.runs):
+            low = high = None
         found.append((group, baseline, float(np.mean(differences)), low, high, sign_flip_test(differences)))
     adjusted = holm([test.p for *_, test in found])
     return [Contrast(*parts, p_holm) for parts, p_holm in zip(found, adjusted, strict=True)]

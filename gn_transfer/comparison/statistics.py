@@ -99,10 +99,10 @@ def interval(seeds: Sequence[Array], level: float = 0.95, seed: int = 1) -> tupl
         seed: Seed of the samples.
 
     Returns:
-        Its ends.
+        Its ends. A sample of images in which nothing is labeled has no value (nan), and is left out.
     """
     values_SB = np.stack(seeds)
     drawn_SB = np.random.default_rng(seed).integers(len(seeds), size=(len(seeds), RESAMPLES))
     means = np.take_along_axis(values_SB, drawn_SB, axis=0).mean(axis=0)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -339,6 +339,10 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         if not val:
             raise ConfigError(f"{self.root}: no image is left for validation.")
 
+    def cautions(self) -> list[str]:
+        """Say what may spoil a training on these images, a sentence each."""
+        return []
+
     def complain_of_missing(self, classes: Sequence[str], images: Sequence[LabeledImage]) -> str:
         """Say that no training image shows some classes, and what to do.
 

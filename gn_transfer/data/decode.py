@@ -212,7 +212,7 @@ def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     _register_heif()
     try:
         with Image.open(path, formats=_known_formats()) as image:
-            on_its_side = _orientation(image) >= 5
+            on_its_side = _orientation(image) >= 5 and image.format != "TIFF"  # which Pillow turns as it opens it
             return (image.width, image.height) if on_its_side else (image.height, image.width)
     except Exception as error:  # a corrupt header surfaces as whatever its parser ran into
         raise BadImageError(path, f"cannot be opened: {_flat(error)}") from error
@@ -229,7 +229,11 @@ def is_turned(path: str | os.PathLike[str]) -> bool:
 
 def _orientation(image: Image.Image) -> int:
     """EXIF's orientation: 1 as it is, 2 to 8 turned or mirrored, from 5 on with sides swapped."""
-    found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    exif = image.getexif()
+    if image.format in ("JPEG", "MPO"):  # of these OpenCV obeys EXIF alone, and Pillow XMP as well
+        exif = Image.Exif()
+        exif.load(image.info.get("exif", b""))
+    found = exif.get(ExifTags.Base.Orientation, 1)
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from gn_transfer.data.dataset import LabeledImage
-from gn_transfer.data.decode import BadImageError, is_turned
-from gn_transfer.data.masks import check_masks
+from gn_transfer.data.decode import BadImageError
+from gn_transfer.data.masks import about_turned, check_masks, turned_images
 from gn_transfer.data.segmentation import SegmentationDataModule
 
 _SHOWN = 3
@@ -67,7 +67,7 @@ def check_split_masks(
         if split == "unlisted":
             continue
         found = check_masks(Path(data.root), images, values, threads=threads, advance=advance)
-        turned += [image.path for image in images if is_turned(Path(data.root) / image.path)]
+        turned += turned_images(Path(data.root), images, threads=threads)
         total = np.zeros(len(values.classes), np.int64)
         for image, counts in zip(images, found, strict=True):
             if isinstance(counts, BadImageError):
@@ -92,10 +92,7 @@ def check_split_masks(
     if empty:
         report.warnings.append(f"{len(empty):,} masks have no labeled pixel and teach nothing: {_some(empty)}.")
     if turned:
-        report.warnings.append(
-            f"{len(turned):,} images are turned or mirrored by EXIF: {_some(turned)}. Their masks must fit the image "
-            "as it is seen; look at them with gn-transfer data show."
-        )
+        report.warnings.append(about_turned(turned))
     if single:
         total_masks = sum(len(some) for split, some in splits.items() if split != "unlisted")
         report.warnings.append(f"{single:,} of {total_masks:,} masks hold one class only.")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from gn_transfer.data.cache_store import PixelStore
 from gn_transfer.data.dataset import LabeledImage
-from gn_transfer.data.decode import BadImageError, decode_mask, read_size
+from gn_transfer.data.decode import BadImageError, decode_mask, is_turned, read_size
 from gn_transfer.data.resolution import Resolution
 
 Mask = npt.NDArray[np.uint8]
@@ -21,6 +21,7 @@ Mask = npt.NDArray[np.uint8]
 IGNORED = 255
 """Target of a pixel that counts neither in the loss nor in a metric."""
 
+_SHOWN = 3
 _MANY_VALUES = 8  # so many that are no class come from soft edges or from a photograph
 
 
@@ -113,6 +114,10 @@ def check_mask(root: Path, image: LabeledImage, values: MaskValues) -> npt.NDArr
     path = root / image.mask
     mask = decode_mask(path)
     size = read_size(root / image.path)
+    if min(size) < 2:
+        raise BadImageError(
+            root / image.path, f"{size[1]} x {size[0]} pixels; an image for segmentation has two or more a side"
+        )
     if mask.shape != size:
         hint = "; save the mask upright, as the image is seen" if mask.shape == size[::-1] else ""
         raise BadImageError(
@@ -149,6 +154,22 @@ def check_masks(
 
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(check, images))
+
+
+def turned_images(root: Path, images: Sequence[LabeledImage], *, threads: int) -> list[str]:
+    """List the images that EXIF turns or mirrors, and which masks do not follow."""
+    with ThreadPoolExecutor(threads) as pool:
+        turned = pool.map(lambda image: is_turned(root / image.path), images)
+        return [image.path for image, yes in zip(images, turned, strict=True) if yes]
+
+
+def about_turned(paths: Sequence[str]) -> str:
+    """Say what :func:`turned_images` found."""
+    some = ", ".join(paths[:_SHOWN]) + (", ..." if len(paths) > _SHOWN else "")
+    return (
+        f"{len(paths):,} images are turned or mirrored by EXIF: {some}. Their masks must fit the image as it is seen; "
+        "look at them with gn-transfer data show."
+    )
 
 
 def values_in(root: Path, images: Iterable[LabeledImage]) -> set[int]:

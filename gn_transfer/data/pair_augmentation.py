@@ -15,6 +15,7 @@ SCALES = (0.75, 1.5)
 """Factors by which the recipes ``crop_flip`` and ``strong`` resize an image before they cut a crop."""
 
 _GREY = 127
+_TRIED = 50  # of a transform with a probability of a tenth, 1 in 40,000 pipelines would not be noticed
 
 
 class PairAugmentation(SeededPipeline):
@@ -42,7 +43,8 @@ class PairAugmentation(SeededPipeline):
         self._is_own = pipeline is not None
         if self._is_own:
             for height, width in ((img_size, img_size + img_size // 2), (img_size - img_size // 4, img_size // 2)):
-                self(np.full((height, width, 3), 128, np.uint8), np.ones((height, width), np.uint8), seed=0)
+                for seed in range(_TRIED):  # a mask may hold what fills it later, so each transform must act here
+                    self(np.full((height, width, 3), 128, np.uint8), np.ones((height, width), np.uint8), seed)
 
     def __call__(self, image_HWC: Pixels, mask_HW: Pixels, seed: int) -> tuple[Pixels, Pixels]:
         """Augment one pair.
@@ -112,3 +114,12 @@ def pair_pipeline(recipe: Recipe, img_size: int) -> A.Compose:
     if recipe == "crop_flip":
         return A.Compose([scale, *crop])
     return A.Compose([scale, *crop, A.ColorJitter((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (0.0, 0.0), p=1.0)])
+
+
+def mirrored_middle(img_size: int) -> A.Compose:
+    """Build a pipeline that cuts the middle, and continues smaller images as in a mirror.
+
+    Args:
+        img_size: Side of the result in pixels.
+    """
+    return A.Compose([A.CenterCrop(img_size, img_size, pad_if_needed=True, border_mode=cv2.BORDER_REFLECT_101)])

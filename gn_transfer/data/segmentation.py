@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,8 @@ from gn_transfer.data.datamodule import ImageDataModule
 from gn_transfer.data.dataset import CachedFiles, ImageDataset, LabeledImage, raise_first, with_remedy
 from gn_transfer.data.decode import BadImageError, read_size
 from gn_transfer.data.loader import ImageLoader
-from gn_transfer.data.masks import MaskValues, check_masks, mask_files, values_in
-from gn_transfer.data.pair_augmentation import PairAugmentation
+from gn_transfer.data.masks import MaskValues, about_turned, check_masks, mask_files, turned_images, values_in
+from gn_transfer.data.pair_augmentation import PairAugmentation, mirrored_middle
 from gn_transfer.data.progress import progress_bar
 from gn_transfer.data.resolution import Resolution
 from gn_transfer.data.sampler import Key, sample_seed
@@ -170,6 +171,29 @@ class SegmentationDataModule(ImageDataModule):
                 f"data.batch_size={self.batch_size}; use batch_norm.evaluation=running."
             )
         super().setup(stage)
+        for split in ("val", "test"):
+            dataset = self.datasets().get(split)
+            if dataset is not None and not self.pixel_counts(dataset.images).any():
+                raise ConfigError(
+                    f"{self.root}: no mask of the {split} split has a pixel that counts, so there is nothing to "
+                    "measure. Give masks with labels, or take the images out."
+                )
+
+    def cautions(self) -> list[str]:
+        """Say what may spoil a training on these masks; see the base class."""
+        images = [*self.train_dataset.images, *self.val_dataset.images]
+        turned = turned_images(Path(self.root), images, threads=core_count())
+        found = [about_turned(turned)] if turned else []
+        sides = []
+        for image in self.train_dataset.images[:_MEASURED]:
+            with contextlib.suppress(BadImageError):
+                sides.append(min(read_size(Path(self.root) / image.path)))
+        if sides and (middle := statistics.median(sides)) < self.img_size:
+            found.append(
+                f"the short side of half of the images is at most {middle:.0f} px, and a crop has {self.img_size} "
+                "(data.img_size): the rest of it is grey, which evaluation does not see. Choose a smaller crop."
+            )
+        return found
 
     @abstractmethod
     def mask_values(self) -> MaskValues:
@@ -240,8 +264,8 @@ class SegmentationDataModule(ImageDataModule):
         return [image for image in good if image.path not in bad]
 
     def _calibration_dataset(self, images: list[LabeledImage]) -> SegmentationDataset:
-        """Give the middle of each image, at the scale of evaluation."""
-        return self._dataset(images, PairAugmentation("none", self.img_size))
+        """Give the middle of each image, at the scale of evaluation; smaller ones are continued as in a mirror."""
+        return self._dataset(images, PairAugmentation("none", self.img_size, mirrored_middle(self.img_size)))
 
     def _dataset(self, images: list[LabeledImage], augmentation: Any = None) -> SegmentationDataset:
         return SegmentationDataset(

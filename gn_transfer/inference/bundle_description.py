@@ -106,9 +106,10 @@ def metrics_of(checkpoint: Path) -> dict[str, float]:
 
     Returns:
         ``val/*`` of that checkpoint, and ``test/*`` where that very checkpoint was tested; empty where the
-        checkpoint has left its run.
+        checkpoint has left its run. A figure that could not be measured, such as the IoU of a class without pixels, is
+        left out.
     """
-    record = _record_of(checkpoint)
+    record = {name: value for name, value in _record_of(checkpoint).items() if value is not None}
     prefix = "best/" if checkpoint.name == "best.ckpt" else ""
     found = {name.removeprefix("best/"): value for name, value in record.items() if name.startswith(f"{prefix}val/")}
     if record.get("test/checkpoint") == checkpoint.name:

@@ -21,6 +21,7 @@ from gn_transfer.layers import GroupNorm, StdConv2d, plain_conv
 OPSET = 18
 """Operator set of the graph: the one that torch's exporter writes by itself, old enough for every runtime in use."""
 
+_LONGEST_SUM = 2**15  # values of a group; beyond, and where the size is not known, the sum is taken in parts
 _MOST_PARAMETERS = 480_000_000  # an ONNX file is one protobuf message, at most 2 GiB
 
 
@@ -58,11 +59,12 @@ class InferenceModel(nn.Module):
 
 
 class _ExportedGroupNorm(nn.Module):
-    """Group norm whose means are taken over rows, then columns, then the channels of a group.
+    """Group norm in the form that onnxruntime runs fastest, or where groups are large, in one that is exact.
 
-    onnxruntime adds up in float32, one value after the other: over a group of 200,000 values, ``LayerNormalization``
-    and one ``ReduceMean`` lose four of the seven digits. Means of means lose none, and the form is the fastest one:
-    every step runs on all threads (``benchmarks/inference.py``).
+    ``F.group_norm`` exports as InstanceNormalization with shapes computed at run time; ``LayerNormalization`` over the
+    group runs on all threads, with constant shapes. Measured by ``benchmarks/inference.py``. But onnxruntime adds up in
+    float32, one value after the other: over 200,000 values, four of the seven digits are lost. Means over rows, then
+    columns, then the channels of the group lose none.
     """
 
     def __init__(self, norm: GroupNorm) -> None:
@@ -72,11 +74,16 @@ class _ExportedGroupNorm(nn.Module):
         self.act = getattr(norm, "act", nn.Identity())  # dropout between norm and activation does nothing here
 
     def forward(self, input: Tensor) -> Tensor:
-        C = input.shape[1]
-        centred = input - self._group_mean(input)
-        scale = (self._group_mean(centred * centred) + self.eps).rsqrt() * self.weight.view(1, C, 1, 1)
-        output: Tensor = self.act(centred * scale + self.bias.view(1, C, 1, 1))
-        return output
+        N, C, H, W = input.shape
+        weight, bias = self.weight.view(1, C, 1, 1), self.bias.view(1, C, 1, 1)
+        if isinstance(H, int) and isinstance(W, int) and (size := C // self.num_groups * H * W) <= _LONGEST_SUM:
+            normal = F.layer_norm(input.reshape(N, self.num_groups, size), (size,), eps=self.eps).reshape(N, C, H, W)
+            output = normal * weight + bias
+        else:
+            centred = input - self._group_mean(input)
+            output = centred * ((self._group_mean(centred * centred) + self.eps).rsqrt() * weight) + bias
+        activated: Tensor = self.act(output)
+        return activated
 
     def _group_mean(self, input: Tensor) -> Tensor:
         """Give each channel the mean of its group, shape ``(N, C, 1, 1)``."""

@@ -19,7 +19,7 @@ from gn_transfer.report.evaluation import (
 from gn_transfer.report.images import find_image, thumbnail
 from gn_transfer.report.predictions import Predictions, SplitPredictions
 from gn_transfer.report.runs import Run
-from gn_transfer.report.sentences import MOST_IMAGES, TEST_IS_HONEST, images_said, percent, reached
+from gn_transfer.report.sentences import MOST_IMAGES, about_test, images_said, percent, reached
 
 _MOST_CLASSES = 30  # a larger matrix is read by nobody; the most frequent confusions say it
 _MOST_PAIRS = 10
@@ -100,7 +100,7 @@ def answer(
         + (f", and {_share(float(tested), test)} of the test images." if tested is not None else ".")
     ]
     if tested is not None:
-        lines.append(TEST_IS_HONEST.format(metric="accuracy"))
+        lines.append(about_test(run, "accuracy"))
     if scores and scores[0].recall < 1:
         score = scores[0]
         taken = f"; {score.taken_for[1]} were taken for {score.taken_for[0]}" if score.taken_for else ""

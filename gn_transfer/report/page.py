@@ -28,9 +28,9 @@ from gn_transfer.report.sentences import percent
 
 _PROVENANCE = (
     "status", "architecture", "norm", "weights", "weights_pretrained_on", "data", "data_root", "train_split",
-    "val_split", "test_split", "batch_size", "effective_batch_size", "seed", "epochs", "optimizer_steps",
-    "samples_seen", "evaluated_weights", "images_per_sec", "peak_memory_mib", "wall_time_s", "device", "threads",
-    "git_commit",
+    "val_split", "test_split", "test/checkpoint", "batch_size", "effective_batch_size", "seed", "epochs",
+    "optimizer_steps", "samples_seen", "evaluated_weights", "images_per_sec", "peak_memory_mib", "wall_time_s",
+    "device", "threads", "git_commit",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 """The newest ``format_version`` of metrics.json that is understood here."""
 
 STUDY = "study.json"
-"""Title and notes of a study, in the folder of its runs."""
+"""Title, notes and names of the final runs of a study, in the folder of its runs."""
 
 _LARGEST = 2**63  # of a whole number that numpy and the figures take
 
@@ -167,6 +167,16 @@ def read_study(sources: Sequence[Path]) -> tuple[str, list[str]] | None:
     return printable(str(record.get("title", folder.name))), [printable(str(note)) for note in notes]
 
 
+def final_runs(folder: Path) -> list[str]:
+    """Name the final runs of the study that a run belongs to; those of an older file, or of none, are all.
+
+    Args:
+        folder: The run's folder.
+    """
+    names = read_json(folder.parent / STUDY).get("final_runs")
+    return [str(name) for name in names] if isinstance(names, list) else [folder.name]
+
+
 def runs_on_images(images: Path, root: Path) -> list[Path]:
     """Find the runs that were trained on a folder of images, the one that started last first.
 
@@ -244,6 +254,8 @@ def read_run(folder: Path, *, unfinished: bool = False) -> Run:
     seed = metrics.get("seed")
     if not isinstance(seed, int):
         raise UnusableRunError(f"metrics.json has seed {seed}, not a whole number")
+    # A test on images without any label has no figure.
+    metrics = {name: value for name, value in metrics.items() if value is not None or not name.startswith("test/")}
     for name in (figure, "samples_seen", "effective_batch_size", "images_per_sec", "peak_memory_mib"):
         value = metrics.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

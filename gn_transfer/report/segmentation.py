@@ -10,7 +10,7 @@ import numpy as np
 from gn_transfer.report.images import find_image, sheet_address, thumbnail
 from gn_transfer.report.predictions import PixelPredictions, SplitPredictions
 from gn_transfer.report.runs import Run
-from gn_transfer.report.sentences import MOST_IMAGES, TEST_IS_HONEST, images_said, percent, reached
+from gn_transfer.report.sentences import MOST_IMAGES, about_test, images_said, percent, reached
 
 _HINTS = {
     "IoU %": "Intersection over union: pixels of the class that were given it, of all that belong to it or were given "
@@ -57,7 +57,7 @@ def answer(run: Run, validation: PixelPredictions | None, test: PixelPredictions
         + (f", and {_with_interval(float(tested), test)} on the test images." if tested is not None else ".")
     ]
     if tested is not None:
-        lines.append(TEST_IS_HONEST.format(metric="mean IoU"))
+        lines.append(about_test(run, "mean IoU"))
     if validation is not None:
         name, lowest = min(validation.by_class(set(validation.paths)).items(), key=lambda item: item[1])
         lines += [

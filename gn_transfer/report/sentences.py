@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import math
 
+from gn_transfer.config import printable
 from gn_transfer.report.predictions import SplitPredictions
 from gn_transfer.report.runs import Run
 
 MOST_IMAGES = 12
 """Errors of a kind that the page shows."""
 
-TEST_IS_HONEST = (
-    "The test images give the honest figure: best.ckpt was chosen by the validation images, so that its {metric} there "
-    "is a little too high."
-)
+
+def about_test(run: Run, metric: str) -> str:
+    """Say which figure to trust, and of which checkpoint it is.
+
+    Args:
+        run: A run that was tested.
+        metric: What the figure is, in words.
+    """
+    tested = str(run.metrics.get("test/checkpoint", "best.ckpt"))
+    if tested == "best.ckpt":
+        return (
+            "The test images give the honest figure: best.ckpt was chosen by the validation images, so that its "
+            f"{metric} there is a little too high."
+        )
+    return (
+        f"The figure of the test images is that of {printable(tested)}, and that of the validation images is that of "
+        "best.ckpt: do not compare the two."
+    )
 
 
 def reached(run: Run) -> str:

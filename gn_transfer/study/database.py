@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 import sqlalchemy
 from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import BaseModel
 from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from gn_transfer.config import ConfigError, shortened
@@ -28,6 +29,41 @@ _COMPUTES = {
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 120
 """After so long without a heartbeat, a trial of another machine is taken over."""
+
+PATIENCE_SECONDS = 300.0
+"""For so long a study that runs waits for a database that cannot be reached."""
+
+Result = TypeVar("Result")
+
+
+class UnreachableDatabaseError(ConfigError):
+    """The database cannot be used now."""
+
+
+def patiently(action: Callable[[], Result], say: Callable[[str], object] = print) -> Result:
+    """Do something with a database, and where it cannot be reached, again for some minutes.
+
+    Args:
+        action: What to do.
+        say: Prints a line, once.
+
+    Returns:
+        What it gives.
+
+    Raises:
+        UnreachableDatabaseError: It still cannot.
+    """
+    until, pause = time.monotonic() + PATIENCE_SECONDS, 1.0
+    while True:
+        try:
+            return action()
+        except UnreachableDatabaseError as error:
+            if time.monotonic() + pause > until:
+                raise
+            if pause == 1.0:
+                say(f"warning: {error} It is tried again for {PATIENCE_SECONDS / 60:g} minutes.")
+            time.sleep(pause)
+            pause = min(2 * pause, 30.0)
 
 
 class Database:
@@ -103,7 +139,7 @@ class Database:
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:
             cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
             reason = " ".join(str(getattr(cause, "orig", None) or cause).split())
-            raise ConfigError(
+            raise UnreachableDatabaseError(
                 f"--storage {self.shown}: the database cannot be used ({reason}); check that it is there, running, "
                 "writable and a database of Optuna's."
             ) from error
@@ -125,7 +161,7 @@ class Database:
                     warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats: in Optuna since 2021
                     return RDBStorage(
                         self.url,
-                        engine_kwargs={"connect_args": _patience(backend)},
+                        engine_kwargs={"connect_args": _patience(backend), "pool_pre_ping": True},
                         heartbeat_interval=HEARTBEAT_SECONDS,
                         grace_period=GRACE_SECONDS,
                     )
@@ -155,7 +191,8 @@ class Database:
                         )
         finally:
             engine.dispose()
-        if tables and not {"studies", "trials", "version_info"} <= set(tables):
+        ours = {*BaseModel.metadata.tables, "alembic_version"}
+        if not ({"studies", "trials", "version_info"} <= set(tables) or set(tables) <= ours):  # laid out, or begun to
             raise ConfigError(
                 f"--storage {self.shown} holds tables of another program ({', '.join(sorted(tables)[:4])}); name "
                 "an empty database, or one of Optuna's."

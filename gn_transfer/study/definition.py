@@ -122,7 +122,8 @@ class Study:
     @property
     def metric(self) -> str:
         """Metric that choices are made by: ``acc1``, of segmentations ``miou``."""
-        return "miou" if "Segmentation" in str(self.settings.get("data")) else "acc1"  # their data modules are named so
+        data = self.arms[0].fixed.get("data", self.settings.get("data"))
+        return "miou" if "Segmentation" in str(data) else "acc1"  # their data modules are named so
 
     def shared_settings(self) -> dict[str, Any]:
         """Give what all trials start from and all machines have to agree on."""

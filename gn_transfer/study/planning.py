@@ -77,6 +77,7 @@ class Planned:
         problems: Groups for which nothing could be chosen.
         open: Choices that are not made yet.
         to_come: About how many trials will follow that are not known yet.
+        tests_to_come: Those of them that are tests.
     """
 
     trials: list[Trial] = field(default_factory=list)
@@ -84,6 +85,7 @@ class Planned:
     problems: list[str] = field(default_factory=list)
     open: int = 0
     to_come: int = 0
+    tests_to_come: int = 0
 
 
 def plan_trials(study: Study, outcomes: Mapping[str, Outcome]) -> Planned:
@@ -115,21 +117,23 @@ def plan_trials(study: Study, outcomes: Mapping[str, Outcome]) -> Planned:
         if ended and not planned.open:  # all choices are made: now, and only now, test is opened
             planned.trials += [replace(trial, stage="test", name=f"test-{trial.name}") for trial in done]
         else:
-            planned.to_come += len(last) + planned.to_come
+            planned.tests_to_come = len(last) + planned.to_come
+            planned.to_come += planned.tests_to_come
     return planned
 
 
-def foresee(study: Study) -> Planned:
+def foresee(study: Study, outcomes: Mapping[str, Outcome] | None = None) -> Planned:
     """Plan a study to its end, as if each choice fell on the middle of its candidates: to count, and to estimate time.
 
     Args:
         study: The study.
+        outcomes: What became of trials that have ended already, by name.
 
     Returns:
         All trials that it will have, if no candidates have to be added.
     """
     middles = {arm.name: arm.select for arm in study.arms if arm.select is not None}
-    outcomes: dict[str, Outcome] = {}
+    outcomes = {name: outcome for name, outcome in (outcomes or {}).items() if outcome.ended}
     while True:
         planned = plan_trials(study, outcomes)
         fresh = [trial for trial in planned.trials if trial.name not in outcomes]

@@ -8,6 +8,8 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import fmean
@@ -18,13 +20,18 @@ from rich.text import Text
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data.workers import core_count
+from gn_transfer.study.database import patiently
 from gn_transfer.study.planning import Outcome, Planned, plan_trials
 from gn_transfer.study.store import Store
+from gn_transfer.study.trials import Trial
 from gn_transfer.study.worker import IDLE_SECONDS, StudyContext, interrupt, work
 from gn_transfer.training.progress import duration
 
 MAX_CRASHES = 3
 """So many workers may die of a trial before it is given up."""
+
+MAX_FAILURES_ALIKE = 5
+"""So many trials in a row may fail for the same reason before the study stops: it may be the machine's fault."""
 
 SILENCE_SECONDS = 30.0
 """Without a terminal, a line says at least so often what is running."""
@@ -45,9 +52,10 @@ class StudyRunner:
         self.store, self.url, self.context, self.console = store, url, context, console
         self.count = workers
         self.processes = multiprocessing.get_context("spawn")
-        self.stop = self.processes.Event()
         self.workers: dict[int, BaseProcess] = {}
+        self.pipes: dict[int, Connection] = {}  # closed to have a worker stop
         self.crashes: Counter[str] = Counter()
+        self._failures: list[str] = []  # reasons of the newest trials in a row, where they are one and the same
         self.reported: set[str] = set()
         self._began: dict[str, float] = {}  # running trials
         self._spoken = time.monotonic()
@@ -64,25 +72,27 @@ class StudyRunner:
             try:
                 while True:
                     began = time.thread_time()
-                    outcomes = self.store.outcomes()
+                    outcomes = patiently(self.store.outcomes, self._say)
                     planned = plan_trials(study, outcomes)
                     if any(trial.name not in outcomes for trial in planned.trials):
-                        self.store.enter(planned.trials)
+                        patiently(partial(self.store.enter, planned.trials), self._say)
                         continue
                     self._report(progress, task, planned, outcomes)
                     if all(outcomes[trial.name].ended for trial in planned.trials):
                         return planned, outcomes
-                    self._keep_workers(sum(not outcomes[trial.name].ended for trial in planned.trials))
+                    open_trials = sum(not outcomes[trial.name].ended for trial in planned.trials)
+                    patiently(partial(self._keep_workers, open_trials), self._say)
                     # Reading hundreds of trials takes a tenth of a second, from cores on which workers compute.
-                    self.stop.wait(max(IDLE_SECONDS, 30 * (time.thread_time() - began)))
-            except KeyboardInterrupt:
-                self.console.print("stopping: running trials save a checkpoint; the same command continues the study")
+                    time.sleep(max(IDLE_SECONDS, 30 * (time.thread_time() - began)))
+            except BaseException:
+                self._say("stopping: running trials save a checkpoint; the same command continues the study")
                 for worker in self.workers.values():
                     if worker.pid is not None:
                         interrupt(worker.pid)
                 raise
             finally:
-                self.stop.set()
+                for pipe in self.pipes.values():
+                    pipe.close()
                 for worker in self.workers.values():
                     worker.join(60)
                     if worker.is_alive():
@@ -94,26 +104,47 @@ class StudyRunner:
         for number, worker in list(self.workers.items()):
             if worker.exitcode is None:
                 continue
-            del self.workers[number]
             assert worker.pid is not None
             trial = self.store.owned_by(worker.pid)
+            del self.workers[number]
+            self.pipes.pop(number).close()
             log = self._log(number)
             self.crashes[trial or ""] += 1
             if self.crashes[trial or ""] < MAX_CRASHES:
                 continue
-            reason = (
-                f"its worker ended with exit code {worker.exitcode} {MAX_CRASHES} times (out of memory?); see {log}"
-            )
-            if trial is None:
-                raise ConfigError(f"workers do not start: exit code {worker.exitcode}; see {log}.")
-            self.store.fail(trial, reason)
-        for number in range(min(self.count, open_trials)):
-            if number not in self.workers:
-                worker = self.processes.Process(
-                    target=work, args=(self.url, self.context, self.stop, self._log(number)), name=f"worker {number}"
+            if trial is not None:
+                times = f"{self.crashes[trial]} times (out of memory?)"
+                self.store.fail(trial, f"its worker ended with exit code {worker.exitcode} {times}; see {log}")
+            elif self.workers:
+                self.count, self.crashes[""] = len(self.workers), 0
+                self._say(
+                    f"warning: a worker does not start (exit code {worker.exitcode}; see {log}): {self.count} go on"
                 )
-                worker.start()
-                self.workers[number] = worker
+            else:
+                raise ConfigError(f"workers do not start: exit code {worker.exitcode}; see {log}.")
+        free = [number for number in range(self.count + len(self.workers)) if number not in self.workers]
+        for number in free[: max(0, min(self.count, open_trials) - len(self.workers))]:
+            ours, theirs = self.processes.Pipe()
+            worker = self.processes.Process(
+                target=work, args=(self.url, self.context, theirs, self._log(number)), name=f"worker {number}"
+            )
+            worker.start()
+            theirs.close()
+            self.workers[number], self.pipes[number] = worker, ours
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False)
+
+    def _check_failures(self, trial: Trial, outcome: Outcome) -> None:
+        """Stop where a fault of the machine, such as a full disk, would fail all trials that are left."""
+        reason = outcome.reason.replace(trial.run, "")
+        self._failures = [] if outcome.state == "complete" else [r for r in self._failures if r == reason] + [reason]
+        if len(self._failures) == MAX_FAILURES_ALIKE:
+            raise ConfigError(
+                f"the study stops, because {MAX_FAILURES_ALIKE} trials in a row failed for the same reason: "
+                f"{outcome.reason} Mend that and give the same command with --retry_failed, or without it to go on "
+                "with the other trials."
+            )
 
     def _log(self, number: int) -> Path:
         return self.context.root / "runs" / self.context.study.name / f"worker-{number}.log"
@@ -136,6 +167,8 @@ class StudyRunner:
             )
             self._spoken = time.monotonic()
             self.reported.add(trial.name)
+            self.crashes.pop("", None)
+            self._check_failures(trial, outcome)
         for choice in map(str, planned.choices):
             if choice not in self.reported:
                 progress.console.print(f"chosen  {choice}", markup=False)
@@ -182,7 +215,8 @@ def time_left(planned: Planned, outcomes: Mapping[str, Outcome], workers: int) -
         workers: Processes that share the rest.
 
     Returns:
-        Seconds; None before the first trial has ended. A trial is taken to last as long as those of its arm and case.
+        Seconds; None before the first trial has ended. A trial is taken to last as long as those of its arm and case,
+        and a test as nearly nothing before the first.
     """
     times: dict[tuple[str, str, bool], list[float]] = {}
     for trial in planned.trials:
@@ -190,13 +224,17 @@ def time_left(planned: Planned, outcomes: Mapping[str, Outcome], workers: int) -
             times.setdefault((trial.arm, trial.case, trial.stage == "test"), []).append(outcomes[trial.name].seconds)
     if not times:
         return None
-    mean = fmean(seconds for some in times.values() for seconds in some)
+    means = {
+        is_test: fmean([s for (_, _, tested), some in times.items() if tested == is_test for s in some] or [0.0])
+        for is_test in (False, True)
+    }
     seconds = sum(
-        fmean(times.get((trial.arm, trial.case, trial.stage == "test"), [mean]))
+        fmean(times.get((trial.arm, trial.case, trial.stage == "test"), [means[trial.stage == "test"]]))
         for trial in planned.trials
         if not (trial.name in outcomes and outcomes[trial.name].ended)
     )
-    return (seconds + mean * planned.to_come) / workers
+    trainings = planned.to_come - planned.tests_to_come
+    return (seconds + means[False] * trainings + means[True] * planned.tests_to_come) / workers
 
 
 class StudyProgress(Progress):

@@ -86,8 +86,8 @@ class Store:
                 storage=self._storage, study_name=self.name, direction="maximize", load_if_exists=True
             )
             known = self._study.user_attrs.get(_MARK)
-            if new:
-                self._study.set_user_attr(_MARK, text)
+            if new or (known is None and not self._study.user_attrs and not self._study.get_trials(deepcopy=False)):
+                self._study.set_user_attr(_MARK, text)  # also where a kill came between the study and its mark
             elif known is None:
                 raise ConfigError(
                     f"{self._database.shown} holds a study {self.name} that is not gn-transfer's; "
@@ -156,10 +156,16 @@ class Store:
         with self._explain_errors(), self._locked():
             entries = [t for t in self._entries() if not t.state.is_finished() and t.user_attrs["trial"] in trials]
             begun = [entry for entry in entries if entry.state == TrialState.RUNNING and self._abandoned(entry)]
+            for entry in (entry for entry in begun if "given_up" in entry.user_attrs):
+                self._end(entry._trial_id, Outcome("failed", reason=entry.user_attrs["given_up"]))
+            begun = [entry for entry in begun if "given_up" not in entry.user_attrs]
             found = begun or [entry for entry in entries if entry.state == TrialState.WAITING]
             if not found:
                 return None
             entry = found[0]
+            if "owner" in entry.user_attrs:
+                before = [*entry.user_attrs.get("died", []), entry.user_attrs["owner"]]
+                self._storage.set_trial_user_attr(entry._trial_id, "died", before)
             # The heartbeat comes first: a trial that runs without one would never be missed.
             self._storage.record_heartbeat(entry._trial_id)
             self._storage.set_trial_user_attr(entry._trial_id, "owner", _me())
@@ -203,18 +209,21 @@ class Store:
         return True
 
     def fail(self, name: str, reason: str) -> None:
-        """Give a trial up whose workers die of it."""
+        """Give a trial up whose workers die of it; one that another has taken over gets its one last chance."""
         with self._explain_errors(), self._locked():
             entry = self._latest()[name]
             if entry.state == TrialState.RUNNING and self._abandoned(entry):
                 self._end(entry._trial_id, Outcome("failed", reason=reason))
+            elif entry.state == TrialState.RUNNING:
+                self._storage.set_trial_user_attr(entry._trial_id, "given_up", reason)
 
     def owned_by(self, pid: int) -> str | None:
         """Name the trial that a process of this machine is at work on, or was when it died."""
         with self._explain_errors():
             for entry in self._entries():
-                owner = entry.user_attrs.get("owner", {})
-                if entry.state == TrialState.RUNNING and (owner.get("host"), owner.get("pid")) == (_host(), pid):
+                owners = [entry.user_attrs.get("owner", {}), *entry.user_attrs.get("died", [])]
+                ours = any((owner.get("host"), owner.get("pid")) == (_host(), pid) for owner in owners)
+                if entry.state == TrialState.RUNNING and ours:
                     return str(entry.user_attrs["trial"])
         return None
 
@@ -264,7 +273,8 @@ class Store:
 
 def _is_whole(entry: FrozenTrial) -> bool:
     """Say whether a trial has what :meth:`Store.enter`, claiming and ending write; one of another program has none."""
-    kinds = {"trial": str, "identity": dict, "owner": dict, "reason": str, "loss": int | float, "seconds": int | float}
+    kinds: dict[str, Any] = {"trial": str, "identity": dict, "owner": dict, "reason": str, "given_up": str}
+    kinds |= {"died": list, "loss": int | float, "seconds": int | float}
     given = entry.user_attrs
     owner = given.get("owner", {"host": "", "pid": 0, "started": 0})
     return (
@@ -272,6 +282,7 @@ def _is_whole(entry: FrozenTrial) -> bool:
         and ("trial" in given) == ("identity" in given)
         and isinstance(owner, dict)
         and {"host", "pid", "started"} <= owner.keys()
+        and all(isinstance(before, dict) for before in given.get("died") or ())
         and (entry.state != TrialState.COMPLETE or bool(entry.values))
     )
 

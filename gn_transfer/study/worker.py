@@ -15,7 +15,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.synchronize import Event
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,11 +25,12 @@ import torch
 from gn_transfer.config import ConfigError
 from gn_transfer.data.workers import choose_num_workers
 from gn_transfer.files import going_on_without, read_json, refuse_link, remove_leftovers
+from gn_transfer.study.database import patiently
 from gn_transfer.study.definition import Study
 from gn_transfer.study.planning import Outcome, plan_trials
 from gn_transfer.study.store import Store
 from gn_transfer.study.trials import Trial, arguments_of
-from gn_transfer.training.checkpoint import read_checkpoint
+from gn_transfer.training.checkpoint import CorruptCheckpointError, read_checkpoint
 from gn_transfer.training.checkpoint_callbacks import write_checkpoint
 from gn_transfer.training.progress import reset_peak_memory
 from gn_transfer.training.run_folder import LAST, PREVIOUS, RunFolder, refuse_links
@@ -55,13 +57,34 @@ class StudyContext:
 
 
 class Stop(Protocol):
-    """What an event of threading and of multiprocessing have in common."""
+    """What tells a worker to stop: an event of threading, or :class:`StopWithParent`."""
 
     def is_set(self) -> bool:
         """Tell whether it is time to stop."""
 
     def wait(self, timeout: float) -> bool:
         """Wait, but no longer than until it is time to stop."""
+
+
+class StopWithParent:
+    """Says stop when the command closes its end of a pipe, or ends.
+
+    An event of multiprocessing would keep the command waiting for ever for a worker that was killed while it waited.
+
+    Args:
+        connection: The worker's end.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def is_set(self) -> bool:
+        """Tell whether it is time to stop."""
+        return self.wait(0.0)
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for so many seconds, but no longer than until it is time to stop."""
+        return self._connection.poll(timeout)  # the end of the file counts as something to read
 
 
 def run_trials(store: Store, study: Study, run: Callable[[Trial], Outcome], stop: Stop) -> None:
@@ -74,26 +97,26 @@ def run_trials(store: Store, study: Study, run: Callable[[Trial], Outcome], stop
         stop: Looked at before each trial.
     """
     while not stop.is_set():
-        outcomes = store.outcomes()
+        outcomes = patiently(store.outcomes)
         trials = {trial.name: trial for trial in plan_trials(study, outcomes).trials}
         # Claiming locks the study and reads it again, which grows with its trials.
         is_open = any(not outcome.ended for name, outcome in outcomes.items() if name in trials)
-        claim = store.claim(trials) if is_open else None
+        claim = patiently(partial(store.claim, trials)) if is_open else None
         if claim is None:
             stop.wait(IDLE_SECONDS)
             continue
         with store.alive(claim):
             outcome = run(claim.trial)
-        store.finish(claim, outcome)
+        patiently(partial(store.finish, claim, outcome))
 
 
-def work(url: str, context: StudyContext, stop: Event, log: Path) -> None:
+def work(url: str, context: StudyContext, connection: Connection, log: Path) -> None:
     """Run trials until told to stop; what a process of its own is started with.
 
     Args:
         url: Database of the study.
         context: What all trials share.
-        stop: Event that ends the work after the trial at hand.
+        connection: Closed by the command when the work is to end after the trial at hand.
         log: File that takes what trials print.
     """
     os.setsid()  # Ctrl-C goes to the command, which tells us
@@ -105,7 +128,7 @@ def work(url: str, context: StudyContext, stop: Event, log: Path) -> None:
     store = Store(url, context.study.name)
     store.begin(context.study.shared_settings())
     try:
-        run_trials(store, context.study, lambda trial: run_trial(context, trial), stop)
+        run_trials(store, context.study, partial(run_trial, context), StopWithParent(connection))
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -126,7 +149,12 @@ def run_trial(context: StudyContext, trial: Trial) -> Outcome:
     split = "test" if trial.stage == "test" else "val"
     try:
         record = _test(context, trial) if trial.stage == "test" else _train(context, trial)
-        value, loss = float(record[f"{split}/{context.study.metric}"]), float(record[f"{split}/loss"])
+        metric = f"{split}/{context.study.metric}"
+        if metric not in record:
+            raise ConfigError(
+                f"its run has no {metric}, by which the study compares: give all trials data of one task."
+            )
+        value, loss = float(record[metric]), float(record[f"{split}/loss"])
     except (KeyboardInterrupt, SystemExit):
         raise
     except ConfigError as error:
@@ -140,7 +168,11 @@ def run_trial(context: StudyContext, trial: Trial) -> Outcome:
 
 
 def _train(context: StudyContext, trial: Trial) -> dict[str, Any]:
-    """Fit a trial; one whose checkpoint cannot be read starts again."""
+    """Fit a trial; one whose checkpoints are corrupt starts again.
+
+    Raises:
+        ConfigError: A checkpoint cannot be read for another reason, which may pass; nothing was removed.
+    """
     run = _folder(context, trial)
     record = read_json(run.logs / "metrics.json")
     if record.get("status") == "finished":
@@ -148,9 +180,12 @@ def _train(context: StudyContext, trial: Trial) -> dict[str, Any]:
         return record
     arguments = arguments_of(context.study, trial, defaults=_defaults())
     reset_peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # not that of all runs before
-    if any(_is_readable(run.checkpoints / name) for name in (LAST, PREVIOUS)):
+    begun = [path for name in (LAST, PREVIOUS) if (path := run.checkpoints / name).is_file()]
+    if any(map(_is_whole, begun)):
         arguments += ["--ckpt_path", str(run.checkpoints / LAST)]  # where it is corrupt, fit takes the one before
     else:
+        if begun:
+            print(f"note       {run.checkpoints}: the checkpoints are corrupt, so this trial starts again")
         for folder in (run.logs, run.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
     run.logs.mkdir(parents=True, exist_ok=True)
@@ -163,10 +198,10 @@ def _train(context: StudyContext, trial: Trial) -> dict[str, Any]:
     return record
 
 
-def _is_readable(checkpoint: Path) -> bool:
+def _is_whole(checkpoint: Path) -> bool:
     try:
         read_checkpoint(checkpoint)
-    except ConfigError:
+    except CorruptCheckpointError:
         return False
     return True
 
@@ -177,11 +212,21 @@ def _test(context: StudyContext, trial: Trial) -> dict[str, Any]:
     tested = f"test/{context.study.metric}"
     if tested not in record:
         checkpoint = run.checkpoints / f"{context.study.test}.ckpt"
+        if not checkpoint.is_file():
+            raise ConfigError(
+                f"{checkpoint} is not there: when its run ended, the study did not say that it would be tested. Give "
+                "the study another --name, and --test from the beginning."
+            )
         arguments = ["--ckpt_path", str(checkpoint)]
         root = trial.overrides.get("data.root")
         arguments += [] if root is None else ["--data.root", str(root)]
         context.test(arguments)
         record = read_json(run.logs / "metrics.json")
+        if tested not in record:
+            raise ConfigError(
+                f"its test was not recorded, because the images in {root or 'the folder of the run'} are other ones "
+                "than those of the run; give the --data.root of the run."
+            )
     if context.study.keep == "none" and tested in record:
         shutil.rmtree(run.checkpoints, ignore_errors=True)
     return record
@@ -198,8 +243,9 @@ def _thin_out(study: Study, trial: Trial, run: RunFolder) -> None:
 
 def _thin_checkpoints(study: Study, run: RunFolder) -> None:
     remove_leftovers(run.checkpoints)
+    needed = {study.test, study.keep}
     for path in run.checkpoints.glob("*.ckpt"):
-        if path.stem != ("best" if study.test == "best" else "last"):
+        if path.stem not in needed:
             path.unlink()
         elif (content := read_checkpoint(path))["optimizer_states"]:
             write_checkpoint({**content, "optimizer_states": [], "lr_schedulers": []}, path)

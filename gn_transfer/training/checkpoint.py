@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gn_transfer.backbones.model_config import ModelConfig
-from gn_transfer.config import ConfigError, DecoderName, Norm, shortened
+from gn_transfer.config import ConfigError, DecoderName, Norm, is_out_of_memory, shortened
 from gn_transfer.layers import group_counts
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ class _Description(BaseModel):
 Task = TypeVar("Task", bound="BackboneModule")
 
 
+class CorruptCheckpointError(ConfigError):
+    """The file holds something else than what was written: no later attempt will read it."""
+
+
 def read_checkpoint(path: str | Path, argument: str = "--ckpt_path") -> dict[str, Any]:
     """Read a checkpoint of ours from a local file, without running any code in it.
 
@@ -70,7 +74,9 @@ def read_checkpoint(path: str | Path, argument: str = "--ckpt_path") -> dict[str
         The checkpoint; its tensors on the CPU.
 
     Raises:
-        ConfigError: No such file, unreadable, not a checkpoint of gn_transfer, or of another format version.
+        ConfigError: No such file, one that cannot be read now, not a checkpoint of gn_transfer, or of another format
+            version.
+        CorruptCheckpointError: It is no whole file of torch.
     """
     path = Path(path)
     if not path.is_file():
@@ -85,12 +91,15 @@ def read_checkpoint(path: str | Path, argument: str = "--ckpt_path") -> dict[str
             damaged = archive.testzip()
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever a corrupt file leads it to
-        raise ConfigError(
+        if isinstance(error, OSError) or is_out_of_memory(error):
+            reason = getattr(error, "strerror", None) or "there is not enough memory"
+            raise ConfigError(f"{argument} {path} cannot be read now: {reason}. Mend that, and try again.") from error
+        raise CorruptCheckpointError(
             f"{argument} {path} cannot be read as a checkpoint ({type(error).__name__}): it is none, it is corrupt, or "
             "it holds more than plain values and tensors. Use another checkpoint of the run, such as best.ckpt."
         ) from error
     if damaged is not None:
-        raise ConfigError(
+        raise CorruptCheckpointError(
             f"{argument} {path} is corrupt: the checksum of {damaged.partition('/')[2]} in it is wrong. Use another "
             "checkpoint of the run, such as best.ckpt."
         )

@@ -148,7 +148,7 @@ def make_plan(
         ),
         ("time", f"about {duration(seconds)} of training steps, measured now"),
     ]
-    warnings = [*check_own_splits(data), *advice(task, data.batch_size, micro_batches)]
+    warnings = [*check_own_splits(data), *data.cautions(), *advice(task, data.batch_size, micro_batches)]
     if frozen_epochs >= epochs > 0:
         warnings.append(
             f"freezing.epochs={frozen_epochs}, and the run has {epochs}: only the last layer learns. It bears a far "

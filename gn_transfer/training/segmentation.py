@@ -108,6 +108,12 @@ class TransferSegmenter(TransferTask):
                 f"{type(data).__name__} has no masks, which a segmentation needs; give a SegmentationFolder, or train "
                 "a TransferClassifier."
             )
+        weights = getattr(data, "class_weights", "none")
+        if self.segmentation.loss == "dice" and weights != "none":
+            raise ConfigError(
+                f"data.class_weights={weights} does nothing with segmentation.loss=dice, in which every class counts "
+                "the same; leave it out, or choose another loss."
+            )
         super().build_for(data)
         self.tile_size = getattr(data, "tile_size", None)
 

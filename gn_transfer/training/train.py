@@ -27,7 +27,7 @@ from lightning.pytorch.loggers import Logger
 from gn_transfer.config import ConfigError
 from gn_transfer.data import ImageDataModule
 from gn_transfer.data.describe import test_images
-from gn_transfer.data.splits import split_digest
+from gn_transfer.data.splits import file_identities, split_digest
 from gn_transfer.files import read_json, remove_leftovers, write_json, write_text
 from gn_transfer.layers import group_counts
 from gn_transfer.training.accumulation import GradientAccumulation
@@ -266,7 +266,8 @@ def evaluate(
             [metrics] = run_stage(task, datamodule=data, ckpt_path=str(checkpoint), verbose=False, weights_only=True)
     run = run_of_checkpoint(checkpoint)
     record = None if run is None or not trainer.is_global_zero else run.logs / "metrics.json"
-    if stage == "test" and record is not None and record.is_file() and _is_own_data(task, data):
+    own, sizes = _is_own_data(task, data), _other_sizes(task, data)
+    if stage == "test" and record is not None and record.is_file() and own and not sizes:
         before = read_json(record)
         name = task.monitor.replace("val/", "test/")
         if name in before:
@@ -284,16 +285,35 @@ def evaluate(
         write_json(record, {**before, **metrics, **facts})
         say(f"recorded   in {record}")
     elif stage == "test" and record is not None:
-        say("note       these are other images than the run's own, so the run keeps its record as it is")
+        why = f"these are other sizes than the run's ({sizes})" if own else "these are other images than the run's own"
+        say(f"note       {why}, so the run keeps its record as it is")
     found: dict[str, float] = metrics
     return found
 
 
 def _is_own_data(task: TransferTask, data: ImageDataModule) -> bool:
-    """Whether images come from the folder that the checkpoint was trained on, or from where that was moved."""
+    """Whether images come from the folder that the checkpoint was trained on, from where that was moved, or a copy."""
     arguments = task.run_config.get("config", {}).get("data", {}).get("init_args", {})
     trained_in = Path(str(arguments.get("root"))).resolve()
-    return trained_in == Path(data.root).resolve() or not trained_in.exists()  # moved
+    if trained_in == Path(data.root).resolve() or not trained_in.exists():
+        return True
+    stored = task.run_config.get("split") or {}
+    known = {**stored.get("train", {}), **stored.get("val", {})}
+    return bool(known) and file_identities(Path(data.root), list(known)) == known
+
+
+def _other_sizes(task: TransferTask, data: ImageDataModule) -> str:
+    """Say at which other sizes than in the run's validation images are evaluated; empty where they are the same."""
+    arguments = task.run_config.get("config", {}).get("data", {}).get("init_args", {})
+    stored = {name: arguments.get(name) for name in ("img_size", "short_side", "tile_size")}
+    if "short_side" in arguments:  # a segmentation, whose crop says nothing but this
+        stored["short_side"] = stored["img_size"] if stored["short_side"] is None else stored["short_side"]
+        del stored["img_size"]
+    here = {name: getattr(data, name, None) for name in stored}
+    if "short_side" in arguments:
+        here["short_side"] = getattr(data, "resolved_short_side", None)
+    different = [name for name, value in stored.items() if value != here[name]]
+    return ", ".join(f"data.{name} is {stored[name]} in the run and {here[name]} here" for name in different)
 
 
 def find(trainer: Trainer, kind: type[Found]) -> Found:

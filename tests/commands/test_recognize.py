@@ -74,6 +74,20 @@ def test_imagenet_weights_from_a_package_where_there_is_no_hub(tmp_path, monkeyp
     assert value(recognize(Path("photos"), hub_answers=True).options, "--model.backbone") is None
 
 
+@pytest.mark.parametrize(("side", "crop"), [(300, None), (150, "128"), (40, "64")])
+def test_small_images_with_masks_have_small_crops(tmp_path, monkeypatch, side, crop):
+    monkeypatch.setattr(packages, "find_file", lambda architecture: Path("weights"))
+    for kind in ("images", "masks"):
+        (tmp_path / "own" / kind).mkdir(parents=True)
+        for number in range(3):
+            pixels = np.zeros((side, side + 20, *((3,) if kind == "images" else ())), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "own" / kind / f"{number}.png")
+    found = recognize(tmp_path / "own", hub_answers=False)
+    sizes = [found.options[place + 1] for place, word in enumerate(found.options) if word == "--data.img_size"]
+    assert sizes == (["256"] if crop is None else ["256", crop])
+    assert any("px, since the short side" in remark for remark in found.remarks) == (crop is not None)
+
+
 def test_oxford_pets(pets_root):
     found = recognize(pets_root, hub_answers=False)
     assert found.options[:4] == ["--config", "pets_gnws.yaml", "--data.root", str(pets_root)]

@@ -1,6 +1,7 @@
 """Segmentation on the command line: a run from images to a test figure, checks of masks, what is refused."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -67,7 +68,14 @@ def test_from_images_to_a_test_figure(folder, work, capsys):
     [best] = (work / "checkpoints" / "segmentation_folder").glob("*/best.ckpt")
     assert main(["test", str(best)]) == 0
     assert "test/miou" in capsys.readouterr().out
-    assert "test/miou" in json.loads((run / "metrics.json").read_text())
+    recorded = (run / "metrics.json").read_text()
+    assert "test/miou" in json.loads(recorded)
+    assert main(["test", str(best), "--data.short_side", "48"]) == 0
+    assert "other sizes than the run's (data.short_side is 32 in the run and 48 here)" in capsys.readouterr().out
+    assert (run / "metrics.json").read_text() == recorded
+    shutil.copytree(folder, work / "copy")
+    assert main(["test", str(best), "--data.root", str(work / "copy")]) == 0
+    assert "recorded   in" in capsys.readouterr().out  # the same images in another place
     assert (run / "worst_images.jpg").is_file()
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()

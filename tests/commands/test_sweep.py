@@ -7,16 +7,19 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from rich.console import Console
 
 from gn_transfer.__main__ import main
@@ -103,6 +106,12 @@ test: last
     assert main(["sweep", "--config", str(path)]) == 0  # nothing is left to do but the report
     assert {path: path.stat().st_mtime for path in Path("runs").rglob("metrics.json")} == stamps
 
+    capsys.readouterr()
+    [final] = finals
+    shutil.rmtree(Path("runs/sweep_small", final))
+    assert main(["sweep", "--config", str(path)]) == 3  # a run that has ended is gone, and that is said
+    assert f"left out   runs/sweep_small/{final}: its folder is not on this machine" in capsys.readouterr().out
+
 
 def test_without_a_terminal_a_line_says_what_is_running(pets_root, monkeypatch, capsys):
     monkeypatch.setattr("gn_transfer.study.runner.SILENCE_SECONDS", 0.0)
@@ -160,8 +169,10 @@ def test_failed_trials_are_run_again_wherever_in_the_study_they_stand(pets_root,
     assert {name for _, name in lines} == set(ran)
     ran.clear()
     failing.clear()
-    assert main(["sweep", "--config", str(path), "--retry_failed"]) == 0
-    again = re.findall(r"^\d+/\d+  (\S+)", capsys.readouterr().out, re.MULTILINE)
+    assert main(["sweep", "--config", str(path), "--retry_failed"]) == 3  # these runs left no folders to report on
+    printed = capsys.readouterr().out
+    assert "failed  " not in printed
+    again = re.findall(r"^\d+/\d+  (\S+)", printed, re.MULTILINE)
     assert again == ran
     assert sorted(ran) == ["gn_ws-lr0.02-seed1", "test-gn_ws-lr0.02-seed0", "test-gn_ws-lr0.02-seed1"]
 
@@ -251,12 +262,42 @@ def test_a_begun_trial_goes_on_from_its_checkpoint(pets_root, monkeypatch):
     assert read_checkpoint(checkpoint)["optimizer_states"] == []
 
 
-def test_a_trial_with_a_corrupt_checkpoint_starts_again(pets_root):
+def test_a_trial_with_a_corrupt_checkpoint_starts_again(pets_root, capsys):
     context, trial = context_and_trial(pets_root, "grid: {model.norm: [gn_ws]}")
     checkpoint = Path("checkpoints/sweep_small", trial.name, "last.ckpt")
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b"half of a checkpo")
     assert run_trial(context, trial).state == "complete"
+    assert "the checkpoints are corrupt, so this trial starts again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reason", ["another version", "no access"])
+def test_a_checkpoint_that_cannot_be_read_now_is_left_alone(pets_root, monkeypatch, reason):
+    context, trial = context_and_trial(pets_root, "grid: {model.norm: [gn_ws]}")
+    checkpoint = Path("checkpoints/sweep_small", trial.name, "last.ckpt")
+    checkpoint.parent.mkdir(parents=True)
+    torch.save({"gn_transfer": {"version": 999}}, checkpoint)
+    log = Path("runs/sweep_small", trial.name, "run.log")
+    log.parent.mkdir(parents=True)
+    log.write_text("hours of work")
+    if reason == "no access":
+
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("gn_transfer.training.checkpoint.zipfile.ZipFile", refuse)
+    outcome = run_trial(context, trial)
+    assert outcome.state == "failed"
+    assert ("cannot be read now: Permission denied" if reason == "no access" else "format 999") in outcome.reason
+    assert checkpoint.is_file()
+    assert log.read_text() == "hours of work"
+
+
+def test_a_test_without_checkpoint_says_why(pets_root):
+    context, trial = context_and_trial(pets_root, "grid: {model.norm: [gn_ws]}\ntest: last")
+    outcome = run_trial(context, replace(trial, stage="test", name=f"test-{trial.name}"))
+    assert outcome.state == "failed"
+    assert "last.ckpt is not there: when its run ended, the study did not say that it would be tested" in outcome.reason
 
 
 @pytest.mark.parametrize("link", ["checkpoints/sweep_small/TRIAL", "checkpoints/sweep_small", "runs/sweep_small/TRIAL"])

@@ -169,6 +169,18 @@ def test_runs_on_which_a_study_chose_do_not_count(tmp_path):
     assert len(compare(sorted(tmp_path.glob("*seed[89]"))).runs) == 2
 
 
+def test_final_runs_of_a_study_that_chose_again_do_not_count(tmp_path):
+    kept = [fabricate(tmp_path, "bn", seed=seed, stage="final") for seed in range(2)]
+    for seed in range(3):
+        fabricate(tmp_path, "gn_ws", seed=seed, stage="final")
+    assert len(compare([tmp_path]).runs) == 5
+    study = {"title": "A study", "notes": [], "final_runs": [folder.name for folder in kept]}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    report = compare([tmp_path])
+    assert {run.folder for run in report.runs} == set(kept)
+    assert "3 runs with values that their study no longer chooses are left out." in report.notes
+
+
 def test_settings_that_others_determine_are_no_groups_of_their_own(tmp_path):
     for seed in range(2):
         fabricate(tmp_path, "bn", 1, seed, config={"lr": 0.001})
@@ -230,6 +242,7 @@ def test_one_metric_for_all(tmp_path):
         ({"test_split": "others"}, "the list of test images differs: the test images in"),
         ({"samples_seen": 1616}, "samples_seen differs: 1600 in"),
         ({"tested": False, "val_split": "others"}, "the list of validation images of seed 0 differs"),
+        ({"classes": 5}, "the number of classes differs: None in"),
     ],
 )
 def test_what_is_not_comparable_is_refused_unless_forced(tmp_path, capsys, changes, said):
@@ -468,8 +481,31 @@ def test_a_tie_has_no_winner(tmp_path):
         fabricate(tmp_path / "runs", "gn_ws", 1, seed, 0.7 + 0.05 * (seed - 1))
     first = answer(compare([tmp_path / "runs"]))[0]
     assert first.startswith(("No clear winner: bn_frozen with 70.0 % [", "No clear winner: gn_ws with 70.0 % ["))
-    assert "is 0.0 points above" in first
-    assert "(95 % interval -" in first
+    assert "(+0.0 points, 95 % interval -" in first
+
+
+def test_one_run_of_each_kind_shows_nothing(tmp_path):
+    for norm, accuracy in (("bn", 0.6), ("gn_ws", 0.7)):
+        fabricate(tmp_path / "runs", norm, 1, 0, accuracy, predictions=False)
+    report = compare([tmp_path / "runs"])
+    first, second, *_ = answer(report)
+    assert first == (
+        "No clear winner: gn_ws with 70.0 % against bn with 60.0 % (+10.0 points, no interval from a single pair "
+        "without predictions; test/acc1, 1 seed)."
+    )
+    assert second.endswith("(no interval from a single pair without predictions). This is no clear difference.")
+    [contrast] = report.contrasts
+    assert (contrast.low, contrast.high) == (None, None)
+    write_report(report, tmp_path / "report")
+    stored = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert stored["contrasts"][0]["low"] is None
+
+
+def test_different_folders_of_images_are_named(tmp_path):
+    fabricate(tmp_path, "bn", 1, 0, data_root="/photos")
+    fabricate(tmp_path, "gn_ws", 1, 0, data_root="/xrays")
+    notes = compare([tmp_path]).notes
+    assert "The images lay in different folders: /photos, /xrays. Make sure that they are the same." in notes
 
 
 def test_the_answer_comes_first_and_says_what_few_seeds_cannot_show(tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data import decode
-from gn_transfer.data.decode import BadImageError, check_image, decode_image, describe_file
+from gn_transfer.data.decode import BadImageError, check_image, decode_image, describe_file, is_turned, read_size
 from gn_transfer.data.file_headers import read_jpeg_header
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -115,6 +115,30 @@ def test_exif_rotation_on_both_paths(tmp_path: Path, gradient: Image.Image, kind
     expected = np.asarray(ImageOps.exif_transpose(Image.open(path))).astype(int)
     assert expected.shape[:2] == ((24, 40) if orientation < 5 else (40, 24))
     assert np.abs(decode_image(path) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_in_the_header_is_that_of_the_pixels(
+    tmp_path: Path, gradient: Image.Image, kind: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned"
+    path.write_bytes(encode(gradient, kind, exif=exif))
+    assert read_size(path) == decode_image(path).shape[:2] == ((24, 40) if orientation < 5 else (40, 24))
+    assert is_turned(path) == (orientation > 1)
+
+
+def test_a_jpeg_is_turned_by_exif_and_not_by_xmp(tmp_path: Path, gradient: Image.Image) -> None:
+    """What decodes JPEGs does not know XMP, and what reads their size must not either."""
+    path = tmp_path / "turned.jpg"
+    packet = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    path.write_bytes(encode(gradient, "JPEG", xmp=packet.encode()))
+    with Image.open(path) as image:
+        assert image.getexif().get(0x0112) == 6  # Pillow looks there
+    assert read_size(path) == decode_image(path).shape[:2] == (24, 40)
+    assert not is_turned(path)
 
 
 def test_header_of_a_progressive_jpeg_with_thumbnail(gradient: Image.Image) -> None:

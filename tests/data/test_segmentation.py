@@ -192,6 +192,38 @@ def test_images_turned_by_exif(folder):
     splits, _ = list_all(data_of(folder))
     report = check_split_masks(data_of(folder), splits, threads=1)
     assert any("1 images are turned or mirrored by EXIF: images/photo_0.jpg" in warning for warning in report.warnings)
+    assert "1 images are turned or mirrored by EXIF: images/photo_0.jpg" in set_up(folder).cautions()[0]
+
+
+def test_images_smaller_than_the_crop_are_named_and_calibrate_without_grey(folder):
+    assert set_up(folder, img_size=32).cautions() == []
+    data = set_up(folder, img_size=64)
+    [caution] = data.cautions()
+    assert caution.startswith("the short side of half of the images is at most 40 px, and a crop has 64")
+    images = data.training_images(4).numpy()
+    assert images.shape[2:] == (64, 64)
+    assert not (images == 127).all(1).any()
+
+
+@pytest.mark.parametrize("size", [(1, 56), (40, 1)])
+def test_images_of_one_row_or_column_are_refused(folder, size):
+    write_pair(folder, "photo_0", size, values=(0, 1) if size[1] > 1 else (1,))
+    with pytest.raises(
+        BadImageError, match=rf"photo_0.*{size[1]} x {size[0]} pixels; an image for segmentation has two"
+    ):
+        set_up(folder)
+    data = set_up(folder, on_bad_image="skip")
+    assert len(data.train_dataset) + len(data.val_dataset) == 5
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_split_without_any_label_is_refused(tmp_path, split):
+    for part in ("train", "val", "test"):
+        for number in range(3):
+            write_pair(tmp_path, f"photo_{number}", split=part, values=(IGNORED,) if part == split else (0, 1, 2))
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    with pytest.raises(ConfigError, match=f"no mask of the {split} split has a pixel that counts"):
+        set_up(tmp_path, "test" if split == "test" else "fit")
 
 
 def test_the_largest_image_of_the_validation_decides_the_memory_of_an_evaluation(folder):
@@ -413,7 +445,7 @@ def pipeline_file(path, *transforms):
     return path
 
 
-def test_pipelines_of_ones_own(folder, tmp_path):
+def test_pipelines_of_ones_own(folder, tmp_path, monkeypatch):
     pad = {"min_height": 32, "min_width": 32}
     good = pipeline_file(tmp_path / "a.yaml", A.PadIfNeeded(**pad, fill_mask=IGNORED), A.RandomCrop(32, 32))
     assert set_up(folder, augmentation=good).train_dataset.batch([0])[0].shape == (1, 3, 32, 32)
@@ -426,7 +458,11 @@ def test_pipelines_of_ones_own(folder, tmp_path):
         A.RandomCrop(32, 32),
         A.Rotate((30, 40), fill_mask=200, p=0.2),
     )
-    dataset = set_up(folder, augmentation=rarely).train_dataset
+    with pytest.raises(ConfigError, match=r"puts the value 200 into a mask"):
+        set_up(folder, augmentation=rarely)
+    with monkeypatch.context() as rarer:
+        rarer.setattr("gn_transfer.data.pair_augmentation._TRIED", 0)
+        dataset = set_up(folder, augmentation=rarely).train_dataset
     with pytest.raises(BadImageError, match=r"images/.*: data\.augmentation puts the value 200 into a mask"):
         dataset.batch([(epoch, 0) for epoch in range(40)])
     too_small = pipeline_file(tmp_path / "c.yaml", A.RandomCrop(32, 32))

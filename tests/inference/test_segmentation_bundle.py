@@ -126,6 +126,19 @@ def test_a_bundle_tells_how_it_was_trained(in_root):
     assert gnt.load_for_training("bundle").tile_size is None
 
 
+def test_a_class_that_no_validation_mask_has(run_root, tmp_path, monkeypatch):
+    for folder in ("runs", "checkpoints", "own"):
+        shutil.copytree(run_root / folder, tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    [record] = Path("runs").rglob("metrics.json")
+    without = {name: None if "iou_left" in name else value for name, value in json.loads(record.read_text()).items()}
+    record.write_text(json.dumps(without))
+    assert main(["export", str(CHECKPOINT), "--output", "bundle"]) == 0
+    card = Path("bundle/README.md").read_text()
+    assert "val/iou_right" in card
+    assert "val/iou_left" not in card
+
+
 def test_the_lines_of_the_card_run(in_root, monkeypatch):
     card = (in_root / "bundle" / "README.md").read_text()
     monkeypatch.chdir(in_root / "bundle")

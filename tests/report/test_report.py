@@ -106,6 +106,22 @@ def test_the_page_stands_alone_and_holds_everything(tmp_path, write_image):
     assert main(["report", str(folder)]) == 0  # replaces its own page
 
 
+@pytest.mark.parametrize("tested", ["best.ckpt", "last.ckpt"])
+def test_the_page_says_which_checkpoint_was_tested(tmp_path, tested):
+    page = page_of(fabricate(tmp_path / "runs", **{"test/checkpoint": tested}))
+    honest = "The test images give the honest figure" in page
+    other = "The figure of the test images is that of last.ckpt" in page
+    assert (honest, other) == (tested == "best.ckpt", tested == "last.ckpt")
+    assert "test/checkpoint" in page
+
+
+def test_a_test_without_any_label_leaves_the_run_usable(tmp_path):
+    folder = fabricate(tmp_path / "runs")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"test/acc1": None}))
+    assert "of the validation images are right" in page_of(folder)
+
+
 def test_class_names_are_text_and_never_markup(tmp_path):
     folder = fabricate(tmp_path)
     for name in ("predictions_best_val.csv", "predictions_test.csv"):

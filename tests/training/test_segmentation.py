@@ -315,6 +315,16 @@ def test_a_decoder_is_refused_where_images_are_classified():
         TransferClassifier(ModelConfig("resnet18", "gn", decoder="unet"))
 
 
+def test_class_weights_need_a_loss_that_uses_them(images):
+    data = SegmentationSample(images, img_size=64, class_weights="balanced", num_workers=0, cache="none")
+    data.setup("fit")
+    task = TransferSegmenter(
+        ModelConfig("resnetv2_18", "gn", pretrained=None, decoder="unet"), segmentation=SegmentationConfig("dice")
+    )
+    with pytest.raises(ConfigError, match=r"data\.class_weights=balanced does nothing with segmentation\.loss=dice"):
+        task.build_for(data)
+
+
 def test_data_of_the_other_task_are_refused(images):
     masks = SegmentationSample(images, cache="none")
     masks.setup("fit")
