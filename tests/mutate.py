@@ -82,6 +82,10 @@ TARGETS = {
     "study/planning.py": ["tests/study/test_planning.py"],
     "study/trials.py": ["tests/study/test_planning.py"],
     "study/definition.py": ["tests/study/test_planning.py"],
+    "study/runner.py": ["tests/study/test_runner.py"],
+    "study/store.py": ["tests/study/test_store.py", "tests/study/test_runner.py"],
+    "comparison/checks.py": ["tests/comparison/test_compare.py"],
+    "comparison/answer.py": ["tests/comparison/test_compare.py"],
     "backbones/transfer.py": [
         "tests/backbones/test_transfer.py",
         "tests/backbones/test_create.py",

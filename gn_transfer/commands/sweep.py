@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from gn_transfer.commands.study_checks import check_classes, check_keys, check_v
 from gn_transfer.commands.training_cli import parsed
 from gn_transfer.config import ConfigError, find_config
 from gn_transfer.data.workers import core_count
-from gn_transfer.files import write_json
+from gn_transfer.files import read_json, write_json
 from gn_transfer.report.runs import STUDY
 from gn_transfer.study.database import may_exist
 from gn_transfer.study.definition import Study, parse_value, read_study
@@ -79,6 +80,8 @@ def run(arguments: Sequence[str]) -> int:
         )
     store.begin(study.shared_settings())
     folder.mkdir(parents=True, exist_ok=True)
+    if (told := read_json(folder / STUDY)).pop("final_runs", None):  # there may be others now
+        write_json(folder / STUDY, told)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems ask in this way
     try:
         planned, outcomes = StudyRunner(store, url, context, options.workers, console).run(options.retry_failed)
@@ -171,7 +174,9 @@ def _conclude(console: Console, context: StudyContext, planned: Planned, outcome
     runs = [run for run in finals if run.is_dir()]
     known = {trial.name for trial in planned.trials}
     notes = [*study.notes, *map(str, planned.choices)]
-    if opened := [name for name, outcome in outcomes.items() if name not in known and tested(name, outcome)]:
+    chosen = {_without_choices(name, planned): name for name in known}
+    others = [name for name in outcomes if name not in known and _without_choices(name, planned) in chosen]
+    if opened := [name for name in others if name.startswith("test-") and outcomes[name].state == "complete"]:
         notes.append(
             f"The test images had been opened for {len(opened)} other runs before these were chosen ({opened[0]}), so "
             "the figures on test may be too high."
@@ -204,9 +209,11 @@ def _conclude(console: Console, context: StudyContext, planned: Planned, outcome
     return 3 if failed or planned.problems or unusable or not reported else 0
 
 
-def tested(name: str, outcome: Outcome) -> bool:
-    """Say whether a trial has opened the test images."""
-    return name.startswith("test-") and outcome.state == "complete"
+def _without_choices(name: str, planned: Planned) -> str:
+    """Take the chosen values out of a trial's name, which then is that of all candidates."""
+    for choice in planned.choices:
+        name = re.sub(rf"-{re.escape(choice.key.rpartition('.')[2])}[^-]*(e-\d+)?", "", name)
+    return name
 
 
 def write_report(

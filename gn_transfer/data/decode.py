@@ -230,7 +230,7 @@ def is_turned(path: str | os.PathLike[str]) -> bool:
 def _orientation(image: Image.Image) -> int:
     """EXIF's orientation: 1 as it is, 2 to 8 turned or mirrored, from 5 on with sides swapped."""
     exif = image.getexif()
-    if image.format in ("JPEG", "MPO"):  # of these OpenCV obeys EXIF alone, and Pillow XMP as well
+    if image.format in ("JPEG", "MPO") and image.mode != "CMYK":  # OpenCV obeys EXIF alone, and Pillow XMP as well
         exif = Image.Exif()
         exif.load(image.info.get("exif", b""))
     found = exif.get(ExifTags.Base.Orientation, 1)

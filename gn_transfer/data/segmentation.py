@@ -185,13 +185,15 @@ class SegmentationDataModule(ImageDataModule):
         turned = turned_images(Path(self.root), images, threads=core_count())
         found = [about_turned(turned)] if turned else []
         sides = []
-        for image in self.train_dataset.images[:_MEASURED]:
+        for image in self.train_dataset.images[:_MEASURED] if self.augmentation is None else ():
             with contextlib.suppress(BadImageError):
-                sides.append(min(read_size(Path(self.root) / image.path)))
+                side = min(read_size(Path(self.root) / image.path))
+                sides.append(min(side, self.resolved_short_side or side))
         if sides and (middle := statistics.median(sides)) < self.img_size:
             found.append(
-                f"the short side of half of the images is at most {middle:.0f} px, and a crop has {self.img_size} "
-                "(data.img_size): the rest of it is grey, which evaluation does not see. Choose a smaller crop."
+                f"the short side of half of the images is seen at {middle:.0f} px or less, and a crop has "
+                f"{self.img_size} (data.img_size): the rest of it is grey, which evaluation does not see. Choose a "
+                "smaller crop."
             )
         return found
 

@@ -16,7 +16,15 @@ from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import BaseModel
-from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    IntegrityError,
+    InterfaceError,
+    OperationalError,
+    ProgrammingError,
+    SQLAlchemyError,
+    TimeoutError,
+)
 
 from gn_transfer.config import ConfigError, shortened
 
@@ -27,11 +35,12 @@ _COMPUTES = {
 """What the SQL of a table or an index holds, if opening the database can compute something."""
 
 HEARTBEAT_SECONDS = 10
-GRACE_SECONDS = 120
+GRACE_SECONDS = 360
 """After so long without a heartbeat, a trial of another machine is taken over."""
 
 PATIENCE_SECONDS = 300.0
-"""For so long a study that runs waits for a database that cannot be reached."""
+"""For so long a study that runs waits for a database that cannot be reached: less than :data:`GRACE_SECONDS`, since
+no machine can tell the others that it lives."""
 
 Result = TypeVar("Result")
 
@@ -139,7 +148,8 @@ class Database:
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError, OSError) as error:
             cause = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else error
             reason = " ".join(str(getattr(cause, "orig", None) or cause).split())
-            raise UnreachableDatabaseError(
+            later = isinstance(cause, OSError | OperationalError | InterfaceError | TimeoutError)
+            raise (UnreachableDatabaseError if later else ConfigError)(
                 f"--storage {self.shown}: the database cannot be used ({reason}); check that it is there, running, "
                 "writable and a database of Optuna's."
             ) from error

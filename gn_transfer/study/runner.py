@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import time
@@ -55,7 +56,7 @@ class StudyRunner:
         self.workers: dict[int, BaseProcess] = {}
         self.pipes: dict[int, Connection] = {}  # closed to have a worker stop
         self.crashes: Counter[str] = Counter()
-        self._failures: list[str] = []  # reasons of the newest trials in a row, where they are one and the same
+        self._failures: list[tuple[str, str]] = []  # reason, the same one, and configuration of the newest trials
         self.reported: set[str] = set()
         self._began: dict[str, float] = {}  # running trials
         self._spoken = time.monotonic()
@@ -74,10 +75,12 @@ class StudyRunner:
                     began = time.thread_time()
                     outcomes = patiently(self.store.outcomes, self._say)
                     planned = plan_trials(study, outcomes)
+                    self._report(
+                        progress, task, planned, outcomes
+                    )  # which may stop the study, before its tests are open
                     if any(trial.name not in outcomes for trial in planned.trials):
                         patiently(partial(self.store.enter, planned.trials), self._say)
                         continue
-                    self._report(progress, task, planned, outcomes)
                     if all(outcomes[trial.name].ended for trial in planned.trials):
                         return planned, outcomes
                     open_trials = sum(not outcomes[trial.name].ended for trial in planned.trials)
@@ -135,22 +138,35 @@ class StudyRunner:
     def _say(self, line: str) -> None:
         self.console.print(line, soft_wrap=True, markup=False)
 
-    def _check_failures(self, trial: Trial, outcome: Outcome) -> None:
-        """Stop where a fault of the machine, such as a full disk, would fail all trials that are left."""
+    def _check_failures(self, trial: Trial, outcome: Outcome, planned: Planned) -> None:
+        """Stop where a fault of the machine, such as a full disk, would fail all trials that are left.
+
+        What fails in one configuration alone, whatever its seed and the value to choose, may be impossible: that is a
+        result, and the others go on.
+        """
         reason = outcome.reason.replace(trial.run, "")
-        self._failures = [] if outcome.state == "complete" else [r for r in self._failures if r == reason] + [reason]
-        if len(self._failures) == MAX_FAILURES_ALIKE:
+        alike = [failure for failure in self._failures if failure[0] == reason]
+        self._failures = [] if outcome.state == "complete" else [*alike, (reason, self._configuration(trial))]
+        configurations = len({self._configuration(other) for other in planned.trials})
+        if len(self._failures) >= MAX_FAILURES_ALIKE and len({of for _, of in self._failures}) >= min(
+            2, configurations
+        ):
             raise ConfigError(
-                f"the study stops, because {MAX_FAILURES_ALIKE} trials in a row failed for the same reason: "
+                f"the study stops, because {len(self._failures)} trials in a row failed for the same reason: "
                 f"{outcome.reason} Mend that and give the same command with --retry_failed, or without it to go on "
                 "with the other trials."
             )
+
+    def _configuration(self, trial: Trial) -> str:
+        chosen = {arm.select.key for arm in self.context.study.arms if arm.select is not None}
+        values = {key: value for key, value in trial.identity().items() if key not in {"seed_everything", *chosen}}
+        return json.dumps(values, default=str)
 
     def _log(self, number: int) -> Path:
         return self.context.root / "runs" / self.context.study.name / f"worker-{number}.log"
 
     def _report(self, progress: StudyProgress, task: TaskID, planned: Planned, outcomes: Mapping[str, Outcome]) -> None:
-        ended = [trial for trial in planned.trials if outcomes[trial.name].ended]
+        ended = [trial for trial in planned.trials if trial.name in outcomes and outcomes[trial.name].ended]
         left = time_left(planned, outcomes, self.count)
         total = len(planned.trials) + planned.to_come
         fresh = [trial for trial in ended if trial.name not in self.reported]
@@ -168,7 +184,7 @@ class StudyRunner:
             self._spoken = time.monotonic()
             self.reported.add(trial.name)
             self.crashes.pop("", None)
-            self._check_failures(trial, outcome)
+            self._check_failures(trial, outcome, planned)
         for choice in map(str, planned.choices):
             if choice not in self.reported:
                 progress.console.print(f"chosen  {choice}", markup=False)

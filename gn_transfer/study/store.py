@@ -18,6 +18,7 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import StorageInternalError
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -86,7 +87,8 @@ class Store:
                 storage=self._storage, study_name=self.name, direction="maximize", load_if_exists=True
             )
             known = self._study.user_attrs.get(_MARK)
-            if new or (known is None and not self._study.user_attrs and not self._study.get_trials(deepcopy=False)):
+            empty = not self._study.user_attrs and not self._study.get_trials(deepcopy=False)
+            if new or (known is None and empty and self._study.direction == StudyDirection.MAXIMIZE):
                 self._study.set_user_attr(_MARK, text)  # also where a kill came between the study and its mark
             elif known is None:
                 raise ConfigError(
@@ -145,7 +147,7 @@ class Store:
     # -- the worker's side --------------------------------------------------------------------------------------
 
     def claim(self, trials: Mapping[str, Trial]) -> Claim | None:
-        """Take a trial: one whose owner is gone, else the first that waits.
+        """Take a trial: one that is this process's already, one whose owner is gone, else the first that waits.
 
         Args:
             trials: The plan by name, with this machine's paths.
@@ -155,6 +157,9 @@ class Store:
         """
         with self._explain_errors(), self._locked():
             entries = [t for t in self._entries() if not t.state.is_finished() and t.user_attrs["trial"] in trials]
+            for entry in entries:  # an earlier call has written this, and then lost the database
+                if entry.state == TrialState.RUNNING and entry.user_attrs.get("owner") == _me():
+                    return Claim(entry._trial_id, trials[entry.user_attrs["trial"]])
             begun = [entry for entry in entries if entry.state == TrialState.RUNNING and self._abandoned(entry)]
             for entry in (entry for entry in begun if "given_up" in entry.user_attrs):
                 self._end(entry._trial_id, Outcome("failed", reason=entry.user_attrs["given_up"]))

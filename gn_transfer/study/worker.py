@@ -181,7 +181,7 @@ def _train(context: StudyContext, trial: Trial) -> dict[str, Any]:
     arguments = arguments_of(context.study, trial, defaults=_defaults())
     reset_peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # not that of all runs before
     begun = [path for name in (LAST, PREVIOUS) if (path := run.checkpoints / name).is_file()]
-    if any(map(_is_whole, begun)):
+    if _one_is_whole(begun):
         arguments += ["--ckpt_path", str(run.checkpoints / LAST)]  # where it is corrupt, fit takes the one before
     else:
         if begun:
@@ -198,12 +198,20 @@ def _train(context: StudyContext, trial: Trial) -> dict[str, Any]:
     return record
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        read_checkpoint(checkpoint)
-    except CorruptCheckpointError:
-        return False
-    return True
+def _one_is_whole(checkpoints: Sequence[Path]) -> bool:
+    unclear = None
+    for checkpoint in checkpoints:
+        try:
+            read_checkpoint(checkpoint)
+        except CorruptCheckpointError:
+            continue
+        except ConfigError as error:
+            unclear = error
+        else:
+            return True
+    if unclear is not None:
+        raise unclear
+    return False
 
 
 def _test(context: StudyContext, trial: Trial) -> dict[str, Any]:
@@ -224,8 +232,8 @@ def _test(context: StudyContext, trial: Trial) -> dict[str, Any]:
         record = read_json(run.logs / "metrics.json")
         if tested not in record:
             raise ConfigError(
-                f"its test was not recorded, because the images in {root or 'the folder of the run'} are other ones "
-                "than those of the run; give the --data.root of the run."
+                f"its test was not recorded, because the images in {root or 'the folder of the run'}, or their sizes, "
+                "are other ones than those of the run; give the --data.root of the run."
             )
     if context.study.keep == "none" and tested in record:
         shutil.rmtree(run.checkpoints, ignore_errors=True)

@@ -266,8 +266,10 @@ def evaluate(
             [metrics] = run_stage(task, datamodule=data, ckpt_path=str(checkpoint), verbose=False, weights_only=True)
     run = run_of_checkpoint(checkpoint)
     record = None if run is None or not trainer.is_global_zero else run.logs / "metrics.json"
-    own, sizes = _is_own_data(task, data), _other_sizes(task, data)
-    if stage == "test" and record is not None and record.is_file() and own and not sizes:
+    sizes = _other_sizes(task, data)
+    own = stage == "test" and record is not None and record.is_file() and _is_own_data(task, data, record)
+    if own and not sizes:
+        assert record is not None
         before = read_json(record)
         name = task.monitor.replace("val/", "test/")
         if name in before:
@@ -291,7 +293,7 @@ def evaluate(
     return found
 
 
-def _is_own_data(task: TransferTask, data: ImageDataModule) -> bool:
+def _is_own_data(task: TransferTask, data: ImageDataModule, record: Path) -> bool:
     """Whether images come from the folder that the checkpoint was trained on, from where that was moved, or a copy."""
     arguments = task.run_config.get("config", {}).get("data", {}).get("init_args", {})
     trained_in = Path(str(arguments.get("root"))).resolve()
@@ -299,19 +301,21 @@ def _is_own_data(task: TransferTask, data: ImageDataModule) -> bool:
         return True
     stored = task.run_config.get("split") or {}
     known = {**stored.get("train", {}), **stored.get("val", {})}
-    return bool(known) and file_identities(Path(data.root), list(known)) == known
+    same_test = read_json(record.with_name("split.json")).get("test") == data.test_dataset.paths
+    return bool(known) and same_test and file_identities(Path(data.root), list(known)) == known
 
 
 def _other_sizes(task: TransferTask, data: ImageDataModule) -> str:
     """Say at which other sizes than in the run's validation images are evaluated; empty where they are the same."""
     arguments = task.run_config.get("config", {}).get("data", {}).get("init_args", {})
-    stored = {name: arguments.get(name) for name in ("img_size", "short_side", "tile_size")}
-    if "short_side" in arguments:  # a segmentation, whose crop says nothing but this
-        stored["short_side"] = stored["img_size"] if stored["short_side"] is None else stored["short_side"]
-        del stored["img_size"]
+    stored = {name: arguments[name] for name in ("img_size", "tile_size") if name in arguments}
     here = {name: getattr(data, name, None) for name in stored}
-    if "short_side" in arguments:
+    if "short_side" in arguments:  # a segmentation, whose crops are another matter
+        side = stored.pop("img_size", None)
+        stored["short_side"] = side if arguments["short_side"] is None else arguments["short_side"]
         here["short_side"] = getattr(data, "resolved_short_side", None)
+    if stored.get("img_size", 0) is None:  # the size of the weights
+        del stored["img_size"]
     different = [name for name, value in stored.items() if value != here[name]]
     return ", ".join(f"data.{name} is {stored[name]} in the run and {here[name]} here" for name in different)
 

@@ -199,7 +199,8 @@ def test_images_smaller_than_the_crop_are_named_and_calibrate_without_grey(folde
     assert set_up(folder, img_size=32).cautions() == []
     data = set_up(folder, img_size=64)
     [caution] = data.cautions()
-    assert caution.startswith("the short side of half of the images is at most 40 px, and a crop has 64")
+    assert caution.startswith("the short side of half of the images is seen at 40 px or less, and a crop has 64")
+    assert "is seen at 20 px or less, and a crop has 32" in set_up(folder, img_size=32, short_side=20).cautions()[0]
     images = data.training_images(4).numpy()
     assert images.shape[2:] == (64, 64)
     assert not (images == 127).all(1).any()

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import sqlite3
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
@@ -115,9 +116,12 @@ def test_a_database_that_stays_away_ends_the_study(monkeypatch):
 
 
 def test_what_the_database_cannot_do_now_is_told_from_what_it_never_will(opened, tmp_path):
+    with pytest.raises(UnreachableDatabaseError, match=r"cannot be used \(server closed"), opened._explain_errors():
+        raise sqlalchemy.exc.OperationalError("SELECT", {}, Exception("server closed"))
     (tmp_path / "study.db").write_bytes(b"not a database, but long enough to be read as a header of one")
-    with pytest.raises(UnreachableDatabaseError, match="cannot be used"):
+    with pytest.raises(ConfigError, match="file is not a database") as found:
         opened.outcomes()
+    assert not isinstance(found.value, UnreachableDatabaseError)
 
 
 def test_any_error_interrupts_the_workers(study, opened, tmp_path, monkeypatch):
@@ -261,16 +265,77 @@ def test_the_same_failure_again_and_again_stops_the_study(study, opened, tmp_pat
     trials = plan_trials(study, {}).trials
     found = runner_of(study, opened, [], tmp_path)
     failed = [Outcome("failed", reason=f"runs/{trial.run} cannot be written") for trial in trials]
+    planned = Planned(trials=trials)
     for _ in range(2):
         for trial, outcome in zip(trials[: MAX_FAILURES_ALIKE - 1], failed, strict=False):
-            found._check_failures(trial, outcome)
-        found._check_failures(trials[0], Outcome("complete", 0.5, 1.0))
+            found._check_failures(trial, outcome, planned)
+        found._check_failures(trials[0], Outcome("complete", 0.5, 1.0), planned)
     for number, trial in enumerate(trials):
-        found._check_failures(trial, Outcome("failed", reason=f"nan at step {number}"))
+        found._check_failures(trial, Outcome("failed", reason=f"nan at step {number}"), planned)
     for trial, outcome in zip(trials[: MAX_FAILURES_ALIKE - 1], failed, strict=False):
-        found._check_failures(trial, outcome)
+        found._check_failures(trial, outcome, planned)
     with pytest.raises(ConfigError, match=r"5 trials in a row failed for the same reason: runs/.* --retry_failed"):
-        found._check_failures(trials[-1], failed[-1])
+        found._check_failures(trials[-1], failed[-1], planned)
+
+
+def test_a_configuration_that_is_impossible_does_not_stop_the_others(tmp_path, opened):
+    path = tmp_path / "sweep_x.yaml"
+    path.write_text("base: sample_gnws.yaml\ngrid: {model.norm: [bn, gn]}\nselect: {values: [1, 2, 3, 4]}\nseeds: 3\n")
+    study = read_study(path)
+    found, planned = runner_of(study, opened, [], tmp_path), plan_trials(study, {})
+    impossible = [trial for trial in planned.trials if trial.overrides["model.norm"] == "bn"]
+    assert len(impossible) > 2 * MAX_FAILURES_ALIKE
+    for trial in impossible:
+        found._check_failures(trial, Outcome("failed", reason="cannot be trained"), planned)
+    [other, *_] = [trial for trial in planned.trials if trial not in impossible]
+    with pytest.raises(ConfigError, match="13 trials in a row failed"):
+        found._check_failures(other, Outcome("failed", reason="cannot be trained"), planned)
+    alone = runner_of(study, opened, [], tmp_path)
+    with pytest.raises(ConfigError, match="5 trials in a row failed"):  # there are no others
+        fail_all(alone, impossible)
+
+
+def fail_all(found: StudyRunner, trials) -> None:
+    for trial in trials:
+        found._check_failures(trial, Outcome("failed", reason="cannot be trained"), Planned(trials=trials))
+
+
+def test_no_test_is_entered_when_the_study_stops(tmp_path, opened, monkeypatch):
+    path = tmp_path / "sweep_x.yaml"
+    path.write_text("base: sample_gnws.yaml\ngrid: {model.norm: [bn, gn]}\nseeds: 4\ntest: last\n")
+    study = read_study(path)
+    found = runner_of(study, opened, [Worker(None)], tmp_path, count=1)
+
+    def work(open_trials: int) -> None:
+        for number, trial in enumerate(plan_trials(study, opened.outcomes()).trials):
+            claim = opened.claim({trial.name: trial})
+            done = Outcome("complete", 0.5, 1.0) if number < 3 else Outcome("failed", reason="the disk is full")
+            opened.finish(claim, done)
+
+    monkeypatch.setattr(found, "_keep_workers", work)
+    monkeypatch.setattr(runner.time, "sleep", lambda seconds: None)
+    with pytest.raises(ConfigError, match="the disk is full"):
+        found.run(retry_failed=False)
+    assert not any(name.startswith("test-") for name in opened.outcomes())
+
+
+def test_a_claim_whose_answer_was_lost_is_given_again(study, opened, monkeypatch):
+    trials = {trial.name: trial for trial in plan_trials(study, {}).trials}
+    opened.enter(list(trials.values()))
+    locked, failing = opened._locked, iter([True])
+
+    @contextmanager
+    def unsafe():
+        with locked():
+            yield
+        if next(failing, False):
+            raise sqlalchemy.exc.OperationalError("COMMIT", {}, Exception("server closed"))
+
+    monkeypatch.setattr(opened, "_locked", unsafe)
+    monkeypatch.setattr(database.time, "sleep", lambda seconds: None)
+    claim = patiently(lambda: opened.claim(trials), lambda line: None)
+    assert claim.trial.name == next(iter(trials))
+    assert sum(outcome.state == "running" for outcome in opened.outcomes().values()) == 1
 
 
 def test_a_worker_waits_for_the_database(study, opened, monkeypatch):
