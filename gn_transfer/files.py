@@ -132,6 +132,10 @@ def whole_file(path: Path) -> Iterator[TextIO]:
     Yields:
         The file to write to; after an error nothing is left of it.
     """
+    if path.exists() and not path.is_file():  # a device or a pipe, which is written to and not replaced
+        with path.open("w", encoding="utf-8", errors="surrogateescape") as file:
+            yield file
+        return
     partial = partial_of(path)
     try:
         with partial.open("x", encoding="utf-8", errors="surrogateescape") as file:
@@ -182,7 +186,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         An empty folder to fill; removed after an error, which leaves the target as it was.
     """
     target = target.resolve()
-    remove_leftovers(target.parent)
+    remove_leftovers(target.parent, target.name)  # the others there are not ours
     partial, old = partial_of(target), target.with_name(f".{target.name}.{os.getpid()}.old")
     _remove(old)
     partial.mkdir()
@@ -219,16 +223,17 @@ def going_on_without(what: str) -> Iterator[None]:
             )
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes left half-written, and put back what they had moved aside.
 
     Args:
         folder: Where :func:`whole_file`, :func:`whole_folder` or checkpoints were written; need not exist.
+        name: Of the one target whose leftovers are looked at; None: of all, in a folder that is only ours.
     """
     with suppress(OSError):
         for path in list(folder.iterdir()):
             found = re.fullmatch(r"\.(.+)\.(\d+)\.(part|old)", path.name)
-            if found is None or _runs(int(found[2])):
+            if found is None or name not in (None, found[1]) or _runs(int(found[2])):
                 continue
             if found[3] == "old" and not (folder / found[1]).exists():
                 path.rename(folder / found[1])

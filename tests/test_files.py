@@ -119,6 +119,25 @@ def test_leftovers_of_killed_processes_go_away(tmp_path: Path) -> None:
     remove_leftovers(tmp_path / "nowhere")
 
 
+def test_a_folder_beside_other_files_removes_only_its_own_leftovers(tmp_path: Path) -> None:
+    mine = [f".bashrc.{DEAD}.old", f".thesis.{DEAD}.part"]
+    for name in mine:
+        (tmp_path / name).touch()
+    (tmp_path / f".bundle.{DEAD}.part").mkdir()
+    with whole_folder(tmp_path / "bundle") as folder:
+        (folder / "model.onnx").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*mine, "bundle"])
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True) as reader:
+        with whole_file(tmp_path / "pipe") as file:
+            file.write("results\n")
+        assert reader.communicate(timeout=60)[0] == "results\n"
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_what_a_running_process_writes_is_left_alone(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as running:
         (tmp_path / f".a.{running.pid}.part").touch()

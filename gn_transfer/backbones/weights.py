@@ -16,7 +16,7 @@ from torch import Tensor
 from gn_transfer.backbones import hub
 from gn_transfer.backbones.packages import PACKAGES, read_package
 from gn_transfer.backbones.released import Card, TrainedNorm, card_beside, find_card, read_released
-from gn_transfer.config import ConfigError, shortened
+from gn_transfer.config import ConfigError, is_out_of_memory, shortened
 from gn_transfer.files import parse_json, read_text
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz", ".ckpt")
@@ -178,6 +178,9 @@ def read_weights(weights: Weights) -> Mapping[str, Tensor]:
     try:
         return _tensors(_load(path), path)
     except ConfigError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) or (cause is not None and is_out_of_memory(cause)):  # it says nothing of the file
+            raise
         hub.forget(path)
         raise ConfigError(f"{error} The corrupt download was removed from the cache.") from error
 
@@ -262,6 +265,9 @@ def _load(path: Path) -> Any:
             why = "it is corrupt"
         raise ConfigError(f"model.pretrained={path} cannot be read as weights: {why}. {_ALLOWED}") from error
     except Exception as error:  # each format's reader has its own errors for a corrupt file
+        if isinstance(error, OSError) or is_out_of_memory(error):
+            reason = getattr(error, "strerror", None) or "there is not enough memory"
+            raise ConfigError(f"model.pretrained={path} cannot be read now: {reason}.") from error
         raise ConfigError(
             f"model.pretrained={path} cannot be read as weights ({type(error).__name__}): it is corrupt or of another "
             f"kind. {_ALLOWED}"

@@ -111,8 +111,15 @@ def create_parser(command: str) -> Parser:
         parser.add_argument("--count", type=_positive, default=24, help="how many images")
     elif command == "sample":
         parser.add_argument("--root", default="data_sample", help="folder that will hold oxford-iiit-pet")
-        parser.add_argument("--seed", type=int, default=0, help="seed of the drawings")
+        parser.add_argument("--seed", type=_seed, default=0, help="seed of the drawings")
     return parser
+
+
+def _seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give 0 to 4294967295")
+    return number
 
 
 def _positive(text: str) -> int:

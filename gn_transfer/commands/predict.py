@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,7 @@ def run(arguments: Sequence[str]) -> int:
     bundle = load_bundle(options.bundle, threads=options.threads)
     _check_options(options, bundle)
     paths, unreadable = find_images(options.images)
+    _refuse_inputs(options, paths)
     masks = None if options.masks is None else MaskWriter(options.masks, paths)
     layout: Layout = SegmentationLayout(bundle.classes)
     how: dict[str, int] = {}
@@ -89,14 +93,28 @@ def run(arguments: Sequence[str]) -> int:
     if options.masks is not None:
         print(f"masks {options.masks}", file=sys.stderr)
     for folder in (Path(source) for source in options.images):
-        if folder.is_dir() and (ignored := describe_ignored(folder)):
-            print(f"ignored in {shown(str(folder))}: {ignored}", file=sys.stderr)
+        with suppress(ConfigError):  # a folder in it cannot be read, which is listed below
+            if folder.is_dir() and (ignored := describe_ignored(folder)):
+                print(f"ignored in {shown(str(folder))}: {ignored}", file=sys.stderr)
     for what, of_all, failed in (("images", f" of {len(paths):,}", results.failed), ("folders", "", unreadable)):
         if failed:
             print(f"{len(failed):,}{of_all} {what} could not be read:", file=sys.stderr)
         for path, reason in failed.items():
             print(f"  {shown(path)}: {reason}", file=sys.stderr)
     return 3 if results.failed or unreadable else 0
+
+
+def _refuse_inputs(options: argparse.Namespace, paths: Sequence[str]) -> None:
+    """Refuse to write over an image that is looked at, or into the bundle."""
+    inputs = {os.path.realpath(path) for path in paths}
+    for name in ("output", "figure", "masks"):
+        target: Path | None = getattr(options, name)
+        if target is None:
+            continue
+        place = target.resolve()
+        if str(place) in inputs or place.is_relative_to(options.bundle.resolve()):
+            what = "one of the images" if str(place) in inputs else "in the bundle"
+            raise ConfigError(f"--{name} {target} is {what}, which would be changed; name another place.")
 
 
 def create_parser() -> Parser:

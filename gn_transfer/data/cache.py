@@ -21,7 +21,7 @@ import PIL
 import simplejpeg
 
 from gn_transfer.config import ConfigError
-from gn_transfer.data.cache_store import HEADER_BYTES, DiskStore, PixelStore, RamStore
+from gn_transfer.data.cache_store import HEADER_BYTES, DiskStore, PixelStore, RamStore, fingerprint
 from gn_transfer.data.dataset import CachedFiles, ImageDataset
 from gn_transfer.data.decode import BadImageError, read_size
 from gn_transfer.data.free_memory import available_ram_bytes
@@ -84,8 +84,11 @@ def fill(
         if stop.is_set():
             return "left"
         try:
+            before = fingerprint(root / paths[index])
             pixels_HWC = resolution.load(root / paths[index])
-        except BadImageError:
+            if fingerprint(root / paths[index]) != before:
+                return "left"  # changed meanwhile: it is decoded when it is needed
+        except (BadImageError, OSError):
             return "bad"
         try:
             store.put(index, pixels_HWC)

@@ -212,7 +212,10 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
             return
         if stage == "test":
             self.classes, _, _ = self.list_fit()
-            self.test_dataset = self._eval_dataset(self._without_bad_images(self.list_test()))
+            found = self._without_bad_images(self.list_test())
+            if not found:
+                raise ConfigError(f"{self.root}: no image is left for the test.{self._why_none()}")
+            self.test_dataset = self._eval_dataset(found)
             self.decoded_cache.plan_for([self.test_dataset])
             return
         self.classes, train, val = self.list_fit()
@@ -337,7 +340,11 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
         if without:
             raise ConfigError(f"{self.root}: {self.complain_of_missing(without, train)}")
         if not val:
-            raise ConfigError(f"{self.root}: no image is left for validation.")
+            raise ConfigError(f"{self.root}: no image is left for validation.{self._why_none()}")
+
+    def _why_none(self) -> str:
+        skipped = f" {len(self.bad_images):,} cannot be decoded (data.on_bad_image=skip)." if self.bad_images else ""
+        return skipped + (" All show the same (data.group_duplicates)." if self.group_duplicates else "")
 
     def cautions(self) -> list[str]:
         """Say what may spoil a training on these images, a sentence each."""

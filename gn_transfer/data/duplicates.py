@@ -13,12 +13,15 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from gn_transfer.config import ConfigError
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.data.decode import BadImageError, decode_image, describe_file
 
 _THUMBNAIL = 16
 _LEAST_SIDE_NEAR_DUPLICATE = 64  # smaller images have too little in them to tell copies from lookalikes
-_MOST_NEAR_DUPLICATE = 30_000  # images that are compared pair by pair
+MOST_COMPARED = 30_000
+"""Images that are compared pair by pair, for near-duplicates."""
+
 _NEAR_DUPLICATE = 2.5
 _NEAR_DUPLICATE_IN_PART = 1.0
 _LEAST_STRUCTURE = 10.0  # standard deviation of what is compared, in levels
@@ -128,7 +131,7 @@ def find_near_duplicates(
         equal pixels.
     """
     some = [file for file in files if file.thumbnail is not None and file.thumbnail.std() > _LEAST_STRUCTURE]
-    if len(some) > _MOST_NEAR_DUPLICATE:
+    if len(some) > MOST_COMPARED:
         return []
     in_part = len(some) <= _MOST_IN_PART
     pairs = []
@@ -161,7 +164,15 @@ def group_duplicates(root: Path, images: Sequence[LabeledImage], threads: int = 
 
     Returns:
         Positions in ``images``, in groups of two and more. Two images that are both near a third share its group.
+
+    Raises:
+        ConfigError: More images than can be compared pair by pair.
     """
+    if len(images) > MOST_COMPARED:
+        raise ConfigError(
+            f"data.group_duplicates compares at most {MOST_COMPARED:,} images, and here are {len(images):,}; leave it "
+            "out, and keep images that show the same in one of the folders train/, val/ and test/."
+        )
     with ThreadPoolExecutor(threads) as pool:
         files = list(pool.map(lambda image: _fingerprint(root, image), images))
     positions = {file.path: position for position, file in enumerate(files)}

@@ -26,8 +26,8 @@ def hold_out(
         fraction: Share that is held out.
         seed: Seed of the choice.
         key: The configuration key of the share, for messages.
-        root: Folder of the images where near-duplicates are to stay on one side: of such a group nothing is held out
-            unless all of it is. None does not look at the images.
+        root: Folder of the images where images that show the same are to stay on one side. None does not look at the
+            images.
 
     Returns:
         What stays, and what is held out.
@@ -36,11 +36,6 @@ def hold_out(
         ConfigError: A share out of range, or a class with too few images.
     """
     paths, targets = [image.path for image in images], [image.target for image in images]
-    kept, held_out = stratified_split(paths, targets, fraction, seed, key=key)
-    if root is not None:
-        chosen = set(held_out)
-        for group in group_duplicates(root, images, core_count()):
-            if not chosen.issuperset(group):
-                chosen.difference_update(group)
-        kept, held_out = [p for p in range(len(images)) if p not in chosen], sorted(chosen)
+    together = [] if root is None else group_duplicates(root, images, core_count())
+    kept, held_out = stratified_split(paths, targets, fraction, seed, key=key, together=together)
     return [images[position] for position in kept], [images[position] for position in held_out]

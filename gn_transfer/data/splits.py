@@ -19,13 +19,20 @@ _FEW_SHOTS = 1  # keeps the choice of shots apart from the shuffle that holds ou
 
 
 def stratified_split(
-    names: Sequence[str], targets: Sequence[int], fraction: float, seed: int, *, key: str = "data.val_fraction"
+    names: Sequence[str],
+    targets: Sequence[int],
+    fraction: float,
+    seed: int,
+    *,
+    key: str = "data.val_fraction",
+    together: Iterable[Sequence[int]] = (),
 ) -> tuple[list[int], list[int]]:
     """Move the same fraction of every class to the second part.
 
     Each class is sorted by name and shuffled by a generator of (seed, class), so the result depends neither on
-    the order of a folder's listing nor on the other classes. A class of n images gives ``round(n * fraction)``, at
-    least one and at most n - 1.
+    the order of a folder's listing nor on the images of other classes. A class of n images gives ``round(n *
+    fraction)``, at least one and at most n - 1. What has to stay together counts for the class of its first image, and
+    is moved as a whole where it fits; where nothing fits, the smallest is.
 
     Args:
         names: One name per image, all different.
@@ -33,6 +40,7 @@ def stratified_split(
         fraction: Share of the second part, between 0 and 1, both excluded.
         seed: Seed of the shuffle, >= 0.
         key: The configuration key that ``fraction`` came from, for the message.
+        together: Groups of positions that stay in one part, such as images that show the same; none is in two groups.
 
     Returns:
         Positions in ``names`` of the first and of the second part, each in ascending order.
@@ -46,19 +54,32 @@ def stratified_split(
     """
     if not 0.0 < fraction < 1.0:
         raise ConfigError(f"{key}={fraction} is out of range; give a share between 0 and 1, for example 0.2.")
-    by_class: dict[int, list[int]] = {}
+    group_of = {position: sorted(group) for group in together for position in group}
+    by_class: dict[int, list[list[int]]] = {}
+    seen: set[int] = set()
     for position in sorted(range(len(names)), key=lambda position: names[position]):
-        by_class.setdefault(targets[position], []).append(position)
-    second: list[int] = []
-    for target, positions in sorted(by_class.items()):
-        if len(positions) < 2:
+        if position not in seen:
+            unit = group_of.get(position, [position])
+            seen.update(unit)
+            by_class.setdefault(targets[position], []).append(unit)
+    sizes = Counter(targets)
+    for name, target in sorted(zip(names, targets, strict=True)):
+        if sizes[target] < 2:
             raise ConfigError(
-                f"The class of {names[positions[0]]} has 1 image, {key}={fraction} needs at least 2, one "
-                "for each part; add images or remove the class."
+                f"The class of {name} has 1 image, {key}={fraction} needs at least 2, one for each part; add images or "
+                "remove the class."
             )
-        count = min(max(1, round(len(positions) * fraction)), len(positions) - 1)
-        order = np.random.default_rng([seed, target]).permutation(len(positions))
-        second.extend(positions[place] for place in order[:count])
+    second: list[int] = []
+    for target, units in sorted(by_class.items()):
+        count = min(max(1, round(sizes[target] * fraction)), sizes[target] - 1)
+        shuffled = [units[place] for place in np.random.default_rng([seed, target]).permutation(len(units))]
+        chosen: list[list[int]] = []
+        for unit in shuffled:
+            if sum(map(len, chosen)) + len(unit) <= count and len(chosen) < len(units) - 1:
+                chosen.append(unit)
+        if not chosen and len(units) > 1:
+            chosen = [min(shuffled, key=len)]
+        second += [position for unit in chosen for position in unit]
     taken = set(second)
     return [position for position in range(len(names)) if position not in taken], sorted(second)
 

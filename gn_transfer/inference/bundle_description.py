@@ -21,7 +21,7 @@ from gn_transfer.inference.onnx_graph import OPSET
 from gn_transfer.inference.parity import class_ious
 from gn_transfer.training.ema import AS_TRAINED
 from gn_transfer.training.environment import environment
-from gn_transfer.training.run_folder import run_of_checkpoint
+from gn_transfer.training.run_folder import LAST, run_of_checkpoint
 
 
 def describe_bundle(content: Mapping[str, Any], checkpoint: Path, data: ImageDataModule) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def describe_bundle(content: Mapping[str, Any], checkpoint: Path, data: ImageDat
         "backbone": architecture["backbone"],
         "architecture": architecture,
         "weights": stored.get("weights", AS_TRAINED),
-        "metrics": metrics_of(checkpoint),
+        "metrics": metrics_of(checkpoint, content),
         "evaluated_images": evaluated_images(checkpoint),
         "provenance": provenance(content, checkpoint),
         "versions": {**environment()["versions"], **{name: version(name) for name in ("onnx", "onnxruntime")}},
@@ -98,25 +98,32 @@ def scores_by_class(confusion: npt.NDArray[np.int64], classes: Sequence[str], me
     }
 
 
-def metrics_of(checkpoint: Path) -> dict[str, float]:
+def metrics_of(checkpoint: Path, content: Mapping[str, Any]) -> dict[str, float]:
     """Take a checkpoint's figures from its run's metrics.json.
 
     Args:
         checkpoint: Path of a .ckpt file.
+        content: What it holds.
 
     Returns:
-        ``val/*`` of that checkpoint, and ``test/*`` where that very checkpoint was tested; empty where the
-        checkpoint has left its run. A figure that could not be measured, such as the IoU of a class without pixels, is
-        left out.
+        ``val/*`` of that checkpoint, for ``best.ckpt`` and a ``last.ckpt`` of the end of an epoch, and ``test/*`` where
+        that very checkpoint was tested; empty where the checkpoint has left its run. A figure that could not be
+        measured, such as the IoU of a class without pixels, is left out.
     """
     record = {name: value for name, value in _record_of(checkpoint).items() if value is not None}
-    prefix = "best/" if checkpoint.name == "best.ckpt" else ""
-    found = {name.removeprefix("best/"): value for name, value in record.items() if name.startswith(f"{prefix}val/")}
+    inside_an_epoch = content["gn_transfer"].get("position", {}).get("batch", 0) != 0
+    prefix = {"best.ckpt": "best/val/", LAST: "" if inside_an_epoch else "val/"}.get(checkpoint.name, "")
+    found = {name.removeprefix("best/"): value for name, value in record.items() if prefix and name.startswith(prefix)}
     if record.get("test/checkpoint") == checkpoint.name:
         found |= {
             name: value for name, value in record.items() if name.startswith("test/") and name != "test/checkpoint"
         }
     return found
+
+
+def run_name(stored: Mapping[str, Any], checkpoint: Path) -> str:
+    """Name the run of a checkpoint, with its configuration: ``pets_gnws/gn_ws-bs1-seed0``."""
+    return f"{stored['config_name']}/{checkpoint.resolve().parent.name}"
 
 
 def _record_of(checkpoint: Path) -> dict[str, Any]:
@@ -153,7 +160,7 @@ def provenance(content: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
     report = {**stored["transfer_report"], "source": _without_folder(stored["transfer_report"]["source"])}
     trained_with = ("versions", "git_commit", "device", "samples_seen", "wall_time_s")
     return {
-        "run": f"{stored['config_name']}/{checkpoint.resolve().parent.name}",
+        "run": run_name(stored, checkpoint),
         "checkpoint": checkpoint.name,
         "epoch": content["epoch"] + 1,
         "optimizer_steps": content["global_step"],

@@ -146,9 +146,11 @@ def choose_threshold(probs: Array, targets: Targets, precision: float) -> Thresh
         )
     answered = int(enough[-1]) + 1
     correct = int(right[order][:answered].sum())
-    next_below = confidence[order][answered] if answered < len(targets) else 0.0
+    lowest = float(confidence[order][answered - 1])
+    next_below = float(confidence[order][answered]) if answered < len(targets) else 0.0
+    middle = float(np.float32((lowest + next_below) / 2))
     return Threshold(
-        float(confidence[order][answered - 1] + next_below) / 2,
+        middle if middle > next_below else lowest,  # between neighbours there is no other float32
         precision,
         correct / answered,
         *wilson_interval(correct, answered),

@@ -17,7 +17,7 @@ from gn_transfer.data.decode import BadImageError
 from gn_transfer.data.progress import working
 from gn_transfer.files import whole_folder
 from gn_transfer.inference.bundle import open_graph
-from gn_transfer.inference.bundle_description import describe_bundle, scores_by_class
+from gn_transfer.inference.bundle_description import describe_bundle, run_name, scores_by_class
 from gn_transfer.inference.bundle_files import CARD, GRAPH, WEIGHTS, seal
 from gn_transfer.inference.classification import ClassificationBundle
 from gn_transfer.inference.confidence import Temperature, choose_threshold, fit_temperature
@@ -82,10 +82,11 @@ def export_bundle(
             costs more than ``max_drop``; a hub that cannot be used.
         ParityError: The bundle does not compute what was trained; none is left.
     """
-    check_output(output, checkpoint)
     content = read_checkpoint(checkpoint, argument="export")
     stored = content["gn_transfer"]
     check_exportable(stored, checkpoint)
+    run = run_name(stored, checkpoint)
+    check_output(output, run)
     if precision is not None:
         check_range("--precision", precision, low=0, high=1, open_low=True, open_high=False)
     for option, value in (("--precision", precision), ("--push_to_hub", push_to_hub)):
@@ -155,6 +156,7 @@ def export_bundle(
         }
         (folder / CARD).write_text(model_card(metadata), encoding="utf-8")
         seal(folder, metadata)
+        check_output(output, run)  # minutes have passed, and others may have written there
     if push_to_hub is not None:
         with working("pushing to the hub"):
             address = push_bundle(output, push_to_hub)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gn_transfer import data as data_modules
-from gn_transfer.config import ConfigError
+from gn_transfer.config import ConfigError, shortened
 from gn_transfer.data.datamodule import ImageDataModule, check_named_root
 from gn_transfer.data.dataset import ImageDataset
 from gn_transfer.files import parse_json, read_json, read_text
@@ -80,12 +80,12 @@ def check_exportable(stored: Mapping[str, Any], checkpoint: Path) -> None:
         )
 
 
-def check_output(output: Path, checkpoint: Path) -> None:
+def check_output(output: Path, run: str) -> None:
     """Refuse to write over anything but a bundle of the same run.
 
     Args:
         output: The folder to write.
-        checkpoint: What is exported.
+        run: The run that is exported, with its configuration: ``pets_gnws/gn_ws-bs1-seed0``.
 
     Raises:
         ConfigError: A file, or a folder that holds something else than one bundle of this run.
@@ -102,7 +102,7 @@ def check_output(output: Path, checkpoint: Path) -> None:
     try:
         known = parse_json(read_text(output / METADATA))
         extra = sorted(found - {METADATA, *known["files"]}) if known["format"] == FORMAT else sorted(found)
-        run = str(known["provenance"]["run"]).rpartition("/")[2]
+        there = str(known["provenance"]["run"])
     except (OSError, ValueError, KeyError, TypeError):
         extra = sorted(found) or [output.name]
     if extra:
@@ -110,9 +110,9 @@ def check_output(output: Path, checkpoint: Path) -> None:
             f"--output {output} exists and holds something that is no bundle ({', '.join(extra[:3])}), which would be "
             "lost; name a new folder."
         )
-    if run != checkpoint.resolve().parent.name:
+    if there != run:
         raise ConfigError(
-            f"--output {output} holds the bundle of another run ({known['provenance']['run']}), which would be lost; "
+            f"--output {output} holds the bundle of another run ({shortened(there)}), which would be lost; "
             "name a new folder, or remove this one first."
         )
 

@@ -52,8 +52,13 @@ def _images_below(folder: str, unreadable: dict[str, str]) -> Iterator[str]:
     def note(error: OSError) -> None:
         unreadable[os.fsdecode(error.filename)] = error.strerror or "cannot be read"
 
-    for parent, folders, names in os.walk(folder, onerror=note):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    seen: set[str] = set()  # links are followed, but not in a circle
+    for parent, folders, names in os.walk(folder, onerror=note, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "@")))
+        if (place := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
         for name in sorted(names):
             path = Path(parent, name)
             if path.suffix.lower() in SUFFIXES and not name.startswith(".") and path.is_file():

@@ -27,7 +27,8 @@ class MaskWriter:
     def __init__(self, folder: Path, images: Sequence[str]) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"--masks {folder} exists and is not an empty folder; name a new one.")
-        common = os.path.commonpath([os.path.dirname(os.path.abspath(image)) for image in images])  # noqa: PTH100, PTH120
+        folders = [os.path.dirname(os.path.abspath(image)) for image in images]  # noqa: PTH100, PTH120
+        common = os.path.commonpath(folders) if folders else ""
         self._files: dict[str, Path] = {}
         taken: dict[Path, str] = {}
         for image in images:

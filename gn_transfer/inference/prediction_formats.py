@@ -104,12 +104,12 @@ def _write_table(results: Results, layout: Layout, path_width: int, out: TextIO)
 
 
 def _write_json(results: Results, layout: Layout, path_width: int, out: TextIO) -> None:
-    separator = "[\n"
+    separator, end = "[\n", "[]\n"
     for result in results:
         found = {"error": result.reason} if isinstance(result, BadImageError) else layout.entry(result)
         out.write(separator + json.dumps({"path": shown(str(result.path)), **found}))
-        separator = ",\n"
-    out.write("\n]\n")
+        separator, end = ",\n", "\n]\n"
+    out.write(end)
 
 
 def _write_csv(results: Results, layout: Layout, path_width: int, out: TextIO) -> None:

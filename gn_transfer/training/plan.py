@@ -16,7 +16,7 @@ from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
 from gn_transfer.training.batch_size import BatchSizeChoice
 from gn_transfer.training.progress import duration
 from gn_transfer.training.schedules import bit_samples
-from gn_transfer.training.split_check import check_own_splits
+from gn_transfer.training.split_check import about_source, check_own_splits
 from gn_transfer.training.step_cost import measure_step
 from gn_transfer.training.task import TransferTask
 
@@ -148,7 +148,8 @@ def make_plan(
         ),
         ("time", f"about {duration(seconds)} of training steps, measured now"),
     ]
-    warnings = [*check_own_splits(data), *data.cautions(), *advice(task, data.batch_size, micro_batches)]
+    source = about_source(task.model_config.pretrained, data)
+    warnings = [*check_own_splits(data), *source, *data.cautions(), *advice(task, data.batch_size, micro_batches)]
     if frozen_epochs >= epochs > 0:
         warnings.append(
             f"freezing.epochs={frozen_epochs}, and the run has {epochs}: only the last layer learns. It bears a far "

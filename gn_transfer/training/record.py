@@ -130,6 +130,7 @@ class RunRecord(Callback):
             "train/loss": _rounded(throughput.epoch_loss),
             **self.metrics,
             **self.best_metrics,
+            **self._evaluated(),
             "weight_norm": round(weight_norm(pl_module), 4),
             "images_per_sec": round(throughput.images_per_sec, 2),
             "peak_memory_mib": round(peak_memory_mib(pl_module.device), 1),
@@ -137,6 +138,11 @@ class RunRecord(Callback):
         }
         with going_on_without("metrics.json"):
             write_json(self.path, values)
+
+    def _evaluated(self) -> dict[str, int]:
+        """Count the validation images, of which trainer.limit_val_batches may leave some out."""
+        count = self.predictions.count
+        return {"val_images": min(count, int(self.facts.get("val_images", count)))} if count else {}
 
     def _write_tables(self, trainer: Trainer, task: Any, improved: bool) -> None:
         if not trainer.is_global_zero:

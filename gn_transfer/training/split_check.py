@@ -9,9 +9,11 @@ from typing import Any, Literal
 from gn_transfer.config import ConfigError
 from gn_transfer.data import ImageDataModule
 from gn_transfer.data.dataset import LabeledImage
+from gn_transfer.data.describe import test_images
 from gn_transfer.data.duplicates import group_duplicates
 from gn_transfer.data.splits import file_identities, find_copies
 from gn_transfer.data.workers import core_count
+from gn_transfer.training.checkpoint import read_checkpoint
 
 Split = Mapping[str, Mapping[str, int]]
 """Size in bytes by path, for ``train`` and ``val``: what a checkpoint stores."""
@@ -89,6 +91,35 @@ def check_own_splits(data: ImageDataModule) -> list[str]:
         Warnings, a sentence each.
     """
     return known_images(data, "val", Path(data.root), data.split()["train"])
+
+
+def about_source(pretrained: str | None, data: ImageDataModule) -> list[str]:
+    """Say how many images of the run's validation and test its weights were trained on, where a checkpoint tells.
+
+    Args:
+        pretrained: ``model.pretrained``: a checkpoint of ours, or something else, which says nothing.
+        data: The data, set up for fitting.
+
+    Returns:
+        A sentence for each split with such images.
+    """
+    if pretrained is None or not Path(pretrained).is_file() or Path(pretrained).suffix != ".ckpt":
+        return []
+    try:
+        stored = read_checkpoint(pretrained)["gn_transfer"].get("split", {}).get("train", {})
+    except ConfigError:  # weights of another program
+        return []
+    splits = {"validation": data.split()["val"], "test": [image.path for image in test_images(data)]}
+    counts = {
+        name: len(file_identities(Path(data.root), paths).items() & stored.items()) for name, paths in splits.items()
+    }
+    return [
+        f"{count:,} of the {len(splits[name]):,} {name} images are among those that model.pretrained={pretrained} was "
+        "trained on, so the figure is too high. Start from other weights, or hold these images out in a folder of "
+        "their own."
+        for name, count in counts.items()
+        if count
+    ]
 
 
 def known_images(data: ImageDataModule, part: Literal["val", "test"], root: Path, trained: Iterable[str]) -> list[str]:

@@ -268,7 +268,8 @@ def evaluate(
     record = None if run is None or not trainer.is_global_zero else run.logs / "metrics.json"
     sizes = _other_sizes(task, data)
     own = stage == "test" and record is not None and record.is_file() and _is_own_data(task, data, record)
-    if own and not sizes:
+    count = find(trainer, ImagePredictions).count
+    if own and not sizes and count >= len(data.test_dataset):
         assert record is not None
         before = read_json(record)
         name = task.monitor.replace("val/", "test/")
@@ -287,7 +288,9 @@ def evaluate(
         write_json(record, {**before, **metrics, **facts})
         say(f"recorded   in {record}")
     elif stage == "test" and record is not None:
-        why = f"these are other sizes than the run's ({sizes})" if own else "these are other images than the run's own"
+        why = "these are other images than the run's own"
+        if own:
+            why = f"these are other sizes than the run's ({sizes})" if sizes else f"only {count:,} images were tested"
         say(f"note       {why}, so the run keeps its record as it is")
     found: dict[str, float] = metrics
     return found

@@ -123,13 +123,45 @@ def test_a_folder_that_cannot_be_read_is_named(bundle_dir, images, capsys):
 
 
 def test_an_unreadable_folder_among_others(images, monkeypatch):
-    def walk(top, onerror):
+    def walk(top, onerror, followlinks):
         onerror(PermissionError(13, "Permission denied", str(images / "deep")))
         yield str(images), [], ["red.PNG"]
 
     monkeypatch.setattr(os, "walk", walk)
     found = [str(images / "red.PNG")], {str(images / "deep"): "Permission denied"}
     assert find_images([str(images)]) == found
+
+
+def test_linked_folders_are_looked_at_but_not_in_a_circle(images, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    Image.fromarray(flat((0, 0, 0))).save(tmp_path / "elsewhere" / "black.png")
+    (images / "linked").symlink_to(tmp_path / "elsewhere")
+    (images / "deep" / "circle").symlink_to(images)
+    (images / "@eaDir").mkdir()
+    Image.fromarray(flat((0, 0, 0))).save(images / "@eaDir" / "thumbnail.png")
+    found, unreadable = find_images([str(images)])
+    assert not unreadable
+    assert sorted(Path(path).name for path in found) == ["black.png", "blue.PNG", "cut.jpg", "green.PNG", "red.PNG"]
+
+
+@pytest.mark.parametrize("option", ["--output", "--figure"])
+def test_no_input_is_written_over(bundle_dir, images, tmp_path, capsys, option):
+    image = tmp_path / "mine.png"
+    Image.fromarray(flat((0, 0, 200))).save(image)
+    content = image.read_bytes()
+    assert main(["predict", str(bundle_dir), str(image), option, str(image)]) == 2
+    assert "which would be changed; name another place" in capsys.readouterr().err
+    assert image.read_bytes() == content
+    assert main(["predict", str(bundle_dir), str(image), option, str(bundle_dir / "x.png")]) == 2
+    assert "is in the bundle" in capsys.readouterr().err
+
+
+def test_nothing_but_an_unreadable_folder(bundle_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gn_transfer.commands.predict.find_images", lambda _: ([], {"locked": "Permission denied"}))
+    assert main(["predict", str(bundle_dir), str(tmp_path), "--format", "json"]) == 3
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == []
+    assert "1 folders could not be read" in printed.err
 
 
 def test_cells_that_a_spreadsheet_would_run():

@@ -129,6 +129,25 @@ def test_a_changed_image_is_decoded_anew(root: Path, write_image: Any) -> None:
     assert_right(root, later)
 
 
+def test_an_image_that_changes_while_it_is_decoded_is_not_kept(
+    root: Path, write_image: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = Resolution.load
+
+    def slow(resolution: Resolution, path: Path) -> Any:
+        pixels = decode(resolution, path)
+        if path.name == "3.jpg":
+            write_image(path, seed=99, size=(43, 60))
+        return pixels
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Resolution, "load", slow)
+        build(root)
+    assert store(root).get(paths(root).index("3.jpg")) is None
+    build(root)
+    assert_right(root, store(root))
+
+
 def test_a_change_within_a_clock_tick_is_noticed(root: Path) -> None:
     image = root / "0.jpg"
     first = image.read_bytes()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from gn_transfer.config import ConfigError
 from gn_transfer.data import Folder
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.data.duplicates import group_duplicates
@@ -78,6 +79,35 @@ def test_a_split_keeps_them_on_one_side(tmp_path, seed):
         assert min(len(dataset) for dataset in data.datasets().values()) >= 2
     assert apart[True] == 0
     assert apart[False] > 0
+
+
+@pytest.mark.parametrize("burst", [2, 3, 5])
+def test_bursts_are_held_out_as_a_whole(tmp_path, burst, monkeypatch):
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / name).mkdir()
+        for number in range(60):
+            scene(100 * label + number // burst).save(tmp_path / name / f"{number:02}.png")
+    data = Folder(tmp_path, img_size=16, val_fraction=0.2, group_duplicates=True)
+    data.setup("fit")
+    split = data.split()
+    for name in ("cat", "dog"):
+        held_out = [int(path[4:6]) for path in split["val"] if path.startswith(name)]
+        assert len(held_out) == 12 // burst * burst
+        assert not {number // burst for number in held_out} & {
+            int(path[4:6]) // burst for path in split["train"] if path.startswith(name)
+        }
+    monkeypatch.setattr("gn_transfer.data.duplicates.MOST_COMPARED", 100)
+    with pytest.raises(ConfigError, match=r"data\.group_duplicates compares at most 100 images, and here are 120"):
+        data.setup("fit")
+
+
+def test_images_that_all_show_the_same_leave_none_for_validation(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            scene(len(name) + ord(name[0])).save(tmp_path / name / f"{number}.png")
+    with pytest.raises(ConfigError, match=r"no image is left for validation\. All show the same"):
+        Folder(tmp_path, img_size=16, group_duplicates=True).setup("fit")
 
 
 @pytest.mark.skipif("GN_TRANSFER_TEST_DATA" not in os.environ, reason="needs the real images")

@@ -89,3 +89,11 @@ def test_images_of_the_same_confidence_stay_together():
     everything = choose_threshold(probs, np.array([0, 0, 0, 0]), 0.99)
     assert everything.answered == 1
     assert everything.probability < 0.7
+
+
+def test_a_threshold_between_neighbours_excludes_the_lower_one():
+    """Saturated confidences are neighbours in float32, and their mean would round onto the lower one."""
+    high, low = np.nextafter(np.float32(1), np.float32(0)), np.float32(1 - 2.0**-23)
+    probs = np.array([[high, 1 - high], [high, 1 - high], [low, 1 - low]], np.float32)
+    found = choose_threshold(probs, np.array([0, 0, 1]), 1.0)
+    assert (probs.max(1) >= found.probability).tolist() == [True, True, False]

@@ -20,7 +20,7 @@ from gn_transfer.backbones.create import rebuild
 from gn_transfer.config import ConfigError
 from gn_transfer.inference import export
 from gn_transfer.inference.bundle import open_graph
-from gn_transfer.inference.bundle_description import provenance
+from gn_transfer.inference.bundle_description import metrics_of, provenance
 from gn_transfer.inference.bundle_files import metadata_sha256
 from gn_transfer.inference.export_source import check_output, find_checkpoint, run_data
 from gn_transfer.inference.model_card import timm_lines
@@ -248,6 +248,30 @@ def test_the_drop_may_be_what_was_allowed():
     assert export._check_drop(in_int8, in_float, 0.0, print)["metric_int8"] == 0.89
 
 
+def test_a_checkpoint_takes_no_figure_of_another(in_root):
+    content = torch.load(CHECKPOINT, weights_only=True)
+    best = metrics_of(CHECKPOINT, content)
+    assert {"val/acc1", "val/loss"} <= best.keys()
+    for name in ("best_reestimated.ckpt", "previous.ckpt"):
+        assert metrics_of(CHECKPOINT.with_name(name), content) == {}
+    last = CHECKPOINT.with_name("last.ckpt")
+    assert "val/acc1" in metrics_of(last, torch.load(last, weights_only=True))
+    content["gn_transfer"]["position"] = {"epoch": 0, "batch": 3}  # inside an epoch, and not validated there
+    assert metrics_of(last, content) == {}
+
+
+def test_what_was_written_meanwhile_is_not_replaced(in_root, monkeypatch, capsys):
+    def compare(*arguments: object) -> list[ParityMeter]:
+        Path("meanwhile").mkdir()
+        Path("meanwhile/notes.txt").write_text("mine")
+        return compare_with_checkpoint(*arguments)
+
+    monkeypatch.setattr(export, "compare_with_checkpoint", compare)
+    assert main(["export", str(CHECKPOINT), "--output", "meanwhile"]) == 2
+    assert "holds something that is no bundle" in capsys.readouterr().err
+    assert [path.name for path in Path("meanwhile").iterdir()] == ["notes.txt"]
+
+
 def test_no_path_of_the_machine_leaves(in_root):
     content = torch.load(CHECKPOINT, weights_only=True)
     arguments = content["gn_transfer"]["config"]["data"]["init_args"]
@@ -260,9 +284,11 @@ def test_no_path_of_the_machine_leaves(in_root):
 def test_exporting_again_replaces_the_bundle_alone(in_root, bundle, capsys):
     copy = in_root / "again"
     shutil.copytree(bundle, copy)
-    check_output(copy, CHECKPOINT)
-    with pytest.raises(ConfigError, match=r"holds the bundle of another run .*which would be lost; name a new folder"):
-        check_output(copy, CHECKPOINT.parent.with_name("other-run") / "best.ckpt")
+    run = json.loads((copy / "bundle.json").read_text())["provenance"]["run"]
+    check_output(copy, run)
+    for other in (f"{run.partition('/')[0]}/other-run", f"flowers/{run.partition('/')[2]}"):
+        with pytest.raises(ConfigError, match=r"holds the bundle of another run .*would be lost; name a new folder"):
+            check_output(copy, other)
     (copy / "notes.txt").write_text("mine")
     assert main(["export", str(CHECKPOINT), "--output", "again"]) == 2
     assert "holds something that is no bundle (notes.txt)" in capsys.readouterr().err

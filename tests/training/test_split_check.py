@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +96,27 @@ def test_copies_of_training_images_under_other_names_are_reported(trained, capsy
     assert main(["test", "--ckpt_path", BEST, "--data.root", "both"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"Exact copies of training images among the test images: 1 of 5 (test/dog/renamed.png = {copied})" in said
+
+
+def test_images_that_the_weights_were_trained_on_are_named(trained, capsys):
+    arguments = ["fit", "--data", "Folder", "--data.root", "photos", "--data.img_size", "16", "--data.cache", "none"]
+    arguments += ["--model.backbone", "resnetv2_18", "--data.test_fraction", "0.2", "--model.pretrained", BEST]
+    capsys.readouterr()
+    assert main([*arguments, "--dry_run"]) == 0
+    assert "are among those that model.pretrained" not in capsys.readouterr().out  # the same seed, the same split
+    assert main([*arguments, "--seed_everything", "1", "--dry_run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(
+        rf"\d of the 4 validation images are among those that model\.pretrained={BEST} was trained on", said
+    )
+
+
+def test_a_test_of_some_images_is_not_recorded(trained, capsys, monkeypatch):
+    monkeypatch.setattr("gn_transfer.data.datamodule.EVAL_BATCH_SIZE", 2)
+    before = Path("runs/default/gn_ws-bs1-seed0/metrics.json").read_text()
+    assert main(["test", "--ckpt_path", BEST, "--trainer.limit_test_batches", "1"]) == 0
+    assert "only 2 images were tested, so the run keeps its record as it is" in capsys.readouterr().out
+    assert Path("runs/default/gn_ws-bs1-seed0/metrics.json").read_text() == before
 
 
 def test_a_copy_in_validation_is_reported_before_the_run(tmp_path, monkeypatch, capsys):
