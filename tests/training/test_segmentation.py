@@ -255,10 +255,14 @@ def test_a_run_from_start_to_test(images, tmp_path):
     assert loaded.model_config.decoder == "fpn"
     data = SegmentationSample(images, img_size=32, cache="none", num_workers=0)
     data.setup("test")
-    trainer = create_trainer(evaluates=True, figures=False, limit_test_batches=4, accelerator="cpu")
-    metrics = evaluate(loaded, data, trainer, best, "test", say=lambda line: None)
-    assert "test/miou" in metrics
-    assert len((run.logs / "predictions_test.csv").read_text().splitlines()) == 5
+    said: list[str] = []
+    for limit in (4, 1.0):
+        trainer = create_trainer(evaluates=True, figures=False, limit_test_batches=limit, accelerator="cpu")
+        metrics = evaluate(loaded, data, trainer, best, "test", say=said.append)
+        assert "test/miou" in metrics
+        assert (run.logs / "predictions_test.csv").exists() == (limit == 1.0)  # a part of the images is no test
+    assert any("only 4 images were tested" in line for line in said)
+    assert len((run.logs / "predictions_test.csv").read_text().splitlines()) == 1 + len(data.test_dataset)
 
 
 class CrashError(Exception):
