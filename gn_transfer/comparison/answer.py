@@ -37,8 +37,8 @@ def answer(comparison: Comparison) -> list[str]:
     if not contrasts:
         return [*lines, f"Worst: {groups[-1].label} with {_reached(groups[-1])}."]
     lines += [_sentence(contrast) for contrast in contrasts[:MOST_CONTRASTS]]
-    if len(contrasts) > MOST_CONTRASTS:
-        lines.append(f"The other {len(contrasts) - MOST_CONTRASTS} contrasts are in the table.")
+    if more := len(contrasts[MOST_CONTRASTS:]):
+        lines.append("One more contrast is in the table." if more == 1 else f"{more} more contrasts are in the table.")
     powerless = [contrast for contrast in contrasts if contrast.test.smallest_p > 0.05]
     if powerless:
         fewest = min(contrast.test.pairs for contrast in powerless)

@@ -519,6 +519,15 @@ def test_the_answer_comes_first_and_says_what_few_seeds_cannot_show(tmp_path):
     assert page.index(best.replace("+", "+")) < page.index("<h2>Result</h2>")
 
 
+@pytest.mark.parametrize(("others", "said"), [(6, None), (7, "One more contrast is"), (8, "2 more contrasts are")])
+def test_contrasts_beyond_the_largest_are_counted(tmp_path, others, said):
+    fabricate(tmp_path, "bn", 1, 0, 0.5)
+    for number in range(others):
+        fabricate(tmp_path, f"norm{number}", 1, 0, 0.6 + 0.025 * number)
+    found = [line for line in answer(compare([tmp_path])) if line.endswith("in the table.")]
+    assert found == ([] if said is None else [f"{said} in the table."])
+
+
 def test_sentences_use_the_means_of_the_seeds_that_both_have(tmp_path):
     fabricate(tmp_path, "bn", 1, 0, 0.5)
     fabricate(tmp_path, "bn", 1, 1, 0.2)
