@@ -132,7 +132,7 @@ def whole_file(path: Path) -> Iterator[TextIO]:
     Yields:
         The file to write to; after an error nothing is left of it.
     """
-    if path.exists() and not path.is_file():  # a device or a pipe, which is written to and not replaced
+    if path.exists() and (not path.is_file() or path.is_relative_to("/dev")):  # is written to, and not replaced
         with path.open("w", encoding="utf-8", errors="surrogateescape") as file:
             yield file
         return

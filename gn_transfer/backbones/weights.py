@@ -286,7 +286,7 @@ def refuse_bomb(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
-    except (OSError, zipfile.BadZipFile):  # of another kind, or for its reader to refuse
+    except Exception:  # of another kind, or corrupt, for its reader to refuse
         return
     if size > _MOST_COMPRESSED * path.stat().st_size:
         raise ConfigError(f"model.pretrained={path} is compressed to less than a tenth, as no weights are; refused.")

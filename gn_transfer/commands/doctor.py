@@ -17,7 +17,7 @@ from torch import Tensor
 from gn_transfer.commands.evaluate import load_run, set_up_images
 from gn_transfer.commands.parsing import Parser
 from gn_transfer.commands.training_cli import parsed
-from gn_transfer.config import ConfigError
+from gn_transfer.config import ConfigError, shortened
 from gn_transfer.data import ImageDataModule, SegmentationDataModule
 from gn_transfer.layers.diagnosis import (
     MOST_BATCH_NOISE,
@@ -45,8 +45,10 @@ def run(arguments: Sequence[str]) -> int:
         ConfigError: The user's mistake.
     """
     options, rest = create_parser().parse_known_args(arguments)
-    if options.batch_size is not None and options.batch_size < 1:
-        raise ConfigError(f"--batch_size {options.batch_size} is out of range; use a number of 1 or more.")
+    if options.batch_size is not None and not 1 <= options.batch_size < 2**31:
+        raise ConfigError(
+            f"--batch_size {shortened(options.batch_size)} is out of range; use a number from 1 to 2147483647."
+        )
     of_run = Path(options.subject).exists() or options.subject.endswith(".ckpt")
     with _loaded(options.subject, rest, of_run=of_run) as (task, data):
         size = options.batch_size or data.batch_size

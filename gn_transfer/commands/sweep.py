@@ -29,7 +29,7 @@ from gn_transfer.study.definition import Study, parse_value, read_study
 from gn_transfer.study.planning import Outcome, Planned, foresee
 from gn_transfer.study.runner import StudyRunner
 from gn_transfer.study.store import Store
-from gn_transfer.study.trials import Trial
+from gn_transfer.study.trials import Trial, short_key
 from gn_transfer.study.worker import StudyContext
 from gn_transfer.training.run_folder import RunFolder
 
@@ -212,7 +212,7 @@ def _conclude(console: Console, context: StudyContext, planned: Planned, outcome
 def _without_choices(name: str, planned: Planned) -> str:
     """Take the chosen values out of a trial's name, which then is that of all candidates."""
     for choice in planned.choices:
-        name = re.sub(rf"-{re.escape(choice.key.rpartition('.')[2])}[^-]*(e-\d+)?", "", name)
+        name = re.sub(rf"-{re.escape(short_key(choice.key))}\d[\d.]*(e[+-]?\d+)?(?=-)", "", name)
     return name
 
 

@@ -344,7 +344,7 @@ class ImageDataModule(lightning.LightningDataModule, ABC):
 
     def _why_none(self) -> str:
         skipped = f" {len(self.bad_images):,} cannot be decoded (data.on_bad_image=skip)." if self.bad_images else ""
-        return skipped + (" All show the same (data.group_duplicates)." if self.group_duplicates else "")
+        return skipped + (" Images that show the same stay together (data.group_duplicates)." * self.group_duplicates)
 
     def cautions(self) -> list[str]:
         """Say what may spoil a training on these images, a sentence each."""

@@ -13,7 +13,6 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from gn_transfer.config import ConfigError
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.data.decode import BadImageError, decode_image, describe_file
 
@@ -164,15 +163,7 @@ def group_duplicates(root: Path, images: Sequence[LabeledImage], threads: int = 
 
     Returns:
         Positions in ``images``, in groups of two and more. Two images that are both near a third share its group.
-
-    Raises:
-        ConfigError: More images than can be compared pair by pair.
     """
-    if len(images) > MOST_COMPARED:
-        raise ConfigError(
-            f"data.group_duplicates compares at most {MOST_COMPARED:,} images, and here are {len(images):,}; leave it "
-            "out, and keep images that show the same in one of the folders train/, val/ and test/."
-        )
     with ThreadPoolExecutor(threads) as pool:
         files = list(pool.map(lambda image: _fingerprint(root, image), images))
     positions = {file.path: position for position, file in enumerate(files)}

@@ -32,7 +32,8 @@ def stratified_split(
     Each class is sorted by name and shuffled by a generator of (seed, class), so the result depends neither on
     the order of a folder's listing nor on the images of other classes. A class of n images gives ``round(n *
     fraction)``, at least one and at most n - 1. What has to stay together counts for the class of its first image, and
-    is moved as a whole where it fits; where nothing fits, the smallest is.
+    is moved as a whole where it fits; where nothing fits, the smallest is. The first part keeps an image of every
+    class.
 
     Args:
         names: One name per image, all different.
@@ -70,16 +71,26 @@ def stratified_split(
                 "remove the class."
             )
     second: list[int] = []
+    moved: Counter[int] = Counter()
+
+    def may_move(unit: Sequence[int]) -> bool:
+        of_class = Counter(targets[position] for position in unit)
+        return all(moved[target] + number < sizes[target] for target, number in of_class.items())
+
+    def move(unit: Sequence[int]) -> None:
+        second.extend(unit)
+        moved.update(targets[position] for position in unit)
+
     for target, units in sorted(by_class.items()):
-        count = min(max(1, round(sizes[target] * fraction)), sizes[target] - 1)
+        left = min(max(1, round(sizes[target] * fraction)), sizes[target] - 1)
         shuffled = [units[place] for place in np.random.default_rng([seed, target]).permutation(len(units))]
-        chosen: list[list[int]] = []
+        before = len(second)
         for unit in shuffled:
-            if sum(map(len, chosen)) + len(unit) <= count and len(chosen) < len(units) - 1:
-                chosen.append(unit)
-        if not chosen and len(units) > 1:
-            chosen = [min(shuffled, key=len)]
-        second += [position for unit in chosen for position in unit]
+            if len(unit) <= left and may_move(unit):
+                move(unit)
+                left -= len(unit)
+        if len(second) == before and (fitting := [unit for unit in shuffled if may_move(unit)]):
+            move(min(fitting, key=len))
     taken = set(second)
     return [position for position in range(len(names)) if position not in taken], sorted(second)
 

@@ -48,21 +48,26 @@ def find_images(sources: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return list(found), unreadable
 
 
-def _images_below(folder: str, unreadable: dict[str, str]) -> Iterator[str]:
+def _images_below(folder: str, unreadable: dict[str, str], seen: set[str] | None = None) -> Iterator[str]:
+    """Walk through a folder, and then through the linked folders in it, none twice and never upwards."""
+    seen = set() if seen is None else seen
+    links: list[str] = []
+
     def note(error: OSError) -> None:
         unreadable[os.fsdecode(error.filename)] = error.strerror or "cannot be read"
 
-    seen: set[str] = set()  # links are followed, but not in a circle
-    for parent, folders, names in os.walk(folder, onerror=note, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=note):
+        seen.add(os.path.realpath(parent))
         folders[:] = sorted(name for name in folders if not name.startswith((".", "@")))
-        if (place := os.path.realpath(parent)) in seen:
-            folders.clear()
-            continue
-        seen.add(place)
+        links += [str(path) for name in folders if (path := Path(parent, name)).is_symlink()]
         for name in sorted(names):
             path = Path(parent, name)
             if path.suffix.lower() in SUFFIXES and not name.startswith(".") and path.is_file():
                 yield str(path)
+    for link in links:
+        place = Path(os.path.realpath(link))
+        if not any(Path(known).is_relative_to(place) for known in seen):
+            yield from _images_below(link, unreadable, seen)
 
 
 def shown(path: str) -> str:

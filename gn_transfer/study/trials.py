@@ -70,6 +70,11 @@ class Trial:
         return [word for key, value in ordered for word in (f"--{key}", as_argument(value))]
 
 
+def short_key(key: str) -> str:
+    """Give what stands for a key in the names of trials."""
+    return _SHORT.get(key, key.rpartition(".")[2])
+
+
 def as_argument(value: Any) -> str:
     """Write a value for the command line.
 
@@ -137,11 +142,7 @@ def make_trial(study: Study, configuration: Configuration, stage: Stage, seed: i
     parts = [stage if stage != "final" else "", configuration.arm, configuration.case]
     for key in sorted(configuration.varying, key=lambda key: (key != "model.norm", key != "data.batch_size", key)):
         value = configuration.varying[key]
-        parts.append(
-            f"{_SHORT.get(key, key.rpartition('.')[2])}{value:g}"
-            if isinstance(value, float)
-            else f"{_SHORT.get(key, key.rpartition('.')[2])}{value}"
-        )
+        parts.append(f"{short_key(key)}{value:g}" if isinstance(value, float) else f"{short_key(key)}{value}")
     name = "-".join(re.sub(r"[^\w.+=]+", "_", part) for part in [*parts, f"seed{seed}"] if part)
     return Trial(
         stage,

@@ -60,10 +60,6 @@ class _Description(BaseModel):
 Task = TypeVar("Task", bound="BackboneModule")
 
 
-_PASSING = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOENT, errno.ENOMEM)
-"""Errors of reading that say nothing about the content; zipfile raises EINVAL for what is corrupt."""
-
-
 class CorruptCheckpointError(ConfigError):
     """The file holds something else than what was written: no later attempt will read it."""
 
@@ -96,7 +92,8 @@ def read_checkpoint(path: str | Path, argument: str = "--ckpt_path") -> dict[str
             damaged = archive.testzip()
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever a corrupt file leads it to
-        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in _PASSING):
+        of_content = isinstance(error, OSError) and error.errno in (None, errno.EINVAL)  # zipfile's, of what is corrupt
+        if is_out_of_memory(error) or (isinstance(error, OSError) and not of_content):
             reason = getattr(error, "strerror", None) or "there is not enough memory"
             raise ConfigError(f"{argument} {path} cannot be read now: {reason}. Mend that, and try again.") from error
         raise CorruptCheckpointError(

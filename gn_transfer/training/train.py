@@ -304,7 +304,7 @@ def _is_own_data(task: TransferTask, data: ImageDataModule, record: Path) -> boo
         return True
     stored = task.run_config.get("split") or {}
     known = {**stored.get("train", {}), **stored.get("val", {})}
-    same_test = read_json(record.with_name("split.json")).get("test") == data.test_dataset.paths
+    same_test = read_json(record.with_name("split.json")).get("test") == [image.path for image in data.list_test()]
     return bool(known) and same_test and file_identities(Path(data.root), list(known)) == known
 
 

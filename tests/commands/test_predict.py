@@ -123,7 +123,7 @@ def test_a_folder_that_cannot_be_read_is_named(bundle_dir, images, capsys):
 
 
 def test_an_unreadable_folder_among_others(images, monkeypatch):
-    def walk(top, onerror, followlinks):
+    def walk(top, onerror):
         onerror(PermissionError(13, "Permission denied", str(images / "deep")))
         yield str(images), [], ["red.PNG"]
 
@@ -137,11 +137,14 @@ def test_linked_folders_are_looked_at_but_not_in_a_circle(images, tmp_path):
     Image.fromarray(flat((0, 0, 0))).save(tmp_path / "elsewhere" / "black.png")
     (images / "linked").symlink_to(tmp_path / "elsewhere")
     (images / "deep" / "circle").symlink_to(images)
+    (images / "a").symlink_to(images / "deep")  # sorts first, and is no new folder
+    (images / "up").symlink_to(tmp_path)
     (images / "@eaDir").mkdir()
     Image.fromarray(flat((0, 0, 0))).save(images / "@eaDir" / "thumbnail.png")
     found, unreadable = find_images([str(images)])
     assert not unreadable
     assert sorted(Path(path).name for path in found) == ["black.png", "blue.PNG", "cut.jpg", "green.PNG", "red.PNG"]
+    assert str(images / "deep" / "green.PNG") in found
 
 
 @pytest.mark.parametrize("option", ["--output", "--figure"])

@@ -25,7 +25,7 @@ from rich.console import Console
 from gn_transfer.__main__ import main
 from gn_transfer.commands import sweep
 from gn_transfer.study.definition import read_study
-from gn_transfer.study.planning import Outcome, plan_trials
+from gn_transfer.study.planning import Choice, Outcome, Planned, plan_trials
 from gn_transfer.study.runner import StudyProgress, StudyRunner
 from gn_transfer.study.trials import Trial
 from gn_transfer.study.worker import StudyContext, run_trial, run_trials
@@ -320,6 +320,20 @@ def test_a_study_removes_nothing_behind_a_link(pets_root, link):
     assert outcome.state == "failed"
     assert "is a link to" in outcome.reason
     assert all(file.read_bytes() == b"mine" for file in files)
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("optimizer.lr", ["test-gn-lr1e-05-seed0", "test-gn-lr0.0001-seed0", "test-gn-lr3-seed0"]),
+        ("data.batch_size", ["test-gn-bs4-seed0", "test-gn-bs16-seed0"]),
+    ],
+)
+def test_names_without_what_was_chosen(key, names):
+    planned = Planned(choices=[Choice("gn", key, 1.0, "acc1", {}, False)])
+    assert {sweep._without_choices(name, planned) for name in names} == {"test-gn-seed0"}
+    assert sweep._without_choices("test-gn-lrfoo-seed0", planned) == "test-gn-lrfoo-seed0"
+    assert sweep._without_choices(names[0], Planned()) == names[0]
 
 
 def test_memory_is_stable_from_trial_to_trial(pets_root):

@@ -96,7 +96,7 @@ def test_bursts_are_held_out_as_a_whole(tmp_path, burst, monkeypatch):
         assert not {number // burst for number in held_out} & {
             int(path[4:6]) // burst for path in split["train"] if path.startswith(name)
         }
-    monkeypatch.setattr("gn_transfer.data.duplicates.MOST_COMPARED", 100)
+    monkeypatch.setattr("gn_transfer.data.hold_out.MOST_COMPARED", 100)
     with pytest.raises(ConfigError, match=r"data\.group_duplicates compares at most 100 images, and here are 120"):
         data.setup("fit")
 
@@ -106,7 +106,7 @@ def test_images_that_all_show_the_same_leave_none_for_validation(tmp_path):
         (tmp_path / name).mkdir()
         for number in range(4):
             scene(len(name) + ord(name[0])).save(tmp_path / name / f"{number}.png")
-    with pytest.raises(ConfigError, match=r"no image is left for validation\. All show the same"):
+    with pytest.raises(ConfigError, match=r"no image is left for validation\. Images that show the same stay together"):
         Folder(tmp_path, img_size=16, group_duplicates=True).setup("fit")
 
 

@@ -34,6 +34,25 @@ def test_each_class_gives_its_share_and_at_least_one() -> None:
     assert [sum(TARGETS[position] == target for position in val) for target in range(3)] == [2, 1, 1]
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), min_size=6, max_size=40),
+    st.integers(0, 50),
+    st.floats(0.05, 0.95),
+)
+def test_what_stays_together_is_in_one_part_and_every_class_is_left(images, seed, fraction) -> None:
+    targets = [target for target, _ in images] + [0, 0, 1, 1, 2, 2]
+    together: dict[int, list[int]] = {}
+    for position, (_, group) in enumerate(images):  # groups reach over classes
+        together.setdefault(group, []).append(position)
+    groups = [group for group in together.values() if len(group) > 1]
+    names = [f"{position:03}" for position in range(len(targets))]
+    first, second = stratified_split(names, targets, fraction, seed, together=groups)
+    assert sorted([*first, *second]) == list(range(len(targets)))
+    assert all(len({position in second for position in group}) == 1 for group in groups)
+    assert {targets[position] for position in first} == {0, 1, 2}
+    assert second
+
+
 def test_each_class_keeps_at_least_one() -> None:
     train, _ = stratified_split(NAMES, TARGETS, 0.99, seed=0)
     assert [TARGETS[position] for position in train] == [0, 1, 2]

@@ -1,3 +1,4 @@
+import errno
 import os
 import zipfile
 from pathlib import Path
@@ -7,7 +8,7 @@ import torch
 
 from gn_transfer.__main__ import main
 from gn_transfer.config import ConfigError
-from gn_transfer.training.checkpoint import CHECKPOINT_VERSION, check_classes, read_checkpoint
+from gn_transfer.training.checkpoint import CHECKPOINT_VERSION, CorruptCheckpointError, check_classes, read_checkpoint
 from gn_transfer.training.checkpoint_callbacks import AtomicCheckpointIO, write_checkpoint
 
 ARCHITECTURE = {
@@ -189,3 +190,18 @@ def test_a_description_holds_values_of_its_kinds(tmp_path, key, value):
 def test_no_checkpoint_at_all(capsys):
     assert main(["fit", "--ckpt_path", ""]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "corrupt"), [(errno.EINVAL, True), (errno.ENOTCONN, False), (errno.EIO, False), (errno.EACCES, False)]
+)
+def test_what_cannot_be_read_now_is_not_called_corrupt(tmp_path, monkeypatch, number, corrupt):
+    torch.save({"gn_transfer": {}}, tmp_path / "last.ckpt")
+
+    def fail(_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("zipfile.ZipFile.testzip", fail)
+    with pytest.raises(ConfigError, match="cannot be read") as found:
+        read_checkpoint(tmp_path / "last.ckpt")
+    assert isinstance(found.value, CorruptCheckpointError) == corrupt
