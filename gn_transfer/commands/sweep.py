@@ -174,8 +174,8 @@ def _conclude(console: Console, context: StudyContext, planned: Planned, outcome
     runs = [run for run in finals if run.is_dir()]
     known = {trial.name for trial in planned.trials}
     notes = [*study.notes, *map(str, planned.choices)]
-    chosen = {_without_choices(name, planned): name for name in known}
-    others = [name for name in outcomes if name not in known and _without_choices(name, planned) in chosen]
+    candidates = {_without_choices(name, planned) for name in known}
+    others = [name for name in outcomes if name not in known and _without_choices(name, planned) in candidates]
     if opened := [name for name in others if name.startswith("test-") and outcomes[name].state == "complete"]:
         notes.append(
             f"The test images had been opened for {len(opened)} other runs before these were chosen ({opened[0]}), so "

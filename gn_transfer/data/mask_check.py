@@ -11,10 +11,8 @@ import numpy as np
 
 from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.data.decode import BadImageError
-from gn_transfer.data.masks import about_turned, check_masks, turned_images
+from gn_transfer.data.masks import about_turned, check_masks, first_of, turned_images
 from gn_transfer.data.segmentation import SegmentationDataModule
-
-_SHOWN = 3
 
 
 @dataclass
@@ -90,14 +88,10 @@ def check_split_masks(
         elif missing:
             report.warnings.append(f"no mask of {split} has a pixel of {', '.join(missing)}; its IoU is not measured.")
     if empty:
-        report.warnings.append(f"{len(empty):,} masks have no labeled pixel and teach nothing: {_some(empty)}.")
+        report.warnings.append(f"{len(empty):,} masks have no labeled pixel and teach nothing: {first_of(empty)}.")
     if turned:
         report.warnings.append(about_turned(turned))
     if single:
         total_masks = sum(len(some) for split, some in splits.items() if split != "unlisted")
         report.warnings.append(f"{single:,} of {total_masks:,} masks hold one class only.")
     return report
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

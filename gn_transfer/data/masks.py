@@ -163,12 +163,16 @@ def turned_images(root: Path, images: Sequence[LabeledImage], *, threads: int) -
         return [image.path for image, yes in zip(images, turned, strict=True) if yes]
 
 
+def first_of(names: Sequence[str]) -> str:
+    """List the first names, and say whether there are more."""
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
 def about_turned(paths: Sequence[str]) -> str:
     """Say what :func:`turned_images` found."""
-    some = ", ".join(paths[:_SHOWN]) + (", ..." if len(paths) > _SHOWN else "")
     return (
-        f"{len(paths):,} images are turned or mirrored by EXIF: {some}. Their masks must fit the image as it is seen; "
-        "look at them with gn-transfer data show."
+        f"{len(paths):,} images are turned or mirrored by EXIF: {first_of(paths)}. Their masks must fit the image as it "
+        "is seen; look at them with gn-transfer data show."
     )
 
 

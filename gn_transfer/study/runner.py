@@ -75,9 +75,8 @@ class StudyRunner:
                     began = time.thread_time()
                     outcomes = patiently(self.store.outcomes, self._say)
                     planned = plan_trials(study, outcomes)
-                    self._report(
-                        progress, task, planned, outcomes
-                    )  # which may stop the study, before its tests are open
+                    # What is reported may stop the study: before its tests are entered, so that none is opened.
+                    self._report(progress, task, planned, outcomes)
                     if any(trial.name not in outcomes for trial in planned.trials):
                         patiently(partial(self.store.enter, planned.trials), self._say)
                         continue
@@ -147,10 +146,10 @@ class StudyRunner:
         reason = outcome.reason.replace(trial.run, "")
         alike = [failure for failure in self._failures if failure[0] == reason]
         self._failures = [] if outcome.state == "complete" else [*alike, (reason, self._configuration(trial))]
-        configurations = len({self._configuration(other) for other in planned.trials})
-        if len(self._failures) >= MAX_FAILURES_ALIKE and len({of for _, of in self._failures}) >= min(
-            2, configurations
-        ):
+        if len(self._failures) < MAX_FAILURES_ALIKE:
+            return
+        alone = len({self._configuration(other) for other in planned.trials}) == 1
+        if alone or len({configuration for _, configuration in self._failures}) > 1:
             raise ConfigError(
                 f"the study stops, because {len(self._failures)} trials in a row failed for the same reason: "
                 f"{outcome.reason} Mend that and give the same command with --retry_failed, or without it to go on "
