@@ -171,8 +171,8 @@ def first_of(names: Sequence[str]) -> str:
 def about_turned(paths: Sequence[str]) -> str:
     """Say what :func:`turned_images` found."""
     return (
-        f"{len(paths):,} images are turned or mirrored by EXIF: {first_of(paths)}. Their masks must fit the image as it "
-        "is seen; look at them with gn-transfer data show."
+        f"{len(paths):,} images are turned or mirrored by EXIF: {first_of(paths)}. Their masks must fit the image as "
+        "it is seen; look at them with gn-transfer data show."
     )
 
 
