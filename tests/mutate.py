@@ -26,7 +26,6 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent))
 from forked import run_forked
 
 ROOT = Path(__file__).resolve().parent.parent

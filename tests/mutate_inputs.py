@@ -28,10 +28,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent))
 from forked import run_forked
+from PIL import Image
 
 TIMEOUT_SECONDS = 60
 RUN = "folder/gn_ws-bs1-seed0"

@@ -211,10 +211,10 @@ def config_of_checkpoint(
             left_out = [f"trainer.{key}" for key in wanted]
         elif group == "data":
             kind, arguments = values.get("class_path"), values.get("init_args")
-            if kind not in _DATA_NAMES or not isinstance(arguments, Mapping):
-                raise ConfigError(f"{checkpoint} names {kind!r} for its data, which is no data module; refused.")
+            if not isinstance(kind, str) or kind not in _DATA_NAMES or not isinstance(arguments, Mapping):
+                raise ConfigError(f"{checkpoint}: its data are {shortened(kind)}, which is no data module; refused.")
             taken[group] = {"class_path": kind, "init_args": _plain_values(arguments, group, checkpoint)}
-            named = next(module for module in DATA if module.__name__ == str(kind).rpartition(".")[2])
+            named = next(module for module in DATA if module.__name__ == kind.rpartition(".")[2])
             if not root_is_typed:
                 check_named_root(named, arguments.get("root"))
         else:

@@ -28,7 +28,7 @@ from gn_transfer.commands.parsing import explain, explain_fault
 from gn_transfer.commands.quiet import quiet_warnings, quiet_writer
 from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA, known_keys
 from gn_transfer.commands.value_checks import check_data_keys, check_parsed_values, read_whole_numbers_first
-from gn_transfer.config import ConfigError
+from gn_transfer.config import ConfigError, shortened
 from gn_transfer.data import ImageDataModule, SegmentationDataModule
 from gn_transfer.data.workers import core_count
 from gn_transfer.training.classification import RegularizationConfig, TransferClassifier
@@ -133,7 +133,11 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and refuse what no key accepts."""
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except OverflowError as error:
+            longest = max(self.arguments.argv, key=len)
+            raise ConfigError(f"{shortened(longest)}: a number is too large; use one below 1e308.") from error
         values = self.config[str(self.config.subcommand)].as_dict()
         check_data_keys(self.arguments.argv, str(values["data"]["class_path"]).rpartition(".")[2])
         check_parsed_values(values)

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from gn_transfer.commands.training_keys import CALLBACKS, CONFIGS, DATA, parameters_of
-from gn_transfer.config import ConfigError, check_range
+from gn_transfer.config import ConfigError, check_range, shortened
 
 _LARGEST = 2**31 - 1
 _LARGEST_SEED = 2**32 - 1  # numpy's
@@ -113,7 +113,7 @@ def _check_group(group: str, values: Mapping[str, Any], kind: type) -> None:
 
 def _check_value(key: str, value: Any) -> None:
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _LARGEST:
-        raise ConfigError(f"{key}={value} is out of range; use at most {_LARGEST}.")
+        raise ConfigError(f"{key}={shortened(value)} is out of range; use at most {_LARGEST}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key}={value} is not a finite number.")
     if "\0" in str(value):

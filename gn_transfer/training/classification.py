@@ -24,6 +24,8 @@ from gn_transfer.training.mixing import MixupCutmix
 from gn_transfer.training.optimizer import OptimizerConfig
 from gn_transfer.training.task import TransferTask
 
+_LARGEST_ALPHA = 1000.0  # Beta(1000, 1000) is one half already
+
 
 @dataclass
 class RegularizationConfig:
@@ -41,8 +43,8 @@ class RegularizationConfig:
 
     def __post_init__(self) -> None:
         check_range("regularization.label_smoothing", self.label_smoothing, low=0.0, high=1.0)
-        check_range("regularization.mixup", self.mixup, low=0.0)
-        check_range("regularization.cutmix", self.cutmix, low=0.0)
+        check_range("regularization.mixup", self.mixup, low=0.0, high=_LARGEST_ALPHA, open_high=False)
+        check_range("regularization.cutmix", self.cutmix, low=0.0, high=_LARGEST_ALPHA, open_high=False)
 
     @property
     def mixes(self) -> bool:

@@ -15,6 +15,7 @@ from gn_transfer.config import check_range
 from gn_transfer.training.schedules import SCHEDULES, Schedule
 
 OptimizerName = Literal["sgd", "adamw", "adam"]
+_LARGEST = 1000.0  # a rate or a decay above it is a typing error
 
 
 @dataclass
@@ -23,7 +24,7 @@ class OptimizerConfig:
 
     Args:
         name: sgd with momentum, adamw or adam.
-        lr: Learning rate per optimizer step, of the backbone.
+        lr: Learning rate per optimizer step, of the backbone, in (0, 1000].
         head_lr: Learning rate of the new head. null takes lr.
         momentum: Momentum of sgd, first beta of adam.
         weight_decay: Decay of weights. Norms and biases are not decayed.
@@ -46,11 +47,11 @@ class OptimizerConfig:
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        check_range("optimizer.lr", self.lr, low=0.0, open_low=True)
+        check_range("optimizer.lr", self.lr, low=0.0, high=_LARGEST, open_low=True, open_high=False)
         if self.head_lr is not None:
-            check_range("optimizer.head_lr", self.head_lr, low=0.0)
+            check_range("optimizer.head_lr", self.head_lr, low=0.0, high=_LARGEST, open_high=False)
         check_range("optimizer.momentum", self.momentum, low=0.0, high=1.0)
-        check_range("optimizer.weight_decay", self.weight_decay, low=0.0)
+        check_range("optimizer.weight_decay", self.weight_decay, low=0.0, high=_LARGEST, open_high=False)
         check_range("optimizer.layer_decay", self.layer_decay, low=0.0, high=1.0, open_low=True, open_high=False)
         check_range("optimizer.warmup_fraction", self.warmup_fraction, low=0.0, high=1.0)
         if self.clip_norm is not None:

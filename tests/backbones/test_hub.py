@@ -12,14 +12,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from hub_server import serve
 from huggingface_hub import constants
 from safetensors.torch import save
 
 from gn_transfer.backbones import create_backbone, hub
 from gn_transfer.config import ConfigError
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from hub_server import serve
 
 REPOSITORY = "timm/resnet18.a1_in1k"
 

@@ -2,12 +2,12 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from fabricate import fabricate
 from PIL import Image
 
 from gn_transfer.__main__ import main
@@ -15,9 +15,6 @@ from gn_transfer.commands.recognize import recognize
 from gn_transfer.commands.training_cli import parsed
 from gn_transfer.commands.training_keys import DATA
 from gn_transfer.data import SegmentationDataModule
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from fabricate import fabricate
 
 SHORT = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "4", "--trainer.limit_val_batches", "3"]
 SMALL = ["--model.backbone", "resnetv2_18", "--data.img_size", "32", "--data.cache", "none", "--model.decoder", "fpn"]

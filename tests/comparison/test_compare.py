@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fabricate import fabricate
 
 from gn_transfer.__main__ import main
 from gn_transfer.comparison import compare, write_report
@@ -23,9 +24,6 @@ from gn_transfer.comparison.importance import importances
 from gn_transfer.comparison.tables import as_text, group_count_tables
 from gn_transfer.config import ConfigError
 from gn_transfer.report.runs import Run
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from fabricate import fabricate
 
 
 def two_norms(root: Path, seeds: int = 5, **options) -> Path:

@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hub_server import serve
 from huggingface_hub import constants
 from torch import nn
 
@@ -19,9 +19,6 @@ from gn_transfer.__main__ import main
 from gn_transfer.backbones.create import rebuild
 from gn_transfer.config import ConfigError
 from gn_transfer.inference.hub_repository import check_hub, find_arguments, push_bundle
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from hub_server import serve
 
 CHECKPOINT = "checkpoints/folder/gn_ws-bs4-seed0/best.ckpt"
 

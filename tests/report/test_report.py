@@ -6,13 +6,13 @@ import base64
 import json
 import os
 import re
-import sys
 import tracemalloc
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fabricate import CLASSES, fabricate
 
 from gn_transfer.__main__ import main
 from gn_transfer.report.calibration import calibration, compare_confidence
@@ -21,9 +21,6 @@ from gn_transfer.report.page import choose_run_folder
 from gn_transfer.report.predictions import Predictions
 from gn_transfer.report.runs import read_run
 from gn_transfer.report.sentences import MOST_IMAGES
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from fabricate import CLASSES, fabricate
 
 
 def page_of(folder: Path) -> str:

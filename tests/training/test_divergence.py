@@ -48,14 +48,14 @@ def assert_whole_checkpoints(*names: str) -> None:
 
 
 def test_a_loss_that_is_not_finite(folder_root, capsys):
-    assert main(words(folder_root, optimizer__lr="1e6", trainer__max_epochs="2")) == 2
+    assert main(words(folder_root, optimizer__lr="1000", optimizer__weight_decay="1000")) == 2
     error = capsys.readouterr().err
     assert "the training loss became nan at step" in error
     assert ".jpg)" in error  # the images of the batch
     step, batch = map(int, re.search(r"at step (\d+), batch (\d+) of epoch 1 ", error).groups())
     assert step == batch  # a step for every image
     assert "The last good checkpoint is checkpoints/default/gn_ws-bs1-seed0/last.ckpt" in error
-    assert "Lower optimizer.lr (1e+06)" in error
+    assert "Lower optimizer.lr (1000)" in error
     assert_whole_checkpoints("last.ckpt", "previous.ckpt")
     [record] = Path("runs").glob("*/*/metrics.json")
     assert json.loads(record.read_text(), parse_constant=pytest.fail)["status"] == "failed"

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import kill_runs
 import pytest
 import torch
 
@@ -236,41 +232,9 @@ def test_the_average_does_not_take_the_place_of_weights_that_were_not_written(fo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["gn_ws", "bn"])
-def test_killed_at_random_moments(folder_root, tmp_path, norm):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "gn_transfer", "fit", *arguments(folder_root, norm)]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for folder in (whole, broken):
-        folder.mkdir()
-    subprocess.run(command, cwd=whole, env=environment, check=True, capture_output=True)
-    kills = 0
-    while kills < 5:
-        found = list(broken.glob("checkpoints/default/*/last.ckpt"))
-        process = subprocess.Popen(
-            [*command, *(["--ckpt_path", "last"] if found else [])],
-            cwd=broken,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        before = found[0].stat().st_mtime_ns if found else 0
-        while process.poll() is None:  # let it get one checkpoint further, so that the run comes to an end
-            now = [path.stat().st_mtime_ns for path in broken.glob("checkpoints/default/*/last.ckpt")]
-            if now and now[0] != before:
-                break
-            time.sleep(0.01)
-        time.sleep(random.random() * 0.5)
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-    print(f"{norm}: killed {kills} times")
-    assert kills
-    subprocess.run([*command, "--ckpt_path", "last"], cwd=broken, env=environment, check=True, capture_output=True)
-    assert_same(weights(whole, norm), weights(broken, norm))
-    assert_same_records(whole, broken)
+@pytest.mark.parametrize("case", kill_runs.CASES)
+def test_killed_at_random_moments(case):
+    assert kill_runs.main([case, "--kills", "3"]) == 0
 
 
 @pytest.mark.usefixtures("one_thread")
