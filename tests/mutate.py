@@ -287,19 +287,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(1)
     del lightning, timm
-    chosen: list[Mutant] = []
+    unchanged, chosen = [], []
     for module in options.modules or TARGETS:
         source = (ROOT / "gn_transfer" / module).read_text(encoding="utf-8")
-        if not survives(Mutant(module, 0, "", "", ast.parse(source))):
-            print(f"{module}: its tests fail without any change")
-            return 2
+        unchanged.append(Mutant(module, 0, "", "", ast.parse(source)))
         mutants = mutants_of(module)
         count = len(mutants) if options.mutants == 0 else min(options.mutants, len(mutants))
         chosen += random.Random(f"{options.seed} {module}").sample(mutants, count)
     allowed = allowed_survivors()
     survivors = 0
     with ThreadPoolExecutor(options.workers) as pool:
-        for mutant, survived in zip(chosen, pool.map(survives, chosen), strict=True):
+        for mutant, passes in zip(unchanged, pool.map(survives, unchanged), strict=True):
+            if not passes:
+                print(f"{mutant.module}: its tests fail without any change")
+                return 2
+        for tried, (mutant, survived) in enumerate(zip(chosen, pool.map(survives, chosen), strict=True)):
+            if tried % 20 == 0:
+                print(f"{tried} of {len(chosen)} tried", flush=True)
             if survived:
                 known = (mutant.module, mutant.text, mutant.change) in allowed
                 survivors += not known

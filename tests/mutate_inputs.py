@@ -10,6 +10,7 @@ Options, configurations, studies, checkpoints, bundles, run folders, images and 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import os
@@ -34,6 +35,7 @@ from PIL import Image
 TIMEOUT_SECONDS = 60
 RUN = "folder/gn_ws-bs1-seed0"
 LAST = f"checkpoints/{RUN}/last.ckpt"
+LAST_BN = "checkpoints/folder/bn-bs2-seed0/last.ckpt"
 SMALL = ["--data.img_size", "28", "--data.num_workers", "0", "--model.backbone", "cnn_mnist", "--model.in_chans", "3"]
 SMALL += ["--model.pretrained", "null"]
 PAYLOADS = [
@@ -83,12 +85,15 @@ def prepare(root: Path) -> None:
         )
         Image.fromarray(generator.integers(0, 3, (40, 36), dtype=np.uint8)).save(f"{root}/pairs/masks/{number}.png")
     (root / "pairs" / "classes.txt").write_text("ground\ncat\ndog\n")
-    study = {"base": "folder.yaml", "samples": 8, "seeds": 2, "set": {"data.root": "photos", "data.img_size": 28}}
+    study = {"base": "folder.yaml", "samples": 8, "seeds": 2, "set": {"data.root": "photos", "data.num_workers": 0}}
+    study["set"] |= {"data.img_size": 28, "model.backbone": "cnn_mnist", "model.in_chans": 3, "model.pretrained": None}
     study |= {"grid": {"model.norm": ["bn", "gn_ws"]}, "select": {"values": [0.1, 0.2], "seeds": 1}, "notes": ["a"]}
     (root / "study.yaml").write_text(yaml.safe_dump(study))
     os.chdir(root)
     words = ["fit", "--config", "folder.yaml", "--data.root", "photos", *SMALL, "--trainer.max_epochs", "1"]
-    assert main([*words, "--data.val_fraction", "0.34", "--data.test_fraction", "0.34"]) == 0
+    words += ["--data.val_fraction", "0.34", "--data.test_fraction", "0.34"]
+    assert main(words) == 0
+    assert main([*words, "--model.norm", "bn", "--data.batch_size", "2"]) == 0
     assert main(["test", LAST]) == 0
     assert main(["export", LAST, "--output", "bundle"]) == 0
     shutil.copy(f"runs/{RUN}/config.yaml", "own.yaml")
@@ -102,6 +107,7 @@ def options_of(help_text: str) -> list[str]:
 
 COMMANDS: dict[str, list[str]] = {
     "fit": ["fit", "photos", *SMALL, "--dry_run"],
+    "training": ["fit", "photos", *SMALL, "--trainer.max_epochs", "1"],
     "validate": ["validate", LAST],
     "test": ["test", LAST],
     "export": ["export", LAST, "--output", "written"],
@@ -111,15 +117,28 @@ COMMANDS: dict[str, list[str]] = {
     "data check": ["data", "check", "photos"],
     "data show": ["data", "show", "photos", "--output", "written.jpg"],
     "sweep": ["sweep", "--config", "study.yaml", "--dry_run"],
-    "doctor": ["doctor", LAST, "--batch_size", "1"],
-    "reestimate": ["reestimate", LAST],
+    "doctor": ["doctor", LAST_BN, "--batch_size", "1"],
+    "reestimate": ["reestimate", LAST_BN],
     "backbones": ["backbones", "--norm", "gn_ws"],
 }
+OF_CONFIG = ["fit", "--config", "own.yaml", "--dry_run"]
+CHECK_MASKS = ["data", "check", "pairs", "--data", "SegmentationFolder"]
+FIT_MASKS = [
+    "fit",
+    "--config",
+    "segmentation_folder.yaml",
+    "--data.root",
+    "pairs",
+    "--data.img_size",
+    "32",
+    "--dry_run",
+]
+FIT_MASKS += ["--model.backbone", "resnetv2_18", "--data.num_workers", "0"]
 
 
 def change_option(root: Path, rng: random.Random, options: dict[str, list[str]]) -> Case:
     """Give an option of some command a strange value."""
-    command = rng.choice([*COMMANDS, *["fit"] * 8])
+    command = rng.choice([*COMMANDS, *["fit"] * 4, *["training"] * 4])
     option, value = rng.choice(options[command]), rng.choice(VALUES)
     if rng.random() < 0.1:
         option = option[:-1] + rng.choice("xyz_.")
@@ -203,34 +222,33 @@ def change_yaml(path: Path, rng: random.Random) -> str:
 
 def change_config(root: Path, rng: random.Random, options: dict[str, list[str]]) -> Case:
     """Change the configuration of a run."""
-    return Case(["fit", "--config", "own.yaml", "--dry_run"], change_yaml(root / "own.yaml", rng))
+    return Case(OF_CONFIG, change_yaml(root / "own.yaml", rng))
 
 
 def change_study(root: Path, rng: random.Random, options: dict[str, list[str]]) -> Case:
     """Change a study."""
-    return Case(["sweep", "--config", "study.yaml", "--dry_run"], change_yaml(root / "study.yaml", rng))
+    return Case(COMMANDS["sweep"], change_yaml(root / "study.yaml", rng))
 
 
 def change_checkpoint(root: Path, rng: random.Random, options: dict[str, list[str]]) -> Case:
     """Change what a checkpoint says, or its bytes."""
     import torch
 
-    path = root / LAST
+    command = rng.choice(["validate", "test", "export", "fit", "doctor", "reestimate"])
+    path = root / (LAST_BN if command in ("doctor", "reestimate") else LAST)
     if rng.random() < 0.3:
         said = change_bytes(path, rng)
     else:
         content = torch.load(path, weights_only=True)
         said = change_leaf(content["gn_transfer"] if rng.random() < 0.7 else content, rng)
         torch.save(content, path)
-    command = rng.choice(["validate", "test", "export", "fit", "doctor", "reestimate"])
     words = ["fit", "--ckpt_path", LAST, "--dry_run"] if command == "fit" else COMMANDS[command]
     return Case(words, said)
 
 
 def change_bundle(root: Path, rng: random.Random, options: dict[str, list[str]]) -> Case:
     """Change a bundle, half of the time with checksums that fit."""
-    from gn_transfer.files import sha256
-    from gn_transfer.inference.bundle_files import METADATA, metadata_sha256
+    from gn_transfer.inference.bundle_files import METADATA, seal
 
     folder = root / "bundle"
     path = rng.choice(sorted(path for path in folder.iterdir() if path.is_file()))
@@ -241,15 +259,9 @@ def change_bundle(root: Path, rng: random.Random, options: dict[str, list[str]])
     else:
         said = change_bytes(path, rng)
     if rng.random() < 0.5 and path.is_file() and not path.is_symlink():
-        try:
-            content = json.loads((folder / METADATA).read_text())
-            if path.name in content["files"]:
-                content["files"][path.name] = sha256(path)
-            content["metadata_sha256"] = metadata_sha256(content)
-            (folder / METADATA).write_text(json.dumps(content))
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            seal(folder, json.loads((folder / METADATA).read_text()))
             said += ", sealed"
-        except (ValueError, KeyError, TypeError, AttributeError):
-            pass
     return Case(COMMANDS["predict"], said)
 
 
@@ -287,9 +299,7 @@ def change_mask(root: Path, rng: random.Random, options: dict[str, list[str]]) -
     """Damage a mask, an image with a mask, or the names of the classes."""
     paths = [*sorted((root / "pairs" / "masks").iterdir()), root / "pairs" / "classes.txt"]
     said = change_bytes(rng.choice([*paths, root / "pairs" / "images" / "0.png"]), rng)
-    check = ["data", "check", "pairs", "--data", "SegmentationFolder"]
-    fit = ["fit", "--config", "segmentation_folder.yaml", "--data.root", "pairs", "--data.img_size", "32", "--dry_run"]
-    return Case(rng.choice([check, [*fit, "--model.backbone", "resnetv2_18", "--data.num_workers", "0"]]), said)
+    return Case(rng.choice([CHECK_MASKS, FIT_MASKS]), said)
 
 
 KINDS: dict[str, tuple[int, Callable[[Path, random.Random, dict[str, list[str]]], Case]]] = {
@@ -312,14 +322,12 @@ def listing(root: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in files if not path.is_dir()}
 
 
-def try_input(number: int, seed: int, original: Path, options: dict[str, list[str]]) -> tuple[str, str, Case, float]:
-    """Change one input and run the command; give the kind, how it ended, the case and the seconds."""
-    rng = random.Random(f"{seed} {number}")
-    kind = rng.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
+def run_case(original: Path, make: Callable[[Path], Case]) -> tuple[str, Case, float]:
+    """Change a copy of the inputs and run the command; give how it ended, the case and the seconds."""
     with tempfile.TemporaryDirectory() as folder:
         root, output = Path(folder) / "work", Path(folder) / "output"
         shutil.copytree(original, root)
-        case = KINDS[kind][1](root, rng, options)
+        case = make(root)
         before, began = listing(root), time.monotonic()
 
         def command() -> int:
@@ -343,7 +351,16 @@ def try_input(number: int, seed: int, original: Path, options: dict[str, list[st
             fault = "an input was changed"
         elif code == 2 and len(said.strip().splitlines()) == 0:
             fault = "exit code 2 without a message"
-        return kind, fault or str(code), case, seconds
+        return fault or str(code), case, seconds
+
+
+def try_input(
+    number: int, seed: int, kinds: Sequence[str], original: Path, options: dict[str, list[str]]
+) -> tuple[str, str, Case, float]:
+    """Change one input; give its kind, and what :func:`run_case` gives."""
+    rng = random.Random(f"{seed} {number}")
+    [kind] = rng.choices(kinds, [KINDS[kind][0] for kind in kinds])
+    return kind, *run_case(original, lambda root: KINDS[kind][1](root, rng, options))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -352,6 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--inputs", type=int, default=200, help="how many (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the changes")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time")
+    parser.add_argument("kinds", nargs="*", help=f"of {', '.join(KINDS)} (default: all)")
     parser.add_argument("--accepted", action="store_true", help="print what ended with 0, to be read")
     chosen = parser.parse_args(arguments)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -376,6 +394,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(text.read_text())
             return 2
         options = {}
+        for words in (*COMMANDS.values(), OF_CONFIG, CHECK_MASKS, FIT_MASKS):
+            end, _, _ = run_case(original, lambda _, words=words: Case(words, ""))  # type: ignore[misc]
+            if end != "0":
+                print(f"without a change, {' '.join(words)} ends with {end}")
+                return 2
         for name, words in COMMANDS.items():
             verb = words[:2] if name.startswith("data ") else words[:1]
             run_forked(lambda verb=verb: gn_transfer.__main__.main([*verb, "--help"]), 60, text)  # type: ignore[misc]
@@ -383,7 +406,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ends: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
         slowest, faults = 0.0, 0
         with ThreadPoolExecutor(chosen.workers) as pool:
-            tried = pool.map(lambda n: try_input(n, chosen.seed, original, options), range(chosen.inputs))
+            kinds = chosen.kinds or list(KINDS)
+            tried = pool.map(lambda n: try_input(n, chosen.seed, kinds, original, options), range(chosen.inputs))
             for number, (kind, end, case, seconds) in enumerate(tried):
                 good = end in ("0", "2", "3")
                 ends[kind][end if good else "fault"] += 1

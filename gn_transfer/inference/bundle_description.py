@@ -156,14 +156,14 @@ def provenance(content: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
     arguments = {key: value for key, value in config["data"]["init_args"].items() if key not in ("root", "cache_dir")}
     if "augmentation" in arguments:
         arguments["augmentation"] = _without_folder(arguments["augmentation"])
-    model = {**config["model"], "pretrained": _without_folder(config["model"]["pretrained"])}
+    model = {**config["model"], "pretrained": _without_folder(config["model"].get("pretrained"))}
     report = {**stored["transfer_report"], "source": _without_folder(stored["transfer_report"]["source"])}
     trained_with = ("versions", "git_commit", "device", "samples_seen", "wall_time_s")
     return {
         "run": run_name(stored, checkpoint),
         "checkpoint": checkpoint.name,
-        "epoch": content["epoch"] + 1,
-        "optimizer_steps": content["global_step"],
+        "epoch": content["epoch"] + 1 if "epoch" in content else None,
+        "optimizer_steps": content.get("global_step"),
         "config": {**config, "data": {**config["data"], "init_args": arguments}, "model": model},
         "transfer_report": report,
         "trained_with": {key: record[key] for key in trained_with if key in record},

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from gn_transfer.backbones.model_config import ModelConfig
 from gn_transfer.config import ConfigError, DecoderName, Norm, is_out_of_memory, shortened
@@ -40,8 +40,44 @@ class _Architecture(BaseModel):
     head: str
     num_classes: int
     in_chans: Literal[1, 3]
-    mean: Annotated[list[float], Field(min_length=1, max_length=3)]
-    std: Annotated[list[float], Field(min_length=1, max_length=3)]
+    mean: list[Annotated[float, Field(allow_inf_nan=False)]]
+    std: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _has_a_value_per_channel(cls, values: list[float], info: ValidationInfo) -> list[float]:
+        if len(values) != info.data.get("in_chans", len(values)):
+            raise ValueError("one value for each channel")
+        return values
+
+
+class _Report(BaseModel):
+    """``transfer_report``: where the weights come from."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, str | list[str] | dict[str, float]] = Field(init=False)
+
+    source: str
+
+
+class _DataConfig(BaseModel):
+    """``config.data``: the data module."""
+
+    model_config = ConfigDict(strict=True)
+
+    class_path: str = ""
+    init_args: dict[str, Any] = {}
+
+
+class _Config(BaseModel):
+    """``config``: the keys of the run, by groups."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, dict[str, Any]] = Field(init=False)
+
+    seed_everything: int = 0
+    samples: int | None = None
+    data: _DataConfig = _DataConfig()
 
 
 class _Description(BaseModel):
@@ -51,8 +87,8 @@ class _Description(BaseModel):
 
     classes: Annotated[list[str], Field(min_length=1)]
     architecture: _Architecture
-    transfer_report: dict[str, str | list[str] | dict[str, float]]
-    config: dict[str, Any] = {}
+    transfer_report: _Report
+    config: _Config = _Config()
     split: dict[str, dict[str, int]] = {}
     batch_size: Annotated[int, Field(ge=1)] = 1
 
@@ -140,7 +176,8 @@ def check_description(content: Mapping[str, Any], where: str) -> None:
         _Description.model_validate(content["gn_transfer"])
     except ValidationError as error:
         places = [problem["loc"] for problem in error.errors()]
-        wrong += [".".join(map(str, loc[: 2 if loc[0] == "architecture" else 1])) for loc in places]
+        wrong += [".".join(map(str, loc[: 2 if loc[0] in ("architecture", "config") else 1])) for loc in places]
+    wrong += [key for key in ("epoch", "global_step") if not isinstance(content.get(key, 0), int)]
     if not isinstance(weights, Mapping) or not all(_is_dense(value) for value in weights.values()):
         wrong.append("state_dict")
     if wrong:

@@ -95,9 +95,9 @@ def test_a_checkpoint_runs_no_code(trained: Path, tmp_path: Path, monkeypatch, c
     ("change", "message"),
     [
         (lambda stored: stored["config"]["data"].update(class_path="subprocess.Popen"), "no data module; refused"),
-        (lambda stored: stored["config"]["data"].update(class_path=[[]]), "no data module; refused"),
+        (lambda stored: stored["config"]["data"].update(class_path=[[]]), "config.data missing or of a wrong type"),
         (lambda stored: stored["config"]["data"]["init_args"].update(root={"class_path": "os.system"}), "data.root"),
-        (lambda stored: stored["config"].update(model=5), "holds no keys for model"),
+        (lambda stored: stored["config"].update(model=5), "config.model missing or of a wrong type"),
         (lambda stored: stored["config"]["model"].update(norm=[{"class_path": "x"}]), "model.norm"),
         (lambda stored: stored.update(config=None), "config missing or of a wrong type"),
         (lambda stored: stored.pop("config"), "stores no configuration"),

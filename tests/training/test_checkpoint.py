@@ -126,6 +126,9 @@ def test_a_checkpoint_of_another_format(tmp_path, newer, remedy):
         ("norm", "gn\n"),
         ("in_chans", 2),
         ("mean", "abc"),
+        ("mean", [0.5, 0.5]),
+        ("mean", [0.5, 0.5, float("nan")]),
+        ("std", [0.2, 0.2, 0.0]),
         ("groups", {"norm1": "32"}),
         ("architecture", None),
         ("decoder", "other"),
@@ -180,10 +183,26 @@ def test_the_format_that_users_have_is_read(tmp_path):
     assert read_checkpoint(tmp_path / "x.ckpt")["gn_transfer"]["version"] == 2
 
 
-@pytest.mark.parametrize(("key", "value"), [("batch_size", "4"), ("classes", ("cat", "dog"))])
-def test_a_description_holds_values_of_its_kinds(tmp_path, key, value):
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("batch_size", "4", "batch_size"),
+        ("classes", ("cat", "dog"), "classes"),
+        ("transfer_report", {"source": ["a"]}, "transfer_report"),
+        ("config", {"model": "-1"}, r"config\.model"),
+        ("config", {"data": {"class_path": "Folder", "init_args": [1]}}, r"config\.data"),
+        ("config", {"samples": "many"}, r"config\.samples"),
+    ],
+)
+def test_a_description_holds_values_of_its_kinds(tmp_path, key, value, named):
     torch.save(checkpoint(None, **{key: value}), tmp_path / "x.ckpt")
-    with pytest.raises(ConfigError, match=f"{key} missing or of a wrong type"):
+    with pytest.raises(ConfigError, match=f"{named} missing or of a wrong type"):
+        read_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_the_epoch_is_a_number(tmp_path):
+    torch.save({**checkpoint(None), "epoch": "x"}, tmp_path / "x.ckpt")
+    with pytest.raises(ConfigError, match="epoch missing or of a wrong type"):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
