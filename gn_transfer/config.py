@@ -58,6 +58,17 @@ def markdown_text(text: str) -> str:
     return " ".join(text.split()).replace("<", "&lt;").replace("|", "\\|").replace("](", "]\\(")
 
 
+def code_span(text: str) -> str:
+    """Write a name of someone else as code in a line of Markdown.
+
+    Example:
+        >>> code_span("a` ![x](http://y)")
+        "`a' ![x](http://y)`"
+    """
+    plain = " ".join(text.split()).replace("`", "'")
+    return f"`{plain}`"
+
+
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:
     """Name the allowed values, the likeliest first.
 

@@ -91,7 +91,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def write_csv(path: Path, header: Sequence[object], rows: Iterable[Sequence[Any]]) -> None:
     """Write a CSV file atomically.
 
     Args:

@@ -60,7 +60,7 @@ def fabricate(
         "norm": norm,
         "num_groups": 32,
         "group_size": None,
-        **{key: value for key, value in (config or {}).items() if key in ("num_groups", "group_size")},
+        **{key: value for key, value in (config or {}).items() if key in ("backbone", "num_groups", "group_size")},
     }
     settings = {
         "seed_everything": seed,

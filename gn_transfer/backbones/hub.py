@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import urllib.error
@@ -152,5 +153,5 @@ def _answers(url: str) -> bool:
             return True
     except urllib.error.HTTPError:
         return True  # an answer, if not the one hoped for
-    except OSError:
+    except (OSError, ValueError, http.client.HTTPException):  # ValueError: no address, such as one without https://
         return False

@@ -21,6 +21,7 @@ FOLDER = "checkpoints"
 
 MAX_BYTES = 25 * 2**20
 """The most that a released file may weigh."""
+_MOST_BYTES_OF_CARD = 2**20
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,11 @@ def card_beside(weights: Path) -> Card | None:
         ConfigError: The JSON of that name is a card, but a corrupt one.
     """
     path = weights.with_suffix(".json")
-    if weights.suffix != ".safetensors" or not path.is_file() or b'"sha256"' not in path.read_bytes():
+    if weights.suffix != ".safetensors" or not path.is_file():
         return None
+    with path.open("rb") as file:
+        if b'"sha256"' not in file.read(_MOST_BYTES_OF_CARD):
+            return None
     return _read_card(path)
 
 

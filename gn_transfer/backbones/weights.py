@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -210,9 +211,9 @@ def _with_timm_config(weights: Weights, path: Path) -> Weights:
             architecture=str(content["architecture"]),
             pretrained_on=pretraining_datasets(tag),
             mean=_of_channels(stated["mean"]),
-            std=_of_channels(stated["std"]),
+            std=_of_channels(stated["std"], least=1e-6),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(
             f"{path} beside the weights is not timm's config.json ({type(error).__name__}: {error}); correct it, or "
             "move it away to take architecture and pixel statistics from model.backbone."
@@ -224,7 +225,7 @@ def _with_state(weights: Weights, path: Path) -> Weights:
     if isinstance(content, dict) and isinstance(content.get("gn_transfer"), dict):  # a checkpoint of our own
         try:
             weights = _with_description(weights, content["gn_transfer"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ConfigError(
                 f"model.pretrained={path} does not describe its model as a checkpoint of gn-transfer does "
                 f"({type(error).__name__}: {error}); use another checkpoint of the run."
@@ -242,15 +243,18 @@ def _with_description(weights: Weights, ours: Mapping[str, Any]) -> Weights:
         pretrained_on=f"{first}, then {data}" if first else data,
         norm=TrainedNorm(model["norm"], model["num_groups"], model["group_size"]),
         mean=_of_channels(model["mean"]),
-        std=_of_channels(model["std"]),
+        std=_of_channels(model["std"], least=1e-6),
     )
 
 
-def _of_channels(values: Any) -> tuple[float, ...]:
+def _of_channels(values: Any, least: float = -math.inf) -> tuple[float, ...]:
     """Take a mean or a deviation of the pixels of each channel."""
     if not isinstance(values, list | tuple) or len(values) not in (1, 3):
         raise ValueError(f"{shortened(values)} is no value for each channel")
-    return tuple(float(value) for value in values)
+    found = tuple(float(value) for value in values)
+    if not all(math.isfinite(value) and value >= least for value in found):
+        raise ValueError(f"{shortened(values)} is nothing to normalize pixels with")
+    return found
 
 
 def _load(path: Path) -> Any:

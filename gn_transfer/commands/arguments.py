@@ -55,6 +55,9 @@ class Arguments:
         }
         if studies := [config for config, content in self._configs.items() if "base" in content]:
             raise ConfigError(f"{studies[0]} is a study of many runs: gn-transfer sweep --config {studies[0]}.")
+        if not self._values_of("--trainer.default_root_dir"):
+            roots = (content.get("trainer", {}).get("default_root_dir") for content in self._configs.values())
+            root = Path(next((found for found in reversed([*roots]) if isinstance(found, str)), root))
         self.config_name = run_name(Path(name or path or (Path(configs[-1]).stem if configs else "default")))
         self.has_config = bool(configs)
         self.checkpoint: Path | None = None
@@ -142,6 +145,9 @@ class Arguments:
         config, left_out = config_of_checkpoint(
             self.stored["config"], self.checkpoint, root_is_typed=bool(self._values_of("--data.root"))
         )
+        typed = self._values_of("--trainer.max_epochs", "--trainer.max_steps") and not self._values_of("--samples")
+        if typed and config.pop("samples", None) is not None:  # another length of the run
+            config["trainer"].pop("limit_train_batches", None)
         if left_out and self.command == "fit":
             self.notes.append(
                 f"not taken from the checkpoint: {', '.join(left_out)}; where they are wanted, give them again"

@@ -47,9 +47,8 @@ def run(arguments: Sequence[str]) -> int:
         print(json.dumps(as_dict(report), indent=2))
     elif options.format == "csv":
         rows = group_records(report)
-        writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: spreadsheet_cell(value) for name, value in row.items()} for row in rows)
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerows(map(spreadsheet_cell, row) for row in (rows[0], *(row.values() for row in rows)))
     else:
         print(as_text(report, shutil.get_terminal_size().columns if sys.stdout.isatty() else None), end="")
     if options.output is not None:

@@ -50,6 +50,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     tasks: dict[str, Task] = {"check": check, "cache": cache, "show": show}
     with parsed("fit", others) as cli:
+        cli.refuse_dry_run(f"data {command}")
         cli.datamodule.channels = cli.task.model_config.resolved_in_chans
         cli.datamodule.prepare_data()
         return tasks[command](cli.datamodule, cli.task, options)

@@ -73,6 +73,7 @@ def _loaded(subject: str, rest: Sequence[str], *, of_run: bool) -> Iterator[tupl
     """Load a checkpoint with the images of its run, or build a model of timm for images that are named."""
     if of_run:
         with parsed("validate", [subject, *rest]) as cli:
+            cli.refuse_dry_run("doctor")
             yield load_run(cli)[1], cli.datamodule
         return
     given = {word.partition("=")[0] for word in rest}
@@ -85,6 +86,7 @@ def _loaded(subject: str, rest: Sequence[str], *, of_run: bool) -> Iterator[tupl
             "run the path of its checkpoint."
         )
     with parsed("fit", [*rest, "--model.backbone", subject, *words]) as cli:
+        cli.refuse_dry_run("doctor")
         set_up_images(cli.datamodule, cli.task)
         cli.task.build_for(cli.datamodule)
         yield cli.task, cli.datamodule

@@ -13,11 +13,12 @@ from gn_transfer.report.calibration import wilson_interval
 from gn_transfer.training.checkpoint import check_classes, read_checkpoint
 from gn_transfer.training.classification import TransferClassifier
 from gn_transfer.training.predictions import ImagePredictions
+from gn_transfer.training.run_config import find
 from gn_transfer.training.run_folder import run_of_checkpoint
 from gn_transfer.training.run_log import RunLog
 from gn_transfer.training.task import TransferTask
 from gn_transfer.training.tasks import load_task
-from gn_transfer.training.train import evaluate, find
+from gn_transfer.training.train import evaluate
 
 
 def run(stage: str, arguments: Sequence[str], log: RunLog | None = None) -> int:

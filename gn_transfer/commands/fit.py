@@ -20,9 +20,10 @@ from gn_transfer.training.batch_size import BatchSizeChoice, choose_batch_size
 from gn_transfer.training.checkpoint_callbacks import BestCheckpoint, LastCheckpoint
 from gn_transfer.training.plan import Plan, epochs_of, make_plan
 from gn_transfer.training.progress import Throughput
+from gn_transfer.training.run_config import find
 from gn_transfer.training.run_folder import LAST, PREVIOUS, RunFolder, claim_run, run_of_checkpoint
 from gn_transfer.training.task import TransferTask
-from gn_transfer.training.train import find, prepare, train
+from gn_transfer.training.train import prepare, train
 
 _RUN_OF_THIS_TRAINING = "GN_TRANSFER_RUN"  # tells the other processes of a training the name of its run
 
@@ -221,10 +222,13 @@ def check_validation(cli: TrainingCLI, trainer: Trainer) -> None:
     """Refuse a validation that would come later than an epoch ends, which Lightning finds out when it starts."""
     interval = cli.section.trainer.val_check_interval
     batches = -(-len(cli.datamodule.train_dataset) // (cli.datamodule.batch_size * trainer.world_size))
-    if isinstance(interval, int) and not isinstance(interval, bool) and interval > batches:
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    within_epochs = trainer.check_val_every_n_epoch is not None
+    if within_epochs and isinstance(interval, int) and not isinstance(interval, bool) and interval > batches:
         raise ConfigError(
             f"trainer.val_check_interval={interval} is more than the {batches:,} batches of an epoch; use fewer, or "
-            "trainer.check_val_every_n_epoch."
+            "trainer.check_val_every_n_epoch: a number of epochs between validations, or null to count over epochs."
         )
 
 
@@ -235,6 +239,9 @@ def limit_samples(cli: TrainingCLI, trainer: Trainer) -> None:
         raise ConfigError(f"samples={samples} and trainer.max_steps={section.max_steps}: set one of them.")
     at_once = cli.datamodule.batch_size * trainer.world_size
     epochs, batches = epochs_of(samples, len(cli.datamodule.train_dataset), at_once)
+    limit = section.limit_train_batches
+    if limit not in (None, batches) and cli.arguments.stored is None:  # a continued run may have another batch size
+        raise ConfigError(f"samples={samples} and trainer.limit_train_batches={limit}: set one of them.")
     trainer.fit_loop.max_epochs = section.max_epochs = epochs
     if batches is not None:
         trainer.limit_train_batches = batches

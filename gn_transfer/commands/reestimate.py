@@ -34,6 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.images < 1:
         raise ConfigError(f"--images {options.images} is out of range; use a number of 1 or more.")
     with parsed("validate", [options.checkpoint, *rest]) as cli:
+        cli.refuse_dry_run("reestimate")
         checkpoint, data = cli.arguments.checkpoint, cli.datamodule
         assert checkpoint is not None
         output = options.output or checkpoint.with_name(f"{checkpoint.stem}_reestimated.ckpt")

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from gn_transfer.commands.study_checks import check_classes, check_keys, check_v
 from gn_transfer.commands.training_cli import parsed
 from gn_transfer.config import ConfigError, find_config
 from gn_transfer.data.workers import core_count
-from gn_transfer.files import read_json, write_json
+from gn_transfer.files import read_json, refuse_link, write_json
 from gn_transfer.report.runs import STUDY
 from gn_transfer.study.database import may_exist
 from gn_transfer.study.definition import Study, parse_value, read_study
@@ -72,11 +73,15 @@ def run(arguments: Sequence[str]) -> int:
         ended = {trial.name for trial in planned.trials if trial.name in outcomes and outcomes[trial.name].ended}
         print_plan(console, study, planned.trials, options.workers, ended)
         return 0
+    for name in ("", STUDY, "report", "report/figures", *(() if options.storage else ("study.db", "study.db.lock"))):
+        refuse_link(folder / name)
     store = Store(url, study.name)
-    if not store.knows_study() and (found := next(folder.glob("*/metrics.json"), None)):
+    kept = context.root / "checkpoints" / study.name
+    runs = chain(folder.glob("*/metrics.json"), kept.glob("*/*.ckpt"))
+    if not store.knows_study() and (found := next(runs, None)):
         raise ConfigError(
-            f"{found.parent} is a run, and the database of the study {study.name} knows nothing of it; move {folder} "
-            "away, or choose another --name."
+            f"{found.parent} is of a run, and the database of the study {study.name} knows nothing of it; move "
+            f"{found.parent.parent} away, or choose another --name."
         )
     store.begin(study.shared_settings())
     folder.mkdir(parents=True, exist_ok=True)

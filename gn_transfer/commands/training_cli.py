@@ -229,6 +229,15 @@ class TrainingCLI(LightningCLI):
             return TransferSegmenter(section.model, section.optimizer, section.segmentation)
         return TransferClassifier(section.model, section.optimizer, section.regularization)
 
+    def refuse_dry_run(self, command: str) -> None:
+        """Refuse ``--dry_run`` of a command that takes the options of training, and plans nothing.
+
+        Raises:
+            ConfigError: It is given.
+        """
+        if self.section.dry_run:
+            raise ConfigError(f"{command} has no --dry_run; leave it out, or plan a training with gn-transfer fit.")
+
     def _segments(self) -> bool:
         """Whether the data that are configured are images with masks."""
         module, _, name = str(self.section.data.class_path).rpartition(".")

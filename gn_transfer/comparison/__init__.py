@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gn_transfer.comparison.comparison import Comparison, Contrast, Group, compare
 from gn_transfer.config import ConfigError
+from gn_transfer.files import refuse_link
 
 __all__ = ["Comparison", "Contrast", "Group", "compare", "write_report"]
 
@@ -22,15 +23,17 @@ def write_report(comparison: Comparison, output: Path) -> None:
         ConfigError: ``output`` cannot be written to, or holds something that is no report.
     """
     from gn_transfer.comparison.page import write_files
+    from gn_transfer.report.html import is_page
 
-    if output.is_dir() and not (output / "report.json").is_file():
-        others = sorted(path.name for path in output.iterdir() if path.name != "figures")
-        if others:
-            raise ConfigError(
-                f"--output {output} exists and holds something that is no report ({', '.join(others[:3])}), which "
-                "could be lost; name a new folder."
-            )
     try:
+        if output.is_dir() and not is_page(output / "index.html"):
+            others = sorted(path.name for path in output.iterdir())
+            if others:
+                raise ConfigError(
+                    f"--output {output} exists and holds something that is no report ({', '.join(others[:3])}), which "
+                    "could be lost; name a new folder."
+                )
+        refuse_link(output / "figures")
         (output / "figures").mkdir(parents=True, exist_ok=True)
         write_files(comparison, output)
     except OSError as error:

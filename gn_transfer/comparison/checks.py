@@ -246,7 +246,7 @@ def _differences(runs: Sequence[Run], name: str, value_of: Callable[[Run], objec
 def _short_side(run: Run) -> object:
     """The size at which a segmentation is evaluated; None of a classification."""
     side = run.settings.get("short_side")
-    return run.settings["img_size"] if side == "null" else side
+    return run.settings.get("img_size") if side == "null" else side
 
 
 def _digest(name: str) -> Callable[[Run], object]:

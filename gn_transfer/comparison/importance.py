@@ -7,7 +7,6 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 import numpy as np
 import optuna
@@ -126,9 +125,9 @@ def anova(
         {'a': 0.99, 'b': 0.01, 'together': 0.0, 'rest': 0.0}
     """
     combinations = list(zip(*columns.values(), strict=True)) if columns else [()] * len(scores)
-    full = list(product(*(dict.fromkeys(values) for values in columns.values())))
+    full = math.prod(len(set(values)) for values in columns.values())
     counts = Counter(combinations)
-    if set(counts) != set(full) or len(set(counts.values())) > 1:
+    if len(counts) != full or len(set(counts.values())) > 1:
         return None
     y = np.asarray(scores, dtype=np.float64)
     centred = y - y.mean()
@@ -146,7 +145,7 @@ def anova(
     if len(columns) > 1:
         shares[INTERACTIONS] = between - sum(shares.values())
     per_seed = Counter(zip(combinations, seeds, strict=True))
-    if len(set(seeds)) > 1 and len(per_seed) == len(full) * len(set(seeds)) and len(set(per_seed.values())) == 1:
+    if len(set(seeds)) > 1 and len(per_seed) == full * len(set(seeds)) and len(set(per_seed.values())) == 1:
         shares["seed"] = sum_of_squares(seeds) / total
         rest -= shares["seed"]
     shares[REST] = rest

@@ -91,7 +91,7 @@ def write_files(comparison: Comparison, output: Path) -> None:
     for name, records in (("table.csv", tables.group_records(comparison)), ("rows.csv", runs)):
         write_csv(
             output / name,
-            list(records[0]),
+            list(map(spreadsheet_cell, records[0])),
             ([spreadsheet_cell(value) for value in record.values()] for record in records),
         )
 

@@ -179,7 +179,7 @@ def markdown(comparison: Comparison) -> str:
     """Write the comparison as Markdown, ready to be pasted."""
     parts = [
         f"# {markdown_text(comparison.title)}",
-        "\n".join(answer(comparison)),
+        "\n".join(map(markdown_text, answer(comparison))),
         markdown_table(group_rows(comparison)),
     ]
     if comparison.contrasts:
@@ -188,7 +188,9 @@ def markdown(comparison: Comparison) -> str:
         parts += [f"{heading}:", markdown_table(rows)]
     parts += ["\n".join(f"- {markdown_text(line)}" for line in comparison.remarks())]
     if comparison.problems:
-        listed = "\n".join(f"- `{problem.folder}`: {markdown_text(problem.reason)}" for problem in comparison.problems)
+        listed = "\n".join(
+            f"- {markdown_text(f'{problem.folder}: {problem.reason}')}" for problem in comparison.problems
+        )
         parts += [f"Left out:\n\n{listed}"]
     return "\n\n".join(parts) + "\n"
 

@@ -185,4 +185,6 @@ def same_split(checkpoint: Path, data: ImageDataModule) -> bool | None:
     """
     run_folder = run_of_checkpoint(checkpoint)
     recorded = read_json(None if run_folder is None else run_folder.logs / "split.json").get("val")
-    return None if recorded is None else sorted(recorded) == sorted(data.split()["val"])
+    if not isinstance(recorded, list) or not all(isinstance(path, str) for path in recorded):
+        return None
+    return sorted(recorded) == sorted(data.split()["val"])

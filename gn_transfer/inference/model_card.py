@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gn_transfer.backbones.pretrained import ALIASES
-from gn_transfer.config import markdown_text
+from gn_transfer.config import code_span, markdown_text
 from gn_transfer.inference.bundle import validation_metric
 from gn_transfer.inference.confidence import Temperature, Threshold
 from gn_transfer.report.calibration import wilson_interval
@@ -20,7 +20,7 @@ _CARD = """\
 {classes}
 
 {sizes}; weights {weights}; {transfer}.
-Run `{run}`, {checkpoint} (epoch {epoch}, {optimizer_steps} optimizer steps). Exported {created} by gn-transfer \
+Run {run}, {checkpoint} (epoch {epoch}, {optimizer_steps} optimizer steps). Exported {created} by gn-transfer \
 {version}.
 
 ## How good
@@ -125,15 +125,20 @@ def model_card(metadata: Mapping[str, Any]) -> str:
     report, classes = origin["transfer_report"], metadata["classes"]
     quantization = metadata.get("quantization")
     metrics = {**metadata["metrics"], f"validation {parity['metric']} of this bundle": validation_metric(metadata)}
-    start = "trained from scratch" if report["source"] == "from scratch" else f"started from `{report['source']}`"
+    start = (
+        "trained from scratch" if report["source"] == "from scratch" else f"started from {code_span(report['source'])}"
+    )
     return _CARD.format(
         backbone=metadata["backbone"],
         norm=metadata["norm"],
         count=len(classes),
         classes=markdown_text(", ".join(classes)),
-        weights=metadata["weights"],
+        weights=markdown_text(metadata["weights"]),
         transfer=start,
-        **{key: origin[key] for key in ("run", "checkpoint", "epoch", "optimizer_steps")},
+        run=code_span(origin["run"]),
+        checkpoint=code_span(origin["checkpoint"]),
+        epoch=origin["epoch"],
+        optimizer_steps=origin["optimizer_steps"],
         created=metadata["created"],
         version=metadata["versions"]["gn-transfer"],
         metrics="\n".join(_metric_row(name, value, metadata["evaluated_images"]) for name, value in metrics.items()),

@@ -159,7 +159,7 @@ def _describe(
             uses_batch=_uses_batch(layer),
             affine_frozen=layer.weight is not None and not layer.weight.requires_grad,
             values_per_channel=values[name],
-            averaged_images=None if layer.momentum is None else batch_size * (2 - layer.momentum) / layer.momentum,
+            averaged_images=None if not layer.momentum else batch_size * (2 - layer.momentum) / layer.momentum,
             batch_noise=noise[name],
             mean_shift=shifts[name][0] if name in shifts else None,
             variance_factor=shifts[name][1] if name in shifts else None,

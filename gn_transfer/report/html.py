@@ -43,7 +43,7 @@ def save_page(output: Path, html: str) -> Path:
     if output.is_dir():
         raise ConfigError(f"--output {output} is a folder; name a file, such as {output / 'report.html'}.")
     try:
-        if output.exists() and not (output.is_file() and _is_page(output)):  # reading a pipe would never end
+        if output.exists() and not is_page(output):
             raise ConfigError(f"--output {output} exists and is no page of gn-transfer; name another file.")
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, html)
@@ -52,6 +52,9 @@ def save_page(output: Path, html: str) -> Path:
     return output
 
 
-def _is_page(file: Path) -> bool:
+def is_page(file: Path) -> bool:
+    """Tell whether a file is a page of ours."""
+    if not file.is_file():  # reading a pipe would never end
+        return False
     with file.open(encoding="utf-8", errors="replace") as page:
         return _GENERATOR in page.read(999)

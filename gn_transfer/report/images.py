@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -28,7 +29,9 @@ def find_image(path: str, roots: list[Path]) -> Path | None:
     """
     if Path(path).is_absolute() or ".." in Path(path).parts:
         return None
-    return next((root / path for root in roots if (root / path).is_file()), None)
+    with suppress(OSError):  # a name that is too long
+        return next((root / path for root in roots if (root / path).is_file()), None)
+    return None
 
 
 def thumbnail(file: Path | None) -> str | None:

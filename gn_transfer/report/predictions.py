@@ -202,7 +202,7 @@ def read_predictions(file: Path, *, probabilities: bool = False) -> SplitPredict
             return _of_images(rows, 5 if probabilities else 3)
         if header[:2] == ["path", "miou"]:
             return _of_pixels(header[2:], rows)
-    except (OSError, ValueError, StopIteration, TypeError, csv.Error):
+    except (OSError, ValueError, StopIteration, TypeError, IndexError, csv.Error):
         pass
     return None
 

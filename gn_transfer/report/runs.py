@@ -65,7 +65,7 @@ class Run:
     @property
     def name(self) -> str:
         """``<config>/<norm>-bs<batch>-seed<seed>[-k]``."""
-        return str(self.metrics.get("run") or self.folder.name)
+        return printable(str(self.metrics.get("run") or self.folder.name))
 
     @property
     def versions(self) -> dict[str, str]:
@@ -368,7 +368,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise UnusableRunError(f"{path.name} cannot be read ({error}): corrupt or half-written") from error
     if not isinstance(content, dict):
         raise UnusableRunError(f"{path.name} holds no mapping: not of gn-transfer, or corrupt")
-    mapping: dict[str, Any] = _harmless(content, path.name)
+    try:
+        mapping: dict[str, Any] = _harmless(content, path.name)
+    except RecursionError:
+        raise UnusableRunError(f"{path.name} is nested too deeply: not of gn-transfer") from None
     return mapping
 
 

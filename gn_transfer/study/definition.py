@@ -60,8 +60,8 @@ class Selection:
     key: str
     values: tuple[float, ...]
     seeds: tuple[int, ...]
-    per: tuple[str, ...] | None = None
-    extend: int = 2
+    per: tuple[str, ...] | None
+    extend: int
 
 
 @dataclass(frozen=True)

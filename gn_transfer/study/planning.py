@@ -10,7 +10,7 @@ from typing import Literal
 
 from gn_transfer.config import ConfigError
 from gn_transfer.study.definition import Arm, Selection, Study
-from gn_transfer.study.trials import Configuration, Trial, configurations, make_trial
+from gn_transfer.study.trials import Configuration, Trial, check_count, configurations, make_trial
 
 State = Literal["waiting", "running", "complete", "failed"]
 
@@ -99,12 +99,14 @@ def plan_trials(study: Study, outcomes: Mapping[str, Outcome]) -> Planned:
         Trials, in the order in which they are to run: seed by seed, so that early results cover all configurations.
 
     Raises:
-        ConfigError: Nothing to run, or two trials of one name.
+        ConfigError: Nothing to run, far too much, or two trials of one name.
     """
     planned = Planned()
     finals: list[Configuration] = []
     for arm in study.arms:
         found = configurations(arm, study.settings)
+        candidates = len(arm.select.values) * len(arm.select.seeds) if arm.select is not None else 0
+        check_count(len(found) * (candidates + len(study.seeds)), arm)
         finals += found if arm.select is None else _select(study, arm, arm.select, found, outcomes, planned)
     last = [make_trial(study, configuration, "final", seed) for seed in study.seeds for configuration in finals]
     planned.trials += last

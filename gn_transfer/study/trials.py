@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
+from gn_transfer.config import ConfigError
 from gn_transfer.study.definition import LOCAL_KEYS, Arm, Study, Values
 
 Stage = Literal["select", "final", "test"]
+
+_MOST_TRIALS = 100_000
 
 _SHORT = {"data.batch_size": "bs", "model.norm": "", "model.num_groups": "groups", "model.group_size": "group_size"}
 
@@ -95,6 +99,9 @@ def configurations(arm: Arm, settings: Values) -> list[Configuration]:
     Returns:
         In the order of the file, none twice.
 
+    Raises:
+        ConfigError: See :func:`check_count`.
+
     Example:
         Groups mean something to GN alone: 1 + 2 configurations, not 4.
 
@@ -109,11 +116,25 @@ def configurations(arm: Arm, settings: Values) -> list[Configuration]:
         lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         fixed = {**arm.fixed, **{key: value for key, value in values.items() if key not in lists}}
         crossed = {key: some for key, some in {**arm.grid, **lists}.items() if key not in values or key in lists}
+        check_count(math.prod(map(len, crossed.values())), arm)
         for point in product(*crossed.values()):
             varying = dict(_meaningful(dict(zip(crossed, point, strict=True)), fixed, arm.where, settings))
             configuration = Configuration(arm.name, case, varying, {**fixed, **varying})
             found.setdefault((case, json.dumps(varying, sort_keys=True)), configuration)
     return list(found.values())
+
+
+def check_count(trials: int, arm: Arm) -> None:
+    """Refuse a grid that was not meant: nobody waits for so many trials, and their list alone fills the memory.
+
+    Raises:
+        ConfigError: An arm has more trials than :data:`_MOST_TRIALS`.
+    """
+    if trials > _MOST_TRIALS:
+        name = f"the arm {arm.name}" if arm.name else "the study"
+        raise ConfigError(
+            f"{name} has {trials:,} trials, and at most {_MOST_TRIALS:,} can be run; give fewer values or seeds."
+        )
 
 
 def _meaningful(

@@ -156,13 +156,18 @@ class GradientAccumulation(Callback):
         plain = not config.compile and not config.gradient_checkpointing and num_devices == 1
         return self.cuda_graphs and device.type == "cuda" and plain
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the micro-batches where loaders came without a data module."""
+    def count_micro_batches(self, trainer: Trainer) -> None:
+        """Count the micro-batches where loaders came without a data module; before the steps of a run are counted."""
         if trainer.datamodule is None:  # type: ignore[attr-defined]
+            trainer.fit_loop.setup_data()
             batch_size, _ = _epoch_size(trainer)
             trainer.accumulate_grad_batches = micro_batches_per_step(
                 self.effective_batch_size, batch_size, trainer.world_size
             )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count them also for a module with an optimizer of its own."""
+        self.count_micro_batches(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Announce the micro-batch to the engine and to the module."""

@@ -76,8 +76,11 @@ class BatchNormStatistics(Callback):
         if trainer.ckpt_path is None:
             self._reestimate(trainer, pl_module, FROZEN_STATISTICS_BATCH, frozen=True)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Re-estimate the statistics with the size of the training batch, and switch to batch statistics."""
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Re-estimate the statistics with the size of the training batch, and switch to batch statistics.
+
+        An average of the weights has taken the place of the weights before.
+        """
         if trainer.state.fn == "fit":
             self._reestimate(trainer, pl_module, trainer.datamodule.batch_size, frozen=False)  # type: ignore[attr-defined]
         self.on_test_start(trainer, pl_module)

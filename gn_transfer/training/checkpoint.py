@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, ValidationInfo, field_validator
 
 from gn_transfer.backbones.model_config import ModelConfig
 from gn_transfer.config import ConfigError, DecoderName, Norm, is_out_of_memory, shortened
@@ -66,14 +66,14 @@ class _DataConfig(BaseModel):
     model_config = ConfigDict(strict=True)
 
     class_path: str = ""
-    init_args: dict[str, Any] = {}
+    init_args: dict[str, JsonValue] = {}
 
 
 class _Config(BaseModel):
     """``config``: the keys of the run, by groups."""
 
     model_config = ConfigDict(strict=True, extra="allow")
-    __pydantic_extra__: dict[str, dict[str, Any]] = Field(init=False)
+    __pydantic_extra__: dict[str, dict[str, JsonValue]] = Field(init=False)
 
     seed_everything: int = 0
     samples: int | None = None
@@ -91,6 +91,8 @@ class _Description(BaseModel):
     config: _Config = _Config()
     split: dict[str, dict[str, int]] = {}
     batch_size: Annotated[int, Field(ge=1)] = 1
+    config_name: Annotated[str, Field(pattern=r"^[^\x00]*$")] = ""
+    weights: str = ""
 
 
 Task = TypeVar("Task", bound="BackboneModule")

@@ -22,7 +22,8 @@ from gn_transfer.config import ConfigError, check_range, is_out_of_memory
 from gn_transfer.files import partial_of, remove_leftovers
 from gn_transfer.training.checkpoint import read_checkpoint
 from gn_transfer.training.divergence import DivergenceCheck, is_finite
-from gn_transfer.training.run_folder import LAST, PREVIOUS
+from gn_transfer.training.loop_position import is_position, is_validated, place_loops, whole_steps
+from gn_transfer.training.run_folder import BEST, LAST, PREVIOUS
 
 
 def write_checkpoint(content: dict[str, Any], path: Path, *, keep_previous: bool = False) -> None:
@@ -107,9 +108,14 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the best so far, also where the run's folder was moved or is named another way."""
+        """Go on from the best so far, also where the run's folder was moved or is named another way.
+
+        Where the folder has no ``best.ckpt``, the next validation is the best.
+        """
         assert self.dirpath is not None, "the run's folder is set before a checkpoint is restored"
-        best = str(Path(self.dirpath) / "best.ckpt")
+        best = str(Path(self.dirpath) / BEST)
+        if not Path(best).is_file():
+            return
         kept = dict.fromkeys([best] if state_dict["best_k_models"] else [], state_dict["best_model_score"])
         super().load_state_dict(
             {
@@ -131,8 +137,9 @@ class LastCheckpoint(Checkpoint):
 
     A checkpoint stands between two accumulation steps. It holds the number of micro-batches of the epoch that are
     done, so that a resumed run sees the images that it would have seen. SIGINT (Ctrl-C), SIGTERM, and SIGUSR1, which
-    SLURM sends ahead of a time limit, finish the accumulation step or the validation, save, and stop the run; a second
-    one stops at once. Signals of two kinds at the same time are one request: who stops a service tells all processes.
+    SLURM sends ahead of a time limit, finish the accumulation step or the validation, save, and stop the run; where a
+    validation follows the step, the run saves before it and stops one step after it. A second one stops at once.
+    Signals of two kinds at the same time are one request: who stops a service tells all processes.
 
     Args:
         every_minutes: Time between two checkpoints inside an epoch. 0 saves after every accumulation step.
@@ -214,10 +221,11 @@ class LastCheckpoint(Checkpoint):
         if not step_ended or batch_idx + 1 >= trainer.num_training_batches:
             return
         is_time = time.monotonic() - self._saved_at >= 60.0 * self.every_minutes
-        due = self.stop_requested or (is_time and not _is_validated(trainer, batch_idx))
+        validated = is_validated(trainer, batch_idx)  # a stop waits for that, and for the step after it
+        due = self.stop_requested or (is_time and not validated)
         if _any_process(trainer, due):  # each has a clock of its own, and saving is done by all
             self._save(trainer, pl_module)
-            if _any_process(trainer, self.stop_requested):
+            if _any_process(trainer, self.stop_requested) and not validated:
                 raise KeyboardInterrupt
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -257,8 +265,8 @@ class LastCheckpoint(Checkpoint):
         for optimizer in trainer.optimizers:
             optimizer.zero_grad()
         with suppress(RuntimeError, MemoryError):  # there may be no room for this either
-            whole_steps = _whole_steps(trainer) > 0
-            self.out_of_memory = not whole_steps or self._save(trainer, pl_module)
+            began = whole_steps(trainer) > 0
+            self.out_of_memory = not began or self._save(trainer, pl_module)
 
     def _restore_handlers(self) -> None:
         """Restore the handlers before Lightning restores its own, which know the trainer and would keep it alive."""
@@ -272,14 +280,15 @@ class LastCheckpoint(Checkpoint):
         # Of the trackers mypy knows only the base class; these two count `processed` and `started` as well.
         batches: Any = loop.epoch_loop.batch_progress.current
         epochs: Any = loop.epoch_progress.current
-        done, epoch = _whole_steps(trainer), epochs.processed
+        done, epoch = whole_steps(trainer), epochs.processed
         if done < trainer.num_training_batches and epochs.processed == epochs.ready:  # max_steps ended it inside
             for part in ("current", "total"):
                 checkpoint["loops"]["fit_loop"]["epoch_progress"][part]["processed"] -= 1
             epoch -= 1
-        if batches.ready != batches.processed:  # saved inside an accumulation step, which is forgotten
+        if not done == batches.processed == batches.ready:  # saved inside an accumulation step, which is forgotten
             place_loops(checkpoint["loops"], done)
-            checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # added on a restart
+            if done:  # added on a restart
+                checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
         if done >= trainer.num_training_batches:  # `processed` counts the epoch only after its validation
             done, epoch = 0, epochs.started
         ours = checkpoint.setdefault("gn_transfer", {})
@@ -301,7 +310,7 @@ class LastCheckpoint(Checkpoint):
             return
         stored = checkpoint["gn_transfer"]
         position, state = stored.get("position"), stored.get("torch_rng_state")
-        if not (_is_position(position) and isinstance(state, torch.Tensor) and state.dtype == torch.uint8):
+        if not (is_position(position) and isinstance(state, torch.Tensor) and state.dtype == torch.uint8):
             raise ConfigError("the checkpoint does not say where in the training it was, so no run can go on from it.")
         devices = stored.get("devices", trainer.world_size)
         here = trainer.world_size * trainer.accumulate_grad_batches * _batch_size(trainer)
@@ -342,47 +351,6 @@ class LastCheckpoint(Checkpoint):
             for check in (c for c in trainer.callbacks if isinstance(c, DivergenceCheck)):  # type: ignore[attr-defined]
                 check.last_good = str(path)
         return written
-
-
-def _is_validated(trainer: Trainer, batch_idx: int) -> bool:
-    """Say whether a validation follows this step inside the epoch, which a run that goes on from here would lack.
-
-    False where one follows every step: there would be no place to save at.
-    """
-    every: Any = trainer.val_check_batch
-    if not isinstance(every, int) or every <= trainer.accumulate_grad_batches:
-        return False
-    done = trainer.fit_loop.epoch_loop.total_batch_idx if trainer.check_val_every_n_epoch is None else batch_idx
-    return (done + 1) % every == 0
-
-
-def place_loops(loops: dict[str, Any], batches: int) -> None:
-    """Have Lightning's loops stand where they stand after the last micro-batch of an optimizer step.
-
-    Args:
-        loops: Their state in a checkpoint, changed in place.
-        batches: Micro-batches of the epoch that are done, at least 1.
-    """
-    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
-    before = progress["total"]["processed"] - progress["current"]["processed"]  # of the epochs before
-    for part, number in (("current", batches), ("total", before + batches)):
-        progress[part].update(ready=number, started=number, processed=number, completed=number - 1)
-
-
-def _whole_steps(trainer: Trainer) -> int:
-    """Micro-batches of the running epoch that belong to optimizer steps that are done."""
-    batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    done: int = batches.processed
-    last = done >= trainer.num_training_batches  # the last step of an epoch may have fewer
-    return done if last else done - done % trainer.accumulate_grad_batches
-
-
-def _is_position(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"epoch", "batch"}
-        and all(isinstance(number, int) and 0 <= number < 2**31 for number in value.values())
-    )
 
 
 def _any_process(trainer: Trainer, decision: bool) -> bool:

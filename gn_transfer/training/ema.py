@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from gn_transfer.config import ConfigError
+from gn_transfer.layers import StdConv2d
 from gn_transfer.training.checkpoint_callbacks import LastCheckpoint
 
 AS_TRAINED = "as trained"
@@ -71,6 +72,13 @@ class ExponentialMovingAverage(WeightAveraging):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*overrides the configure_model")
             super().setup(trainer, pl_module, stage)
+
+    def _swap_models(self, pl_module: LightningModule) -> None:
+        """Exchange weights and average, and drop the standardized filters that evaluation keeps of the others."""
+        super()._swap_models(pl_module)
+        for layer in pl_module.modules():
+            if isinstance(layer, StdConv2d):
+                layer.train(layer.training)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the module have the average, once the weights as trained are on the disk."""

@@ -45,16 +45,28 @@ class BackboneFreezing(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Freeze or unfreeze by the number of the epoch."""
         frozen = trainer.current_epoch < self.epochs
-        if frozen != self._frozen:
-            self._frozen = frozen
-            for name, parameter in pl_module.model.named_parameters():
-                if not name.startswith(f"{pl_module.head}."):
-                    parameter.requires_grad_(not frozen)
-            if not frozen:
-                pl_module.model.train()
+        self._set(pl_module, frozen=frozen)
         if frozen and pl_module.model.training:  # Lightning switches the module to training after each validation
             pl_module.model.eval()
             pl_module.model.get_submodule(pl_module.head).train()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Unfreeze: what trains next has an optimizer for all parameters."""
+        self._set(pl_module, frozen=False)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Unfreeze, for a training that begins again."""
+        self._set(pl_module, frozen=False)
+
+    def _set(self, pl_module: Any, *, frozen: bool) -> None:
+        if frozen == self._frozen:
+            return
+        self._frozen = frozen
+        for name, parameter in pl_module.model.named_parameters():
+            if not name.startswith(f"{pl_module.head}."):
+                parameter.requires_grad_(not frozen)
+        if not frozen:
+            pl_module.model.train()
 
 
 class FreezeBatchNorm(Callback):

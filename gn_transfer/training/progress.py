@@ -58,7 +58,7 @@ class Throughput(Callback):
         self._loss_sum: torch.Tensor | None = None
         self._loss_images = 0
         self._step_losses: list[tuple[torch.Tensor, int]] = []  # of an accumulation step that has not ended
-        self._mark = 0.0
+        self._mark = self._paused = 0.0
         self._mark_images = 0
         self._warm = False
         self._every = 1
@@ -135,9 +135,15 @@ class Throughput(Callback):
         """Exclude the time between two epochs from the measurement."""
         self._mark, self._mark_images = time.perf_counter(), 0
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note when the validation begins, with nothing of the training left to compute."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        self._paused = time.perf_counter()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exclude the validation from the measurement."""
-        self._mark = time.perf_counter()
+        self._mark += time.perf_counter() - self._paused
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the counts, so that a resumed run reports those of the whole run."""

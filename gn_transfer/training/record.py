@@ -31,10 +31,12 @@ class RunRecord(Callback):
         path: The file ``metrics.json``.
         facts: What is known before the first step: norm, backbone, batch sizes, seed, versions, device, ...
         predictions: The callback that keeps the predictions.
+        best: The best checkpoint; without it, a run that goes on has no best figures yet.
     """
 
-    def __init__(self, path: Path, facts: dict[str, Any], predictions: ImagePredictions) -> None:
+    def __init__(self, path: Path, facts: dict[str, Any], predictions: ImagePredictions, best: Path) -> None:
         self.path = path
+        self.best = best
         self.facts = facts
         self.predictions = predictions
         self.metrics: dict[str, float] = {}
@@ -114,6 +116,8 @@ class RunRecord(Callback):
             {str(name): _number(value) for name, value in state_dict[key].items()}
             for key in ("metrics", "best_metrics")
         )
+        if not self.best.is_file():
+            self.best_metrics = {}
         self.epochs = [dict(epoch) for epoch in state_dict["epochs"]]
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, status: Status, epochs: int) -> None:

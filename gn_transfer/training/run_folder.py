@@ -10,6 +10,9 @@ from pathlib import Path
 from gn_transfer.config import ConfigError
 from gn_transfer.files import read_json, refuse_link
 
+BEST = "best.ckpt"
+"""The checkpoint of the validation with the highest metric."""
+
 LAST = "last.ckpt"
 """File name of the newest checkpoint of a run."""
 

@@ -87,7 +87,8 @@ def measure_step(
     pixels += torch.linspace(-1, 1, img_size, device=device)
     pixels = pixels.contiguous(memory_format=memory_format)
     fastest, began = float("inf"), time.perf_counter()
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+    generators = torch.random.fork_rng([device] if device.type == "cuda" else [])  # dropout draws from them
+    with generators, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         if engine is not None:
             engine.fold_norms(pixels)
             engine.micro_batch(first=True, last=False)

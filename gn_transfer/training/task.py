@@ -18,7 +18,7 @@ from gn_transfer.backbones import ModelConfig, parameter_depths
 from gn_transfer.config import ConfigError
 from gn_transfer.data import ImageDataModule
 from gn_transfer.data.dataset import LabeledImage
-from gn_transfer.training.accumulation import MicroBatch
+from gn_transfer.training.accumulation import GradientAccumulation, MicroBatch
 from gn_transfer.training.backbone_module import BackboneModule
 from gn_transfer.training.optimizer import OptimizerConfig
 
@@ -58,6 +58,7 @@ class TransferTask(BackboneModule):
         self.optimizer_config = optimizer or OptimizerConfig()
         self.micro_batch = MicroBatch()
         self._images_left = sys.maxsize
+        self.own_images_of_batch = 0
 
     # -- what a task defines ------------------------------------------------------------------------------------
 
@@ -137,7 +138,7 @@ class TransferTask(BackboneModule):
         images, targets = batch
         with torch.autocast(self.device.type, enabled=False):  # evaluation is float32 whatever the training precision
             logits: Tensor = self(images)
-            own = min(len(targets), self._images_left)
+            own = self.own_images_of_batch = min(len(targets), self._images_left)
             self._images_left -= own
             if own:
                 mean_loss.update(self.evaluation_losses(logits[:own], targets[:own]))
@@ -204,6 +205,9 @@ class TransferTask(BackboneModule):
         # A fused optimizer unscales fp16 gradients inside its step, so their norm before it would be another one.
         fused = config.clip_norm is None or self.trainer.precision != "16-mixed"
         optimizer = config.create_optimizer(self.model, self.head, depths, fused=fused)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulation):
+                callback.count_micro_batches(self.trainer)
         scheduler = config.create_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
@@ -196,15 +196,16 @@ class ValidationFigures(Callback):
     def on_validation_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: tuple[Tensor, Tensor],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Hand the batch on."""
+        """Hand the batch on, without images that only fill up the batches of several processes."""
         assert self._figures is not None
-        self._figures.update(outputs, *batch)
+        if own := pl_module.own_images_of_batch:
+            self._figures.update(outputs[:own], *(part[:own] for part in batch))
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Log to each TensorBoard logger, and write the file."""

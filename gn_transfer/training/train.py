@@ -11,14 +11,13 @@ A script needs no command line::
 
 from __future__ import annotations
 
-import inspect
+import shutil
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, Trainer
@@ -28,7 +27,7 @@ from gn_transfer.config import ConfigError
 from gn_transfer.data import ImageDataModule
 from gn_transfer.data.describe import test_images
 from gn_transfer.data.splits import file_identities, split_digest
-from gn_transfer.files import read_json, remove_leftovers, write_json, write_text
+from gn_transfer.files import going_on_without, partial_of, read_json, remove_leftovers, write_json, write_text
 from gn_transfer.layers import group_counts
 from gn_transfer.training.accumulation import GradientAccumulation
 from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
@@ -43,7 +42,8 @@ from gn_transfer.training.precision import MixedPrecisionConfig, device_type, re
 from gn_transfer.training.predictions import ImagePredictions
 from gn_transfer.training.progress import EpochLines, RunProgressBar, Throughput
 from gn_transfer.training.record import RunRecord
-from gn_transfer.training.run_folder import RunFolder, run_of_checkpoint
+from gn_transfer.training.run_config import config_of, find
+from gn_transfer.training.run_folder import BEST, RunFolder, run_of_checkpoint
 from gn_transfer.training.run_log import RunLog
 from gn_transfer.training.split_check import check_split, split_of_run
 from gn_transfer.training.task import TransferTask
@@ -56,8 +56,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,  # the plan says it in a line
     "use_distributed_sampler": False,  # the data's own sampler knows ranks and resumes inside an epoch
 }
-
-Found = TypeVar("Found", bound=Callback)
 
 
 def create_trainer(
@@ -89,8 +87,10 @@ def create_trainer(
     needed += [RunProgressBar()] if interactive and not evaluates else []
     needed += [ValidationFigures(), *([] if evaluates else [TrainingImages()])] if figures else []
     given = [callback for callback in callbacks if getattr(callback, "enabled", True)]
-    kinds = tuple(type(callback) for callback in given)
-    precision = resolve_precision((mode or MixedPrecisionConfig()).mode, device_type(str(arguments.get("accelerator"))))
+    # An average takes the place of the weights before their batch norms are re-estimated.
+    given.sort(key=lambda callback: not isinstance(callback, ExponentialMovingAverage))
+    device = device_type(str(arguments.get("accelerator") or "auto"))
+    precision = resolve_precision((mode or MixedPrecisionConfig()).mode, device)
     plugins = arguments.pop("plugins", None) or []
     return Trainer(
         **{
@@ -99,7 +99,7 @@ def create_trainer(
             "logger": False,
             "enable_progress_bar": interactive,
             **arguments,
-            "callbacks": [*given, *(callback for callback in needed if not isinstance(callback, kinds or ()))],
+            "callbacks": [*given, *(c for c in needed if not any(isinstance(other, type(c)) for other in given))],
             "plugins": [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()],
         }
     )
@@ -175,8 +175,12 @@ def train(
         run.logs / "metrics.json",
         {**hparams, **describe_run(task, data, trainer), "config": config_name, "run": run.name, **facts},
         find(trainer, ImagePredictions),
+        run.checkpoints / BEST,
     )
-    trainer.callbacks.append(record)  # type: ignore[attr-defined]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.insert(callbacks.index(best), record)  # a checkpoint of a validation holds its row
+    if ckpt_path is not None:
+        _take_best_along(Path(ckpt_path).with_name(BEST), run.checkpoints / BEST)
     own_log = RunLog() if log is None else None
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ValidationFigures):  # in every process: what draws it gathers from all
@@ -209,6 +213,16 @@ def train(
     finally:
         if own_log is not None:
             own_log.close()
+
+
+def _take_best_along(source: Path, target: Path) -> None:
+    """Copy the best checkpoint of the run that a new one goes on from."""
+    if source.is_file() and not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with going_on_without(BEST):
+            partial = partial_of(target)
+            shutil.copyfile(source, partial)
+            partial.replace(target)
 
 
 @contextmanager
@@ -273,7 +287,7 @@ def evaluate(
         assert record is not None
         before = read_json(record)
         name = task.monitor.replace("val/", "test/")
-        if name in before:
+        if isinstance(before.get(name), float):
             say(
                 f"note       this run was tested before ({name} {before[name]:.4f}). A choice made from a test figure "
                 "makes the next one too high."
@@ -323,12 +337,6 @@ def _other_sizes(task: TransferTask, data: ImageDataModule) -> str:
     return ", ".join(f"data.{name} is {stored[name]} in the run and {here[name]} here" for name in different)
 
 
-def find(trainer: Trainer, kind: type[Found]) -> Found:
-    """Find the callback of a kind; every run has it."""
-    found: Found = next(callback for callback in trainer.callbacks if isinstance(callback, kind))  # type: ignore[attr-defined]
-    return found
-
-
 def describe_run(task: TransferTask, data: ImageDataModule, trainer: Trainer) -> dict[str, Any]:
     """Collect what is known about a run before its first step, for ``metrics.json``."""
     assert task.report is not None
@@ -345,39 +353,4 @@ def describe_run(task: TransferTask, data: ImageDataModule, trainer: Trainer) ->
         "weights": task.report.source,
         "weights_pretrained_on": task.report.pretrained_on,
         "evaluated_weights": averages[0].describe() if averages else AS_TRAINED,
-    }
-
-
-def config_of(task: TransferTask, data: ImageDataModule, trainer: Trainer) -> dict[str, Any]:
-    """Derive the configuration of a run from its objects, with the keys of the command line."""
-    accumulation, batch_norm = find(trainer, GradientAccumulation), find(trainer, BatchNormStatistics)
-    parameters = [
-        name
-        for kind in type(data).__mro__
-        if issubclass(kind, ImageDataModule)
-        for name, parameter in inspect.signature(kind).parameters.items()
-        if name not in {"seed", *getattr(data, "NOT_OPTIONS", ())} and parameter.kind is not parameter.VAR_KEYWORD
-    ]
-    given = {name: getattr(data, name) for name in dict.fromkeys(parameters) if hasattr(data, name)}
-    return {
-        "seed_everything": data.seed,
-        "data": {
-            "class_path": f"gn_transfer.data.{type(data).__name__}",
-            "init_args": {name: str(value) if isinstance(value, Path) else value for name, value in given.items()},
-        },
-        "model": asdict(task.model_config),
-        "optimizer": asdict(task.optimizer_config),
-        **task.own_config(),
-        "accumulation": {
-            "effective_batch_size": accumulation.effective_batch_size,
-            "cache_weights": accumulation.cache_weights,
-            "cuda_graphs": accumulation.cuda_graphs,
-        },
-        "batch_norm": {
-            "momentum": batch_norm.momentum,
-            "reestimate_images": batch_norm.reestimate_images,
-            "evaluation": batch_norm.evaluation,
-        },
-        "mixed_precision": {"mode": {"bf16-mixed": "bf16", "16-mixed": "fp16"}.get(str(trainer.precision), "fp32")},
-        "trainer": {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps},
     }

@@ -1,4 +1,5 @@
 import json
+import math
 import time
 import warnings
 import zipfile
@@ -157,7 +158,8 @@ def test_a_folder_in_timms_layout_states_architecture_and_pixels(tmp_path, bn_fi
     folder.mkdir()
     state = load_file(bn_file)
     save_file(state, folder / name) if name.endswith("safetensors") else torch.save(state, folder / name)
-    config = {"architecture": "resnet18", "pretrained_cfg": {"tag": "a1_in1k", "mean": [0.5] * 3, "std": [0.25] * 3}}
+    stated = {"tag": "a1_in1k", "mean": [0.5] * 3, "std": [0.25] * 3}
+    config = {"architecture": "resnet18", "pretrained_cfg": stated}
     (folder / "config.json").write_text(json.dumps(config))
     for path in (folder, folder / name):
         backbone = small("bn", pretrained=str(path))
@@ -166,6 +168,10 @@ def test_a_folder_in_timms_layout_states_architecture_and_pixels(tmp_path, bn_fi
         assert backbone.report.pretrained_on == "ImageNet-1k (1.3 M images)"
     with pytest.raises(ConfigError, match=r"holds weights of resnet18, model\.backbone is resnet34"):
         create_backbone("resnet34", norm="bn", num_classes=5, pretrained=str(folder))
+    for key, value in (("std", 0), ("std", math.nan), ("mean", math.inf), ("mean", 10**400)):
+        (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": {**stated, key: [value] * 3}}))
+        with pytest.raises(ConfigError, match=r"is not timm's config\.json"):
+            small("bn", pretrained=str(folder))
     (folder / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"is not timm's config\.json"):
         small("bn", pretrained=str(folder))

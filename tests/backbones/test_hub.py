@@ -86,6 +86,12 @@ def test_offline_by_environment_asks_nobody(server, monkeypatch):
     assert not server.requests
 
 
+@pytest.mark.parametrize("address", ["hub.example", "http://[", "http://127.0.0.1:1"])
+def test_an_address_that_is_none_does_not_answer(monkeypatch, address):
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    assert not hub.answers()
+
+
 def test_weights_that_cannot_be_read_leave_the_cache(server):
     server.files[f"{REPOSITORY}/model.safetensors"] = b"<html>not weights</html>"
     with pytest.raises(ConfigError, match=r"cannot be read as weights.*removed from the cache"):

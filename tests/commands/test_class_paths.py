@@ -107,6 +107,8 @@ def test_a_checkpoint_runs_no_code(trained: Path, tmp_path: Path, monkeypatch, c
         (lambda stored: stored.update(version="two"), "which is no number"),
         (lambda stored: stored.update(split={"train": {}, "val": [[1]]}), "split missing or of a wrong type"),
         (lambda stored: stored.update(batch_size=0), "batch_size missing or of a wrong type"),
+        (lambda stored: stored.update(config_name="a\0b"), "config_name missing or of a wrong type"),
+        (lambda stored: stored["config"]["trainer"].update(devices=torch.ones(2)), "config.trainer missing or of a"),
     ],
 )
 def test_a_crafted_checkpoint_is_refused(trained: Path, tmp_path: Path, monkeypatch, capsys, change, message) -> None:

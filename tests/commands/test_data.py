@@ -188,6 +188,7 @@ def test_sample(capsys: Any) -> None:
         (["check", "--format", "xml"], "invalid choice: 'xml'"),
         (["check", "--data.rot", "x"], "did you mean 'data.root'"),
         (["show", "--count", "0"], "0 is out of range"),
+        (["cache", "--config", "sample_gnws.yaml", "--dry_run"], "data cache has no --dry_run"),
         (["check", "--data", "Folder", "--data.root", "nowhere"], "nowhere"),
     ],
 )

@@ -119,6 +119,17 @@ def test_what_cannot_be(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_no_plan_is_asked_of_what_plans_nothing(checkpoint, folder_root, capsys):
+    for words in (
+        ["reestimate", str(checkpoint)],
+        ["doctor", str(checkpoint)],
+        ["doctor", "resnet18", str(folder_root)],
+    ):
+        assert main([*words, "--dry_run"]) == 2
+        assert f"{words[0]} has no --dry_run" in capsys.readouterr().err
+    assert not list(Path("checkpoints").rglob("*_reestimated.ckpt"))
+
+
 def test_models_without_statistics_and_files_that_exist(pets_root, capsys):
     words = ["fit", "--data", "Pets", "--data.root", str(pets_root), "--model.norm", "gn", *SMALL]
     assert main([*words, "--trainer.max_epochs", "1"]) == 0

@@ -158,6 +158,9 @@ def test_fit_validate_test(pets_root, capsys, norm):
     assert noted["test_split"] == split_digest(row["path"] for row in rows)
     assert main(["test", "--ckpt_path", str(checkpoint)]) == 0
     assert "this run was tested before" in capsys.readouterr().out
+    (run / "metrics.json").write_text(json.dumps({**noted, "test/acc1": "x"}))  # written by someone else
+    assert main(["test", "--ckpt_path", str(checkpoint)]) == 0
+    assert json.loads((run / "metrics.json").read_text()) == noted
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     for said in ("Training images as the model saw them", "<h2>Calibration", "effective batch 4", "of the test images"):
@@ -171,6 +174,14 @@ def test_the_newest_run_of_a_configuration_is_evaluated_as_it_was_trained(pets_r
     capsys.readouterr()
     assert main(["validate", "--config", "pets_gnws.yaml", "--ckpt_path", "last"]) == 0  # its own norm is gn_ws
     assert f"val/acc1             {accuracy:.4f}" in capsys.readouterr().out
+
+
+def test_the_newest_run_is_where_the_configuration_puts_its_runs(pets_root, capsys):
+    Path("mine.yaml").write_text("trainer: {default_root_dir: elsewhere}\n")
+    words = ["validate", "--config", "mine.yaml", "--ckpt_path", "last"]
+    assert "no run under elsewhere/checkpoints/mine has a last.ckpt" in failure(capsys, *words)
+    typed = [*words, "--trainer.default_root_dir", "here"]
+    assert "no run under here/checkpoints/mine has a last.ckpt" in failure(capsys, *typed)
 
 
 def test_a_fast_dev_run_is_no_finished_run(pets_root, capsys):
@@ -275,6 +286,7 @@ def test_a_run_goes_on_with_milder_crops_and_says_so(pets_root, capsys):
             "set accumulation.effective_batch_size to 2 or more",
         ),
         (["--model.backbone", "resnet81"], "resnet81 is not a model"),
+        (["--samples", "1000", "--trainer.limit_train_batches", "5"], "trainer.limit_train_batches=5: set one of them"),
         (["--trainer.accelerator", "gpu"], "trainer: No supported gpu backend found! Correct the keys of trainer"),
         (["--trainer.logger", "CometLogger"], "trainer.logger: lightning.pytorch.loggers.CometLogger cannot be made"),
     ],

@@ -26,7 +26,7 @@ from gn_transfer.__main__ import main
 from gn_transfer.commands import sweep
 from gn_transfer.study.definition import read_study
 from gn_transfer.study.planning import Choice, Outcome, Planned, plan_trials
-from gn_transfer.study.runner import StudyProgress, StudyRunner
+from gn_transfer.study.runner import StudyProgress, StudyRunner, describe_plan
 from gn_transfer.study.trials import Trial
 from gn_transfer.study.worker import StudyContext, run_trial, run_trials
 from gn_transfer.training.checkpoint import read_checkpoint
@@ -124,8 +124,18 @@ def test_on_a_terminal_the_running_trials_stand_below_the_bar():
     progress = StudyProgress()
     progress.running = "gn_ws-seed0 (12 s)"
     console = Console(file=io.StringIO(), width=80)
-    console.print(*progress.get_renderables())
+    console.print(progress.get_renderable())
     assert console.file.getvalue().rstrip().endswith("running  gn_ws-seed0 (12 s)")
+    progress.running = "gn_ws-seed0 (12 s), " * 20  # on one line, however long
+    console.print(progress.get_renderable())
+    assert console.file.getvalue().rstrip().endswith("…")
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "said"), [(1, 1, "1 worker with 1 thread "), (2, 3, "2 workers with 3 threads ")]
+)
+def test_workers_and_threads_are_counted(workers, threads, said):
+    assert f"; {said}each" in describe_plan(Planned(), workers, threads)
 
 
 def test_failed_trials_are_told_and_the_rest_goes_on(pets_root, reported, capsys):
@@ -231,6 +241,26 @@ def test_runs_that_the_database_does_not_know_are_left_alone(pets_root, capsys):
     (folder / "metrics.json").write_text("{}")
     assert main(["sweep", "--config", str(study_file(pets_root, "grid: {model.norm: [bn]}"))]) == 2
     assert "knows nothing of it" in capsys.readouterr().err
+
+
+def test_checkpoints_that_the_database_does_not_know_are_left_alone(pets_root, capsys):
+    best = Path("checkpoints/sweep_small/bn-seed0/best.ckpt")
+    best.parent.mkdir(parents=True)
+    best.write_bytes(b"of a run of fit")
+    assert main(["sweep", "--config", str(study_file(pets_root, "grid: {model.norm: [bn]}"))]) == 2
+    assert "bn-seed0 is of a run, and the database" in capsys.readouterr().err
+    assert best.read_bytes() == b"of a run of fit"
+
+
+@pytest.mark.parametrize("name", ["", "study.db", "study.db.lock", "report", "report/figures", "study.json"])
+def test_a_study_writes_through_no_link_of_its_folder(pets_root, capsys, name):
+    outside, place = Path("outside").resolve(), Path("runs/sweep_small", name)
+    outside.mkdir()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(outside)
+    assert main(["sweep", "--config", str(study_file(pets_root, "grid: {model.norm: [bn]}"))]) == 2
+    assert "is a link to" in capsys.readouterr().err
+    assert not list(outside.iterdir())
 
 
 def context_and_trial(root: Path, rest: str) -> tuple[StudyContext, Trial]:

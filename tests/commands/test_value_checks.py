@@ -34,6 +34,7 @@ from gn_transfer.__main__ import main
         ("data.tile_size", "{}", "data.tile_size is not a key of Folder, but of SegmentationSample"),
         ("data.tile_size", "512", "data.tile_size is a key of other data"),
         ("trainer.val_check_interval", "99", "more than the 9 batches"),
+        ("trainer.limit_train_batches=2 --trainer.val_check_interval", "3", "more than the 2 batches"),
         ("trainer.check_val_every_n_epoch", "0", "use 1 or more"),
         ("trainer.limit_train_batches", "0", "use more than 0"),
         ("trainer.log_every_n_steps", "0", "use 1 or more"),
@@ -54,7 +55,7 @@ def test_refused(folder_root, tmp_path, monkeypatch, capsys, option, value, mess
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     words = ["--data", "Folder", "--data.root", str(folder_root), "--data.img_size", "32"]
-    words += ["--model.backbone", "resnet18", f"--{option}", value]
+    words += ["--model.backbone", "resnet18", *f"--{option}".split(), value]
     if not option.startswith("trainer.max"):
         words += ["--trainer.max_epochs", "1"]
     assert main(["fit", *words]) == 2
@@ -62,6 +63,24 @@ def test_refused(folder_root, tmp_path, monkeypatch, capsys, option, value, mess
     assert message in error
     assert "Traceback" not in error
     assert not Path("runs").exists()
+
+
+def test_validations_may_be_counted_over_epochs(folder_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "--data",
+        "Folder",
+        "--data.root",
+        str(folder_root),
+        "--data.img_size",
+        "32",
+        "--model.backbone",
+        "resnet18",
+    ]
+    words += ["--trainer.val_check_interval", "12", "--trainer.check_val_every_n_epoch", "null"]
+    assert main(["fit", *words, "--trainer.max_epochs", "2"]) == 0
+    [table] = Path().glob("runs/default/*/epochs.csv")
+    assert len(table.read_text().splitlines()) == 2
 
 
 def test_a_missing_root_is_asked_for(tmp_path, monkeypatch, capsys):

@@ -6,12 +6,14 @@ import csv
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from fabricate import fabricate
 
 from gn_transfer.__main__ import main
@@ -20,7 +22,7 @@ from gn_transfer.comparison.answer import answer
 from gn_transfer.comparison.checks import too_many_contrasts
 from gn_transfer.comparison.figures import batch_panels
 from gn_transfer.comparison.grouping import group_runs, shown
-from gn_transfer.comparison.importance import importances
+from gn_transfer.comparison.importance import anova, importances
 from gn_transfer.comparison.tables import as_text, group_count_tables
 from gn_transfer.config import ConfigError
 from gn_transfer.report.runs import Run
@@ -318,15 +320,56 @@ def test_what_cannot_be_used_is_named_and_the_rest_compared(tmp_path, capsys):
 def test_a_table_holds_no_formula_and_no_markup(tmp_path, capsys):
     for norm in ("gn", "gn_ws"):
         for seed in range(2):
-            fabricate(tmp_path / "runs", norm, seed=seed, config={"backbone": f"=cmd|<script>{norm}"}, versions="abc")
-    assert main(["compare", str(tmp_path / "runs"), "--format", "csv", "--output", str(tmp_path / "report")]) == 0
+            run = fabricate(tmp_path / "runs", norm, seed=seed, config={"backbone": f"=cmd|<script>{norm}"})
+            config = yaml.safe_load((run / "config.yaml").read_text())
+            config["optimizer"]["=key"] = f"=cmd|<script>{seed}"
+            (run / "config.yaml").write_text(yaml.safe_dump(config))
+    fabricate(tmp_path / "runs", "gn", seed=9, status="running").rename(tmp_path / "runs" / "`<script>`")
+    assert main(["compare", str(tmp_path / "runs"), "--format", "csv", "--output", str(tmp_path / "report")]) == 3
     tables = [
         capsys.readouterr().out,
         *((tmp_path / "report" / name).read_text() for name in ("table.csv", "rows.csv")),
     ]
     for table in tables:
+        assert "'=key" in table
         assert not any(cell.startswith("=") for row in csv.reader(io.StringIO(table)) for cell in row)
     assert "<script" not in (tmp_path / "report" / "table.md").read_text()
+
+
+def test_a_folder_of_another_program_is_no_report(tmp_path, capsys):
+    runs, site, outside = two_norms(tmp_path / "runs", seeds=2), tmp_path / "site", tmp_path / "outside"
+    site.mkdir()
+    outside.mkdir()
+    for name, content in (("report.json", '{"lighthouse": 1}'), ("index.html", "mine")):
+        (site / name).write_text(content)
+    assert "something that is no report (index.html, report.json)" in failure(capsys, str(runs), "--output", str(site))
+    assert (site / "index.html").read_text() == "mine"
+    report = tmp_path / "report"
+    write_report(compare([runs]), report)
+    shutil.rmtree(report / "figures")
+    (report / "figures").symlink_to(outside)
+    with pytest.raises(ConfigError, match="is a link to"):
+        write_report(compare([runs]), report)
+    assert not list(outside.iterdir())
+
+
+def test_the_name_of_a_folder_does_not_reach_the_terminal(tmp_path, capsys):
+    runs = two_norms(tmp_path / "runs", seeds=2)
+    for number, folder in enumerate(sorted(runs.iterdir())):
+        metrics = json.loads((folder / "metrics.json").read_text())
+        del metrics["run"]
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        (folder / "predictions_test.csv").unlink()
+        folder.rename(runs / f"{number}\x1b[31m")
+    assert main(["compare", str(runs)]) == 0
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+
+
+def test_many_settings_in_few_runs_take_no_memory(tmp_path):
+    """One setting at a time: 40 settings of two values would be 2^40 combinations."""
+    values = {f"key{place}": [float(place == run) for run in range(41)] for place in range(40)}
+    assert anova(values, [0] * 41, [float(run) for run in range(41)]) is None
 
 
 def test_corrupt_curves_and_predictions_only_leave_out_what_needs_them(tmp_path):
@@ -555,7 +598,28 @@ def test_how_many_seeds_could_show_something(tmp_path, contrasts, seeds):
     for norm in ["bn", "gn_ws", "gn"][: contrasts + 1]:
         for seed in range(2):
             fabricate(tmp_path, norm, 1, seed, 0.25 if norm == "bn" else 0.75)
-    assert f"With {seeds} seeds it can reach 0.05" in answer(compare([tmp_path]))[-1]
+    last = answer(compare([tmp_path]))[-1]
+    assert f"With {seeds} seeds it can reach 0.05" in last
+    assert last.endswith(" for all 2 contrasts." if contrasts == 2 else "0.05.")
+
+
+def test_one_run_above_guessing_is_not_doubted_and_intervals_are(tmp_path):
+    for norm in ("gn", "bn"):
+        fabricate(tmp_path / "one", norm, 1, 0, 0.6)
+    assert not any("always naming" in line for line in answer(compare([tmp_path / "one"])))
+    for seed, accuracy in enumerate((0.1, 0.9, 0.1)):
+        fabricate(tmp_path / "three", "gn", 1, seed, accuracy)
+        fabricate(tmp_path / "three", "bn", 1, seed, 0.9)
+    assert any("gn is not clearly better than always naming" in line for line in answer(compare([tmp_path / "three"])))
+
+
+def test_weights_that_have_seen_other_images_are_named(tmp_path):
+    said = "The weights were trained on different images"
+    for norm, seen in (("gn", "Tiny-ImageNet"), ("bn", "")):
+        fabricate(tmp_path, norm, 1, 0, weights=f"weights of {norm}", weights_pretrained_on=seen)
+    assert not any(said in line for line in compare([tmp_path]).remarks())
+    fabricate(tmp_path, "bn_frozen", 1, 0, weights="others", weights_pretrained_on="ImageNet-1k")
+    assert any(said in line for line in compare([tmp_path]).remarks())
 
 
 def test_a_curve_of_one_point_is_left_out(tmp_path):

@@ -96,6 +96,8 @@ def test_bursts_are_held_out_as_a_whole(tmp_path, burst, monkeypatch):
         assert not {number // burst for number in held_out} & {
             int(path[4:6]) // burst for path in split["train"] if path.startswith(name)
         }
+    monkeypatch.setattr("gn_transfer.data.hold_out.MOST_COMPARED", 120)
+    data.setup("fit")
     monkeypatch.setattr("gn_transfer.data.hold_out.MOST_COMPARED", 100)
     with pytest.raises(ConfigError, match=r"data\.group_duplicates compares at most 100 images, and here are 120"):
         data.setup("fit")

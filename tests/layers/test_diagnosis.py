@@ -135,6 +135,12 @@ def test_frozen_parameters_with_moving_statistics():
     assert "1, 4" in found.findings[0].what
 
 
+def test_statistics_that_never_move_are_averaged_over_no_images():
+    model = net()
+    model[1].momentum = 0.0
+    assert diagnose(model, [images()], batch_size=32).layers[0].averaged_images is None
+
+
 def test_evaluation_mode_is_undone_by_training():
     model = net()
     model[1].eval()

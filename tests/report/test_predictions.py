@@ -83,6 +83,7 @@ def test_the_same_images_have_the_same_digest_whatever_their_order(tmp_path):
         PIXELS.splitlines()[0],
         PIXELS.replace(",7\n", "\n"),
         "path,miou,x\n",
+        "path,miou\n\n\n",
     ],
 )
 def test_what_cannot_be_read_is_none(tmp_path, text):

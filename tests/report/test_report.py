@@ -17,6 +17,7 @@ from fabricate import CLASSES, fabricate
 from gn_transfer.__main__ import main
 from gn_transfer.report.calibration import calibration, compare_confidence
 from gn_transfer.report.evaluation import class_names, class_scores, confused_pairs, confusion, mistakes
+from gn_transfer.report.images import find_image
 from gn_transfer.report.page import choose_run_folder
 from gn_transfer.report.predictions import Predictions
 from gn_transfer.report.runs import read_run
@@ -171,6 +172,18 @@ def test_numbers_that_nothing_can_calculate_with(tmp_path, capsys, name):
     (folder / "metrics.json").write_text(text.rstrip().rstrip("}") + f', "{name}": 1{"0" * 400}}}')
     assert main(["report", str(folder)]) == 2
     assert "holds a number of 401 digits" in capsys.readouterr().err
+
+
+def test_a_record_that_is_nested_too_deeply(tmp_path, capsys):
+    folder = fabricate(tmp_path)
+    text = (folder / "metrics.json").read_text()
+    (folder / "metrics.json").write_text(f'{text.rstrip().rstrip("}")}, "x": {"[" * 600}{"]" * 600}}}')
+    assert main(["report", str(folder)]) == 2
+    assert "nested too deeply" in capsys.readouterr().err
+
+
+def test_an_image_whose_name_is_too_long_is_not_there(tmp_path):
+    assert find_image("x" * 300, [tmp_path]) is None
 
 
 def test_thousands_of_classes_take_no_square_of_memory(tmp_path):

@@ -242,6 +242,19 @@ def test_a_chosen_key_is_not_set_as_well(study):
         plan_trials(study("set: {optimizer.lr: 1}\nselect: {values: [1, 2]}"), {})
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "grid: {" + ", ".join(f"optimizer.k{key}: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]" for key in range(9)) + "}",
+        "grid: {model.norm: [bn, gn]}\nselect: {values: [1, 2, 3, 4, 5, 6], seeds: 10000}\nseeds: [1]",
+        "grid: {model.norm: [" + ", ".join(f"n{number}" for number in range(20)) + "]}\nseeds: 10000",
+    ],
+)
+def test_a_grid_that_was_not_meant(study, text):
+    with pytest.raises(ConfigError, match=r"trials, and at most 100,000 can be run; give fewer values or seeds"):
+        plan_trials(study(text), {})
+
+
 def test_two_trials_of_one_name(study):
     with pytest.raises(ConfigError, match="two trials are called a_b-seed0"):
         plan_trials(study("cases: {a b: {model.norm: bn}, a/b: {model.norm: gn}}"), {})
@@ -296,7 +309,7 @@ def test_what_a_study_holds(study):
 
 def test_a_choice_of_which_little_is_said(study):
     [arm] = study("select: {values: [1, 2]}").arms
-    assert arm.select == Selection("optimizer.lr", (1.0, 2.0), (1000, 1001, 1002), extend=2)
+    assert arm.select == Selection("optimizer.lr", (1.0, 2.0), (1000, 1001, 1002), per=None, extend=2)
 
 
 def test_a_base_beside_the_study_and_another_name(tmp_path):

@@ -15,6 +15,7 @@ import optuna
 import pytest
 
 from gn_transfer.config import ConfigError
+from gn_transfer.study import store as store_module
 from gn_transfer.study.definition import Study, read_study
 from gn_transfer.study.planning import Outcome, plan_trials
 from gn_transfer.study.store import Store
@@ -230,3 +231,25 @@ def test_rows_that_we_have_not_written(study, tmp_path, statement):
     connection.close()
     with pytest.raises(ConfigError, match=r"is corrupt|cannot be used"):
         open_store(url, study).outcomes()
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_without_proc_a_process_is_asked_and_left_alone(monkeypatch, alive):
+    class Nowhere:
+        def __init__(self, path):
+            self.path = path
+
+        def read_text(self, **_):
+            raise FileNotFoundError(self.path)
+
+        def exists(self):
+            return False
+
+    def kill(pid, number):
+        assert (pid, number) == (4321, 0)  # asks, and sends nothing
+        if not alive:
+            raise ProcessLookupError
+
+    monkeypatch.setattr(store_module, "Path", Nowhere)
+    monkeypatch.setattr(store_module.os, "kill", kill)
+    assert store_module._started(4321) == ("unknown" if alive else None)

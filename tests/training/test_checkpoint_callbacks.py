@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -378,6 +379,10 @@ def test_a_run_in_another_folder_knows_the_best_so_far(tmp_path: Path) -> None:
     before.dirpath, moved.dirpath = str(tmp_path / "old"), str(tmp_path / "new")
     before.best_k_models, before.best_model_score = {stays: torch.tensor(0.5)}, torch.tensor(0.5)
     before.best_model_path = before.kth_best_model_path = stays
+    (tmp_path / "new").mkdir()
+    moved.load_state_dict(before.state_dict())
+    assert moved.best_model_score is None  # its file was not taken along
+    (tmp_path / "new/best.ckpt").write_bytes(b"weights")
     moved.load_state_dict(before.state_dict())
     trainer: Any = SimpleNamespace(strategy=SimpleNamespace(reduce_boolean_decision=lambda decision: decision))
     assert not moved.check_monitor_top_k(trainer, torch.tensor(0.4))
@@ -429,9 +434,10 @@ def test_no_timed_save_stands_in_front_of_a_validation(every: float, batch: int,
     callback._save = lambda trainer, module: saves.append("saved")  # type: ignore[assignment,method-assign,func-returns-value]
     callback.on_train_batch_end(trainer, None, None, None, batch)  # type: ignore[arg-type]
     assert bool(saves) == saved
-    callback.stop_requested = True
-    with pytest.raises(KeyboardInterrupt):
+    callback.stop_requested, count = True, len(saves)
+    with pytest.raises(KeyboardInterrupt) if saved else nullcontext():  # a stop waits for the validation
         callback.on_train_batch_end(trainer, None, None, None, batch)  # type: ignore[arg-type]
+    assert len(saves) == count + 1  # and saves in front of it, in case that it does not live so long
 
 
 def test_a_run_that_was_ended_inside_an_epoch_is_saved_inside_it() -> None:

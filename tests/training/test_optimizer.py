@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from gn_transfer.config import ConfigError
+from gn_transfer.training.classification import RegularizationConfig
 from gn_transfer.training.optimizer import OptimizerConfig, create_optimizer, parameter_groups
 from gn_transfer.training.schedules import bit_samples, warmup_constant, warmup_cosine, warmup_staircase
 
@@ -185,10 +186,10 @@ def test_layers_learn_alike_and_nothing_decays_where_nothing_is_said():
 @pytest.mark.parametrize(
     ("key", "values"),
     [
-        ("lr", (0.0, -0.1)),
-        ("head_lr", (-0.1,)),
+        ("lr", (0.0, -0.1, 1000.5)),
+        ("head_lr", (-0.1, 1000.5)),
         ("momentum", (-0.1, 1.0)),
-        ("weight_decay", (-0.1,)),
+        ("weight_decay", (-0.1, 1000.5)),
         ("layer_decay", (0.0, 1.1)),
         ("warmup_fraction", (-0.1, 1.0)),
     ],
@@ -197,3 +198,8 @@ def test_numbers_out_of_range(key, values):
     for value in values:
         with pytest.raises(ConfigError, match=rf"optimizer\.{key}={value} is out of range"):
             OptimizerConfig(**{key: value})
+    for regularization in ({"mixup": 1000.5}, {"cutmix": 1000.5}):
+        with pytest.raises(ConfigError, match=r"is out of range; use a number in \[0, 1000\]"):
+            RegularizationConfig(**regularization)
+    OptimizerConfig(lr=1000.0, head_lr=1000.0, weight_decay=1000.0)
+    RegularizationConfig(mixup=1000.0, cutmix=1000.0)

@@ -58,6 +58,7 @@ def test_planning_uses_no_random_numbers(data):
     torch.manual_seed(0)
     model = TransferClassifier(ModelConfig("resnet18", "bn"))
     model.build(data.classes)
+    model.model.layer4.append(torch.nn.Dropout(0.5))
     state = torch.get_rng_state()
     buffers = {name: value.clone() for name, value in model.state_dict().items()}
     make_plan(

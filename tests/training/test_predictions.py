@@ -7,6 +7,7 @@ from gn_transfer.data.dataset import LabeledImage
 from gn_transfer.training.classification import TransferClassifier
 from gn_transfer.training.predictions import ImagePredictions, in_order
 from gn_transfer.training.segmentation import TransferSegmenter
+from gn_transfer.training.tensorboard import ValidationFigures
 
 
 def evaluated(task, classes, batches):
@@ -24,6 +25,17 @@ def evaluated(task, classes, batches):
 def read(path):
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         return list(csv.reader(file))
+
+
+def test_figures_leave_out_images_that_fill_up_the_batches_of_other_processes():
+    seen, figures = [], ValidationFigures()
+    task = SimpleNamespace(create_figures=lambda: SimpleNamespace(update=lambda *parts: seen.append(parts)))
+    figures.on_validation_start(None, task)
+    for own in (2, 1, 0):
+        task.own_images_of_batch = own
+        batch = (torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]))
+        figures.on_validation_batch_end(None, task, torch.zeros(2, 5), batch, 0)
+    assert [[len(part) for part in parts] for parts in seen] == [[2, 2, 2], [1, 1, 1]]
 
 
 def test_predictions_of_two_batches_by_hand(tmp_path):

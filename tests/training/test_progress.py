@@ -81,6 +81,32 @@ def test_one_bar_for_the_run(capsys, monkeypatch):
     assert "images/s" in shown
 
 
+def test_a_validation_inside_an_epoch_takes_no_time_of_the_training(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    trainer = SimpleNamespace(
+        world_size=1,
+        num_training_batches=40,
+        accumulate_grad_batches=1,
+        global_step=0,
+        log_every_n_steps=10,
+        loggers=[],
+        current_epoch=0,
+        optimizers=[SimpleNamespace(param_groups=[{"name": "all", "lr": 0.1}])],
+    )
+    throughput, module = Throughput(), SimpleNamespace(device=torch.device("cpu"))
+    throughput.on_train_start(trainer, module)
+    for index in range(40):  # an image a second
+        clock[0] += 1.0
+        trainer.global_step = index + 1
+        throughput.on_train_batch_end(trainer, module, {"mean_loss": torch.tensor(1.0)}, (None, [0]), index)
+        if index % 15 == 14:
+            throughput.on_validation_start(trainer, module)
+            clock[0] += 100.0
+            throughput.on_validation_end(trainer, module)
+    assert throughput.images_per_sec == pytest.approx(1.0)
+
+
 def test_the_loss_of_an_epoch_is_the_mean_over_its_images_even_after_a_resumption():
     losses = [torch.tensor(value) for value in (1.0, 2.0, 3.0, 6.0)]
     trainer = SimpleNamespace(

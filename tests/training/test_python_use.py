@@ -7,13 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import gn_transfer as gnt
 from gn_transfer.config import ConfigError
 from gn_transfer.inference.export import export_bundle
+from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
 from gn_transfer.training.checkpoint import describe_task
+from gn_transfer.training.checkpoint_callbacks import BestCheckpoint, LastCheckpoint
+from gn_transfer.training.freezing import BackboneFreezing
 from gn_transfer.training.run_folder import claim_run
 from gn_transfer.training.train import create_trainer, prepare, train
 
@@ -72,10 +77,58 @@ def test_loaders_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(**QUIET, callbacks=[gnt.GradientAccumulation(4)], gradient_clip_val=0.1)
     trainer.fit(module, loader(), loader())
     assert (trainer.global_step, scales) == (2, [1.0, 1.0, 2.0])  # three batches in steps of two
+    [schedule] = trainer.lr_scheduler_configs
+    assert schedule.scheduler.get_last_lr()[0] == pytest.approx(0.0, abs=1e-9)  # over two steps, not over three batches
     [probs, *_] = trainer.predict(module, loader())
     torch.testing.assert_close(probs.sum(1), torch.ones(2))
     with pytest.raises(ConfigError, match=r"takes pixels as uint8, 0 to 255, .*these are torch\.float32"):
         module.eval()(torch.rand(1, 3, 64, 64))
+
+
+def test_what_was_frozen_learns_in_the_next_training() -> None:
+    module = task("gn")
+    module.build(["cat", "dog"])
+    for callbacks in ([BackboneFreezing(99)], []):
+        before = module.model.conv1.weight.detach().clone()
+        Trainer(**QUIET, callbacks=[gnt.GradientAccumulation(), *callbacks]).fit(module, loader(), loader())
+        assert torch.equal(before, module.model.conv1.weight) == bool(callbacks)
+
+
+def test_a_trainer_takes_the_device_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("gn_transfer.training.train.device_type", lambda name: (asked.append(name), "cpu")[1])
+    create_trainer()
+    create_trainer(accelerator="cpu")
+    assert asked == ["auto", "cpu"]
+
+
+def test_callbacks_beside_those_that_every_run_needs() -> None:
+    def kinds(*callbacks: Callback) -> list[type]:
+        return [type(callback) for callback in create_trainer(callbacks=callbacks).callbacks]  # type: ignore[attr-defined]
+
+    assert kinds(ModelCheckpoint(monitor="val/loss")).count(BestCheckpoint) == 1
+    assert kinds(LastCheckpoint(1.0)).count(LastCheckpoint) == 1
+    found = kinds(BatchNormStatistics(), gnt.ExponentialMovingAverage(0.9))
+    assert found.index(gnt.ExponentialMovingAverage) < found.index(BatchNormStatistics)
+
+
+def test_a_script_stores_what_decides_its_course(folder_root: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    module, data = task(), gnt.Folder(folder_root, img_size=64, num_workers=0)
+    callbacks = [gnt.ExponentialMovingAverage(0.5), BackboneFreezing(1), LastCheckpoint(7.0)]
+    trainer = create_trainer(max_epochs=1, callbacks=callbacks, limit_train_batches=3, log_every_n_steps=1)
+    prepare(module, data)
+    run = claim_run(Path(), "photos", module.norm, data.batch_size, data.seed)
+    train(module, data, trainer, run)
+    config = yaml.safe_load((run.logs / "config.yaml").read_text())
+    assert (config["ema"], config["freezing"]) == ({"decay": 0.5}, {"epochs": 1})
+    assert config["checkpoint"] == {"every_minutes": 7.0}
+    assert config["trainer"]["limit_train_batches"] == 3
+    from gn_transfer.__main__ import main
+
+    last = str(run.checkpoints / "last.ckpt")
+    assert main(["fit", "--ckpt_path", last, "--trainer.max_epochs", "2"]) == 0
+    assert "averaging_state" in torch.load(last, weights_only=True)
 
 
 def test_predictions_of_the_test_images(folder_root: Path) -> None:

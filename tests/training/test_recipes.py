@@ -18,6 +18,8 @@ from gn_transfer.__main__ import main
 from gn_transfer.backbones.create import create_backbone
 from gn_transfer.backbones.model_config import ModelConfig
 from gn_transfer.config import ConfigError
+from gn_transfer.data import Folder
+from gn_transfer.layers import reestimate_statistics
 from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
 from gn_transfer.training.checkpoint import read_checkpoint
 from gn_transfer.training.classification import TransferClassifier
@@ -188,6 +190,23 @@ def test_statistics_are_reestimated_before_validation(folder_root):
     assert different == {key for key in state if key.endswith(("running_mean", "running_var"))}
 
 
+@pytest.mark.parametrize("norm", ["bn", "bn_ws"])
+def test_statistics_are_those_of_the_average(folder_root, capsys, norm):
+    assert fit(folder_root, norm, batch_norm__reestimate_images="100", ema__decay="0.9", data__batch_size="4") == 0
+    [path] = Path().glob("checkpoints/default/*/last.ckpt")
+    [record] = Path().glob("runs/default/*/metrics.json")
+    task = TransferClassifier.load_from_checkpoint(path)
+    data = Folder(folder_root, img_size=64, val_fraction=0.3, num_workers=0)
+    data.setup("fit")
+    before = {key: value.clone() for key, value in task.state_dict().items()}
+    reestimate_statistics(task.model, (task.normalize(part) for part in torch.split(data.training_images(100), 4)))
+    for key, value in task.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=1e-3, atol=1e-4)
+    capsys.readouterr()
+    assert main(["validate", str(path)]) == 0  # what was validated is what was saved
+    assert f"val/loss             {json.loads(record.read_text())['val/loss']:.4f}" in capsys.readouterr().out
+
+
 def test_frozen_statistics_are_those_of_the_target_images(folder_root, bn_file):
     options = {"model__pretrained": str(bn_file), "batch_norm__reestimate_images": "100", "optimizer__lr": "0.0001"}
     assert fit(folder_root, "bn_frozen", **options) == 0
@@ -307,9 +326,10 @@ def test_a_validation_by_statistics_of_its_batches_leaves_the_running_ones():
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(2)).eval()
     images = torch.randn(4, 2, 3, 3) + 5.0
     callback = BatchNormStatistics(evaluation="batch")
-    callback.on_validation_start(SimpleNamespace(state=SimpleNamespace(fn="validate")), SimpleNamespace(model=model))
+    trainer = SimpleNamespace(state=SimpleNamespace(fn="validate"))
+    callback.on_validation_epoch_start(trainer, SimpleNamespace(model=model))
     assert float(model(images).detach().mean().abs()) < 0.1
-    callback.on_validation_end(SimpleNamespace(state=SimpleNamespace(fn="validate")), None)
+    callback.on_validation_end(trainer, None)
     assert float(model(images).detach().mean()) > 4.0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,6 +178,82 @@ def test_a_run_that_max_steps_stopped_inside_an_epoch_goes_on_in_it(folder_root,
     assert main([*words, "--trainer.max_steps", "-1", "--ckpt_path", "last"]) == 0
     assert_same(weights(tmp_path / "whole", "gn_ws"), weights(tmp_path / "broken", "gn_ws"))
     assert epochs_and_status(tmp_path / "broken") == epochs_and_status(tmp_path / "whole")
+
+
+@contextmanager
+def asked(monkeypatch, at, request):
+    """Have something requested in front of a micro-batch, counted over all epochs from 0."""
+    from gn_transfer.training.checkpoint_callbacks import LastCheckpoint
+
+    calls = 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        nonlocal calls
+        if calls == at:
+            request(self, trainer)
+        calls += 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LastCheckpoint, "on_train_batch_start", on_train_batch_start)
+        yield
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("at", [1, 5, 10, 14])  # inside the first and the second step of two epochs
+def test_a_run_that_stops_inside_a_step_goes_on_before_it(folder_root, tmp_path, monkeypatch, at):
+    """As Lightning's max_time stops it, which looks at the clock after every micro-batch."""
+    words = ["fit", *arguments(folder_root, "gn_ws"), "--trainer.max_epochs", "2", "--checkpoint.every_minutes", "60"]
+    run_whole(tmp_path, monkeypatch, words)
+    with asked(monkeypatch, at, lambda callback, trainer: setattr(trainer, "should_stop", True)):
+        assert main(words) == 0  # it is validated where it stops
+    assert main([*words, "--ckpt_path", "last"]) == 0
+    assert_same(weights(tmp_path / "whole", "gn_ws"), weights(tmp_path / "broken", "gn_ws"))
+    whole, broken = (
+        next((tmp_path / name).glob("runs/default/*/epochs.csv")).read_text() for name in ("whole", "broken")
+    )
+    assert whole.splitlines()[-1] == broken.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_that_is_asked_to_stop_before_a_validation_stops_after_it(folder_root, tmp_path, monkeypatch):
+    words = ["fit", *arguments(folder_root, "gn_ws"), "--accumulation.effective_batch_size", "1"]
+    words += ["--trainer.val_check_interval", "4", "--trainer.max_epochs", "2", "--regularization.mixup", "0"]
+    words += ["--checkpoint.every_minutes", "60"]
+    run_whole(tmp_path, monkeypatch, words)
+    with asked(monkeypatch, 3, lambda callback, trainer: setattr(callback, "stop_requested", True)):
+        assert main(words) == 130
+    assert epochs_and_status(tmp_path / "broken")[0] == [1]
+    assert main([*words, "--ckpt_path", "last"]) == 0
+    assert_same(weights(tmp_path / "whole", "gn_ws"), weights(tmp_path / "broken", "gn_ws"))
+    assert_same_records(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_goes_on_from_the_best_of_another(folder_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", *arguments(folder_root, "gn_ws"), "--checkpoint.every_minutes", "60"]
+    assert main(words) == 0
+    [folder] = Path().glob("checkpoints/default/*")
+    shutil.copy(folder / "best.ckpt", "mine.ckpt")
+    for checkpoint in (folder / "best.ckpt", Path("mine.ckpt")):
+        assert main([*words, "--ckpt_path", str(checkpoint)]) == 0
+    first, second, third = (Path("runs/default", f"{folder.name}{suffix}") for suffix in ("", "-2", "-3"))
+    for other in (second, third):
+        assert (other / "epochs.csv").read_text() == (first / "epochs.csv").read_text()
+        assert (Path("checkpoints/default") / other.name / "best.ckpt").is_file() or other == third
+    assert (Path("checkpoints/default") / second.name / "best.ckpt").read_bytes() == (folder / "best.ckpt").read_bytes()
+    records = [json.loads((run / "metrics.json").read_text()) for run in (first, second)]
+    assert records[0]["best/epoch"] == records[1]["best/epoch"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_typed_length_counts_instead_of_the_samples_of_a_run(folder_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in arguments(folder_root, "gn_ws") if word not in ("--trainer.max_epochs", "3")]
+    assert main(["fit", *words, "--samples", "4", "--checkpoint.every_minutes", "60"]) == 0
+    assert main(["fit", "--ckpt_path", "last", "--trainer.max_epochs", "2"]) == 0
+    [record] = Path().glob("runs/default/*/metrics.json")
+    assert json.loads(record.read_text())["samples_seen"] == 4 + 9
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -177,7 +177,7 @@ def test_statistics_are_reestimated_where_they_are(norm, decoder_norm):
         }
 
     assert changed(callback.on_fit_start) == ({"encoder"} if norm == "bn_frozen" else set())
-    assert changed(callback.on_validation_start) == ({"decoder"} if decoder_norm == "bn" else set())
+    assert changed(callback.on_validation_epoch_start) == ({"decoder"} if decoder_norm == "bn" else set())
 
 
 def test_images_of_any_size_are_padded_and_cut_back():
