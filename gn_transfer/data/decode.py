@@ -88,10 +88,10 @@ def decode_image(image: str | os.PathLike[str] | bytes, *, least_side: int | Non
     """Decode any image to upright 8-bit RGB.
 
     Ordinary JPEGs go through libjpeg-turbo (simplejpeg, or OpenCV where there is EXIF rotation or a fault in the data),
-    everything else through Pillow: the first frame of a GIF,
-    alpha laid over white, grey, palette, CMYK, 16 bits per channel (its upper 8). EXIF rotation is applied.
-    A JPEG that lacks its end marker is refused: decoders fill what is missing with grey and only warn. Faulty
-    data *before* the end marker is tolerated as every reader of Pets does (beagle_116, chihuahua_121).
+    everything else through Pillow: the first frame of a GIF, alpha laid over white, grey, palette, CMYK, 16 bits per
+    channel (its upper 8). EXIF rotation is applied. A JPEG that lacks its end marker is refused: decoders fill what is
+    missing with grey and only warn. So is a PNG whose checksums are wrong. Faulty data *before* the end marker of a
+    JPEG is tolerated as every reader of Pets does (beagle_116, chihuahua_121).
 
     Args:
         image: Path of the file, whose extension is not looked at, or its content.
@@ -112,7 +112,8 @@ def decode_image(image: str | os.PathLike[str] | bytes, *, least_side: int | Non
             pixels = _decode_jpeg(data, header, jpeg_reduction(header, least_side))
             if pixels is not None:
                 return pixels
-    return _decode_with_pillow(data, path)
+    with _open_with_pillow(data, path) as opened:
+        return pillow_to_rgb(opened, path)
 
 
 def decode_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
@@ -297,8 +298,7 @@ def _read(path: str | os.PathLike[str]) -> bytes:
     return data
 
 
-def _checked(data: bytes) -> bytes:
-    """Refuse content that no file could have, as :func:`_read` does."""
+def _checked(data: bytes) -> bytes:  # as _read does
     if not data:
         raise BadImageError("the image", "empty (0 bytes)")
     if kind := video_kind(data[:16]):
@@ -356,6 +356,9 @@ def _open_with_pillow(data: bytes, path: str | os.PathLike[str]) -> Image.Image:
     _register_heif()
     try:
         image = Image.open(io.BytesIO(data), formats=_known_formats())
+        if image.format == "PNG":  # Pillow compares the checksums of pixels only here, and then has to begin anew
+            image.verify()
+            image = Image.open(io.BytesIO(data), formats=_known_formats())
     except UnidentifiedImageError as error:
         if data[4:8] == b"ftyp":
             kind = ".avif" if data[8:12] in (b"avif", b"avis") else ".heic"
@@ -383,11 +386,6 @@ def _register_heif() -> None:
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-
-
-def _decode_with_pillow(data: bytes, path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
-    with _open_with_pillow(data, path) as image:
-        return pillow_to_rgb(image, path)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -85,7 +85,7 @@ class _Description(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    classes: Annotated[list[str], Field(min_length=1)]
+    classes: Annotated[list[str], Field(min_length=2)]
     architecture: _Architecture
     transfer_report: _Report
     config: _Config = _Config()

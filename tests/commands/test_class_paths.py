@@ -102,7 +102,7 @@ def test_a_checkpoint_runs_no_code(trained: Path, tmp_path: Path, monkeypatch, c
         (lambda stored: stored.update(config=None), "config missing or of a wrong type"),
         (lambda stored: stored.pop("config"), "stores no configuration"),
         (lambda stored: stored.update(classes=["a", 5]), "classes missing or of a wrong type"),
-        (lambda stored: stored.update(classes=[]), "classes missing or of a wrong type"),
+        (lambda stored: stored.update(classes=["a"]), "classes missing or of a wrong type"),
         (lambda stored: stored.update(architecture="resnet"), "architecture missing or of a wrong type"),
         (lambda stored: stored.update(version="two"), "which is no number"),
         (lambda stored: stored.update(split={"train": {}, "val": [[1]]}), "split missing or of a wrong type"),

@@ -6,6 +6,7 @@ import io
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -15,7 +16,15 @@ from PIL import Image, ImageOps
 
 from gn_transfer.config import ConfigError
 from gn_transfer.data import decode
-from gn_transfer.data.decode import BadImageError, check_image, decode_image, describe_file, is_turned, read_size
+from gn_transfer.data.decode import (
+    BadImageError,
+    check_image,
+    decode_image,
+    decode_mask,
+    describe_file,
+    is_turned,
+    read_size,
+)
 from gn_transfer.data.file_headers import read_jpeg_header
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -162,6 +171,20 @@ def test_truncated_is_refused_by_both_looks(tmp_path: Path, gradient: Image.Imag
         check_image(path)
     with pytest.raises(BadImageError, match=r"cut\.jpg: "):
         decode_image(path)
+
+
+@pytest.mark.parametrize("read", [decode_image, decode_mask])
+def test_a_png_whose_checksums_are_wrong_is_refused(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    """Pillow decodes it to other pixels, without a word."""
+    path, noise = tmp_path / "x.png", np.random.default_rng(0).integers(0, 3, (40, 36), dtype=np.uint8)
+    Image.fromarray(noise).save(path, compress_level=0)
+    content = bytearray(path.read_bytes())
+    read(path)
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert (np.asarray(Image.open(path)) != noise).any()
+    with pytest.raises(BadImageError, match=r"x\.png: cannot be opened: broken PNG file \(chunk b'IDAT'\)"):
+        read(path)
 
 
 def test_a_jpeg_of_thousands_of_scans_is_not_decoded(tmp_path: Path, gradient: Image.Image) -> None:
