@@ -224,7 +224,7 @@ def check_validation(cli: TrainingCLI, trainer: Trainer) -> None:
     batches = -(-len(cli.datamodule.train_dataset) // (cli.datamodule.batch_size * trainer.world_size))
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    within_epochs = trainer.check_val_every_n_epoch is not None
+    within_epochs = trainer.check_val_every_n_epoch is not None and not trainer.fast_dev_run  # type: ignore[attr-defined]
     if within_epochs and isinstance(interval, int) and not isinstance(interval, bool) and interval > batches:
         raise ConfigError(
             f"trainer.val_check_interval={interval} is more than the {batches:,} batches of an epoch; use fewer, or "
@@ -240,7 +240,9 @@ def limit_samples(cli: TrainingCLI, trainer: Trainer) -> None:
     at_once = cli.datamodule.batch_size * trainer.world_size
     epochs, batches = epochs_of(samples, len(cli.datamodule.train_dataset), at_once)
     limit = section.limit_train_batches
-    if limit not in (None, batches) and cli.arguments.stored is None:  # a continued run may have another batch size
+    typed = any(word.startswith("--trainer.limit_train_batches") for word in cli.arguments.argv)
+    # Below one epoch, the limit in a run's own configuration is that of its samples.
+    if typed or (batches is None and limit is not None and cli.arguments.stored is None):
         raise ConfigError(f"samples={samples} and trainer.limit_train_batches={limit}: set one of them.")
     trainer.fit_loop.max_epochs = section.max_epochs = epochs
     if batches is not None:

@@ -27,7 +27,8 @@ def write_report(comparison: Comparison, output: Path) -> None:
 
     try:
         if output.is_dir() and not is_page(output / "index.html"):
-            others = sorted(path.name for path in output.iterdir())
+            # Figures come first, so a report that was interrupted has nothing else.
+            others = sorted(path.name for path in output.iterdir() if path.name != "figures" and path.suffix != ".part")
             if others:
                 raise ConfigError(
                     f"--output {output} exists and holds something that is no report ({', '.join(others[:3])}), which "

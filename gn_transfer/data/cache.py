@@ -30,7 +30,7 @@ from gn_transfer.data.resolution import Resolution
 
 CacheMode = Literal["auto", "none", "ram", "disk"]
 
-_VERSION = 1  # raise it with every change of how an image is decoded
+_VERSION = 2  # raise it with every change of how an image is decoded
 _RAM_SHARE = 0.25
 
 

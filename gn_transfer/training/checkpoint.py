@@ -60,6 +60,9 @@ class _Report(BaseModel):
     source: str
 
 
+_Group = dict[str, JsonValue]
+
+
 class _DataConfig(BaseModel):
     """``config.data``: the data module."""
 
@@ -73,11 +76,23 @@ class _Config(BaseModel):
     """``config``: the keys of the run, by groups."""
 
     model_config = ConfigDict(strict=True, extra="allow")
-    __pydantic_extra__: dict[str, dict[str, JsonValue]] = Field(init=False)
+    __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
 
     seed_everything: int = 0
     samples: int | None = None
     data: _DataConfig = _DataConfig()
+    model: _Group = {}
+    optimizer: _Group = {}
+    regularization: _Group = {}
+    segmentation: _Group = {}
+    mixed_precision: _Group = {}
+    accumulation: _Group = {}
+    batch_norm: _Group = {}
+    freezing: _Group = {}
+    ema: _Group = {}
+    checkpoint: _Group = {}
+    early_stopping: _Group = {}
+    trainer: _Group = {}
 
 
 class _Description(BaseModel):

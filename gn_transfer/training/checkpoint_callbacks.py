@@ -114,7 +114,7 @@ class BestCheckpoint(ModelCheckpoint):
         """
         assert self.dirpath is not None, "the run's folder is set before a checkpoint is restored"
         best = str(Path(self.dirpath) / BEST)
-        if not Path(best).is_file():
+        if not _of_first_process(Path(best).is_file()):
             return
         kept = dict.fromkeys([best] if state_dict["best_k_models"] else [], state_dict["best_model_score"])
         super().load_state_dict(
@@ -351,6 +351,15 @@ class LastCheckpoint(Checkpoint):
             for check in (c for c in trainer.callbacks if isinstance(c, DivergenceCheck)):  # type: ignore[attr-defined]
                 check.last_good = str(path)
         return written
+
+
+def _of_first_process(value: bool) -> bool:
+    """Take what the first of several processes says: it alone writes files, and all have to decide alike."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    said = [value]
+    torch.distributed.broadcast_object_list(said)
+    return said[0]
 
 
 def _any_process(trainer: Trainer, decision: bool) -> bool:

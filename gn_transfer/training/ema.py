@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
@@ -72,6 +72,9 @@ class ExponentialMovingAverage(WeightAveraging):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*overrides the configure_model")
             super().setup(trainer, pl_module, stage)
+        # First of all, so that batch norms are re-estimated after the average has taken the place of the weights.
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.insert(0, callbacks.pop(callbacks.index(self)))
 
     def _swap_models(self, pl_module: LightningModule) -> None:
         """Exchange weights and average, and drop the standardized filters that evaluation keeps of the others."""

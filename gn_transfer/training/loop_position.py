@@ -27,6 +27,7 @@ def place_loops(loops: dict[str, Any], batches: int) -> None:
         batches: Micro-batches of the epoch that are done; 0 is the beginning of the epoch.
     """
     progress = loops["fit_loop"]["epoch_loop.batch_progress"]
+    progress["is_last_batch"] = False
     before = progress["total"]["processed"] - progress["current"]["processed"]  # of the epochs before
     for part, number in (("current", batches), ("total", before + batches)):
         progress[part].update(ready=number, started=number, processed=number, completed=number - bool(batches))

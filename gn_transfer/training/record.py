@@ -68,14 +68,10 @@ class RunRecord(Callback):
             self.best_metrics = {f"best/{name}": value for name, value in self.metrics.items()}
             self.best_metrics["best/epoch"] = trainer.current_epoch + 1
         throughput = find_throughput(trainer)
-        self.epochs.append(
-            {
-                "epoch": trainer.current_epoch + 1,
-                "samples_seen": throughput.samples_seen,
-                "train/loss": _rounded(throughput.epoch_loss),
-                **self.metrics,
-            }
-        )
+        place = {"epoch": trainer.current_epoch + 1, "samples_seen": throughput.samples_seen}
+        if self.epochs and place.items() <= self.epochs[-1].items():
+            self.epochs.pop()  # of the same weights: a run that goes on inside a step is validated there once more
+        self.epochs.append({**place, "train/loss": _rounded(throughput.epoch_loss), **self.metrics})
         self._write(trainer, pl_module, "running", trainer.current_epoch + 1)
         self._write_tables(trainer, pl_module, improved)
 

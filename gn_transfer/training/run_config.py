@@ -24,7 +24,10 @@ _OPTIONAL: dict[str, type[Callback]] = {
     "ema": ExponentialMovingAverage,
     "checkpoint": LastCheckpoint,
 }
-_OF_TRAINER = ("max_epochs", "max_steps", "limit_train_batches", "limit_val_batches", "val_check_interval")
+_OF_TRAINER = (
+    *("max_epochs", "max_steps", "limit_train_batches", "limit_val_batches", "val_check_interval"),
+    "check_val_every_n_epoch",
+)
 
 
 def config_of(task: TransferTask, data: ImageDataModule, trainer: Trainer) -> dict[str, Any]:
@@ -59,8 +62,13 @@ def config_of(task: TransferTask, data: ImageDataModule, trainer: Trainer) -> di
         },
         **_of_optional_callbacks(trainer),
         "mixed_precision": {"mode": {"bf16-mixed": "bf16", "16-mixed": "fp16"}.get(str(trainer.precision), "fp32")},
-        "trainer": {name: getattr(trainer, name) for name in _OF_TRAINER},
+        "trainer": {name: _as_given(getattr(trainer, name, None)) for name in _OF_TRAINER},
     }
+
+
+def _as_given(value: Any) -> Any:
+    """Undo what Lightning makes of an argument that was not given: the share 1.0, all batches."""
+    return None if isinstance(value, float) and value == 1.0 else value
 
 
 def _of_optional_callbacks(trainer: Trainer) -> dict[str, dict[str, Any]]:

@@ -87,8 +87,6 @@ def create_trainer(
     needed += [RunProgressBar()] if interactive and not evaluates else []
     needed += [ValidationFigures(), *([] if evaluates else [TrainingImages()])] if figures else []
     given = [callback for callback in callbacks if getattr(callback, "enabled", True)]
-    # An average takes the place of the weights before their batch norms are re-estimated.
-    given.sort(key=lambda callback: not isinstance(callback, ExponentialMovingAverage))
     device = device_type(str(arguments.get("accelerator") or "auto"))
     precision = resolve_precision((mode or MixedPrecisionConfig()).mode, device)
     plugins = arguments.pop("plugins", None) or []
@@ -159,9 +157,9 @@ def train(
             :class:`gn_transfer.training.divergence.DivergenceCheck`.
     """
     assert task.report is not None
-    config = config or config_of(task, data, trainer)
+    config = yaml.safe_load(yaml.safe_dump(dict(config or config_of(task, data, trainer))))  # plain values
     config_name = run.name.partition("/")[0]
-    task.run_config = {"config": dict(config), "config_name": config_name, "split": split_of_run(data)}
+    task.run_config = {"config": config, "config_name": config_name, "split": split_of_run(data)}
     best = find(trainer, BestCheckpoint)
     best.dirpath, best.monitor = str(run.checkpoints), task.monitor
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -179,8 +177,8 @@ def train(
     )
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks.insert(callbacks.index(best), record)  # a checkpoint of a validation holds its row
-    if ckpt_path is not None:
-        _take_best_along(Path(ckpt_path).with_name(BEST), run.checkpoints / BEST)
+    if ckpt_path is not None and Path(ckpt_path).name == BEST and trainer.is_global_zero:
+        _take_best_along(Path(ckpt_path), run.checkpoints / BEST)
     own_log = RunLog() if log is None else None
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ValidationFigures):  # in every process: what draws it gathers from all
@@ -190,7 +188,7 @@ def train(
     if trainer.is_global_zero:
         run.logs.mkdir(parents=True, exist_ok=True)
         remove_leftovers(run.logs)
-        write_text(run.logs / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        write_text(run.logs / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         held_back = {"test": [image.path for image in found]} if (found := test_images(data)) else {}
         write_json(run.logs / "split.json", {**data.split(), **held_back})
         write_json(run.logs / "transfer_report.json", task.report.as_dict())

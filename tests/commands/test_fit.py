@@ -185,7 +185,7 @@ def test_the_newest_run_is_where_the_configuration_puts_its_runs(pets_root, caps
 
 
 def test_a_fast_dev_run_is_no_finished_run(pets_root, capsys):
-    assert main(["fit", *pets(pets_root), "--trainer.fast_dev_run", "true"]) == 0
+    assert main(["fit", *pets(pets_root), "--trainer.fast_dev_run", "true", "--trainer.val_check_interval", "2"]) == 0
     printed = capsys.readouterr().out
     assert "nothing was saved" in printed
     assert "gn-transfer test" not in printed

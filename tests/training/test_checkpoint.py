@@ -200,6 +200,11 @@ def test_a_description_holds_values_of_its_kinds(tmp_path, key, value, named):
         read_checkpoint(tmp_path / "x.ckpt")
 
 
+def test_a_configuration_may_hold_more_than_is_known(tmp_path):
+    torch.save(checkpoint(None, config={"note": "first", "ema": {"decay": None}}), tmp_path / "x.ckpt")
+    assert read_checkpoint(tmp_path / "x.ckpt")["gn_transfer"]["config"]["note"] == "first"
+
+
 def test_the_epoch_is_a_number(tmp_path):
     torch.save({**checkpoint(None), "epoch": "x"}, tmp_path / "x.ckpt")
     with pytest.raises(ConfigError, match="epoch missing or of a wrong type"):

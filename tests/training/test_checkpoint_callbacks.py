@@ -56,7 +56,7 @@ def loops(processed: int, ready: int | None = None) -> dict[str, Any]:
         ends = {"processed": before + processed, "completed": before + processed - 1}
         return {"ready": before + ready, "started": before + ready, **ends}
 
-    progress = {"current": counted(0), "total": counted(9)}
+    progress = {"current": counted(0), "total": counted(9), "is_last_batch": ready == 9}
     return {"fit_loop": {PROGRESS: progress, "epoch_loop.state_dict": {"_batches_that_stepped": 5}}}
 
 
@@ -103,10 +103,11 @@ def test_a_checkpoint_behind_an_epoch_stands_at_the_next() -> None:
     assert ours["batch_size"] == 1  # loaders of the user's own do not say
 
 
-def test_a_step_that_found_no_memory_is_forgotten() -> None:
-    content = saved_by(stand_in(5, ready=6), 5, ready=6)
-    assert content["gn_transfer"]["position"] == {"epoch": 1, "batch": 4}
-    expected = loops(4)
+@pytest.mark.parametrize(("processed", "done"), [(5, 4), (8, 8)])  # inside a step; in the last of the epoch
+def test_a_step_that_found_no_memory_is_forgotten(processed: int, done: int) -> None:
+    content = saved_by(stand_in(processed, ready=processed + 1), processed, ready=processed + 1)
+    assert content["gn_transfer"]["position"] == {"epoch": 1, "batch": done}
+    expected = loops(done)
     expected["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] = 4
     assert content["loops"] == expected
 

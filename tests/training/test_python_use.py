@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import gn_transfer as gnt
 from gn_transfer.config import ConfigError
 from gn_transfer.inference.export import export_bundle
-from gn_transfer.training.batch_norm_statistics import BatchNormStatistics
 from gn_transfer.training.checkpoint import describe_task
 from gn_transfer.training.checkpoint_callbacks import BestCheckpoint, LastCheckpoint
 from gn_transfer.training.freezing import BackboneFreezing
+from gn_transfer.training.run_config import config_of
 from gn_transfer.training.run_folder import claim_run
 from gn_transfer.training.train import create_trainer, prepare, train
 
@@ -108,8 +108,6 @@ def test_callbacks_beside_those_that_every_run_needs() -> None:
 
     assert kinds(ModelCheckpoint(monitor="val/loss")).count(BestCheckpoint) == 1
     assert kinds(LastCheckpoint(1.0)).count(LastCheckpoint) == 1
-    found = kinds(BatchNormStatistics(), gnt.ExponentialMovingAverage(0.9))
-    assert found.index(gnt.ExponentialMovingAverage) < found.index(BatchNormStatistics)
 
 
 def test_a_script_stores_what_decides_its_course(folder_root: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -123,7 +121,9 @@ def test_a_script_stores_what_decides_its_course(folder_root: Path, tmp_path: Pa
     config = yaml.safe_load((run.logs / "config.yaml").read_text())
     assert (config["ema"], config["freezing"]) == ({"decay": 0.5}, {"epochs": 1})
     assert config["checkpoint"] == {"every_minutes": 7.0}
-    assert config["trainer"]["limit_train_batches"] == 3
+    limits = {"limit_train_batches": 3, "limit_val_batches": None, "val_check_interval": None}
+    assert limits.items() <= config["trainer"].items()
+    assert config_of(module, data, create_trainer(val_check_interval="00:00:10:00"))["trainer"]["max_epochs"] == 10
     from gn_transfer.__main__ import main
 
     last = str(run.checkpoints / "last.ckpt")

@@ -228,10 +228,14 @@ def test_a_run_that_is_asked_to_stop_before_a_validation_stops_after_it(folder_r
     assert_same_records(tmp_path / "whole", tmp_path / "broken")
 
 
+INSIDE_A_STEP = ["--trainer.val_check_interval", "3", "--accumulation.effective_batch_size", "2"]
+
+
 @pytest.mark.usefixtures("one_thread")
-def test_a_run_goes_on_from_the_best_of_another(folder_root, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [[], INSIDE_A_STEP], ids=["whole", "inside a step"])
+def test_a_run_goes_on_from_the_best_of_another(folder_root, tmp_path, monkeypatch, more):
     monkeypatch.chdir(tmp_path)
-    words = ["fit", *arguments(folder_root, "gn_ws"), "--checkpoint.every_minutes", "60"]
+    words = ["fit", *arguments(folder_root, "gn_ws"), "--checkpoint.every_minutes", "60", *more]
     assert main(words) == 0
     [folder] = Path().glob("checkpoints/default/*")
     shutil.copy(folder / "best.ckpt", "mine.ckpt")
