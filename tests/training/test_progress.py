@@ -81,19 +81,23 @@ def test_one_bar_for_the_run(capsys, monkeypatch):
     assert "images/s" in shown
 
 
-def test_a_validation_inside_an_epoch_takes_no_time_of_the_training(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    trainer = SimpleNamespace(
+def trainer_of(batches, step, every):
+    return SimpleNamespace(
         world_size=1,
-        num_training_batches=40,
+        num_training_batches=batches,
         accumulate_grad_batches=1,
-        global_step=0,
-        log_every_n_steps=10,
+        global_step=step,
+        log_every_n_steps=every,
         loggers=[],
         current_epoch=0,
         optimizers=[SimpleNamespace(param_groups=[{"name": "all", "lr": 0.1}])],
     )
+
+
+def test_a_validation_inside_an_epoch_takes_no_time_of_the_training(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    trainer = trainer_of(batches=40, step=0, every=10)
     throughput, module = Throughput(), SimpleNamespace(device=torch.device("cpu"))
     throughput.on_train_start(trainer, module)
     for index in range(40):  # an image a second
@@ -109,16 +113,7 @@ def test_a_validation_inside_an_epoch_takes_no_time_of_the_training(monkeypatch)
 
 def test_the_loss_of_an_epoch_is_the_mean_over_its_images_even_after_a_resumption():
     losses = [torch.tensor(value) for value in (1.0, 2.0, 3.0, 6.0)]
-    trainer = SimpleNamespace(
-        world_size=1,
-        num_training_batches=4,
-        accumulate_grad_batches=1,
-        global_step=1,
-        log_every_n_steps=100,
-        loggers=[],
-        current_epoch=0,
-        optimizers=[SimpleNamespace(param_groups=[{"name": "all", "lr": 0.1}])],
-    )
+    trainer = trainer_of(batches=4, step=1, every=100)
     module = SimpleNamespace(device=torch.device("cpu"))
 
     def batches(callback, some):
